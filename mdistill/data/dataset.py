@@ -1,0 +1,226 @@
+"""What the engine sees of a data set, and the data set that holds its pixels on the device.
+
+Letters: N images, B batch, S image size (height and width), V views.
+"""
+
+import copy
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from mdistill.data import views
+from mdistill.data.batch import Batch, DataInfo
+from mdistill.data.sampling import random_words
+from mdistill.errors import UserError
+from mdistill.registry import Registry
+
+DATASETS: Registry["Dataset"] = Registry("data set")
+"""Builders take (root: Path, download: bool); their keyword-only parameters come from the configuration's ``data:``."""
+
+Split = tuple[npt.NDArray[np.uint8], npt.NDArray[np.integer]]
+"""Images (N, S, S, 3) uint8 and their labels (N,)."""
+
+
+class Dataset(ABC):
+    """The contract: training batches by (index, view), and splits that are evaluated in order."""
+
+    num_classes: int
+    num_samples: int  # training samples, without those held out
+    image_size: int  # pixels, height and width
+    num_views: int | None  # views of an image; None where they cannot be enumerated
+    splits: tuple[str, ...]  # what is evaluated: ("test",), or ("val", "test") with a hold-out
+    notes: list[str]  # facts about the data that a run prints and records
+
+    def info(self, batch_size: int) -> DataInfo:
+        """What a method may know of the data, trained in batches of at most ``batch_size``."""
+        return DataInfo(
+            num_classes=self.num_classes,
+            num_samples=self.num_samples,
+            image_size=self.image_size,
+            num_views=self.num_views,
+            batch_size=min(batch_size, self.num_samples),
+        )
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Self:
+        """Move the pixels to ``device`` and return self."""
+
+    @abstractmethod
+    def hold_out(self, count: int) -> "Dataset":
+        """A data set without ``count`` of the training images, which become the split "val"; 0 returns self.
+
+        The choice is as even over the classes as can be, and the same for every run, whatever its seed.
+
+        Raises:
+            UserError: ``count`` is negative or leaves no training image.
+        """
+
+    @abstractmethod
+    def train_batch(self, index: Tensor, view: Tensor) -> Batch:
+        """View ``view[b]`` of training sample ``index[b]``; both (B,) int64 on the device.
+
+        The image is a pure function of (index, view): no randomness, no read by the host, static shapes.
+        """
+
+    @abstractmethod
+    def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All of a split in order: (image (B, 3, S, S) float32, target (B,) int64), the last batch perhaps smaller."""
+
+    @abstractmethod
+    def size(self, split: str) -> int:
+        """The number of images in a split that is evaluated."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of all that decides the images and labels that are trained on and evaluated."""
+
+
+class InMemoryDataset(Dataset):
+    """Small images, held as one uint8 tensor for each split on the device; cropped, mirrored and normalised there.
+
+    Args:
+        train: images (N, S, S, 3) uint8 in RGB, and labels (N,), integers from 0 to ``num_classes`` - 1.
+        test: the same for the images that are evaluated.
+        num_classes: how many classes there are.
+        mean: of the three channels, on the scale 0 to 1.
+        std: of the three channels, on the same scale.
+        padding: zero pixels on each side before an S by S crop is taken; 0 takes the image itself.
+        flip: mirror half of the views left to right.
+        notes: facts about the data that a run prints and records.
+
+    Raises:
+        UserError: the arrays do not fit this description; says which and what was found.
+    """
+
+    def __init__(
+        self,
+        train: Split,
+        test: Split,
+        *,
+        num_classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        padding: int = 4,
+        flip: bool = True,
+        notes: Sequence[str] = (),
+    ) -> None:
+        _check_settings(num_classes, mean, std, padding)
+        _check_split("train", *train, num_classes)
+        _check_split("test", *test, num_classes)
+        if train[0].shape[1] != test[0].shape[1]:
+            raise UserError(f"images differ in size: {train[0].shape[1]} pixels in train, {test[0].shape[1]} in test")
+        self.num_classes = num_classes
+        self.num_samples, self.image_size = train[0].shape[:2]
+        self.num_views = views.count(padding, flip)
+        self.splits = ("test",)
+        self.notes = list(notes)
+        self._normalize = views.Normalization(self.image_size, tuple(mean), tuple(std))
+        self._rows, self._columns = views.offset_tables(self.image_size, padding, flip)
+        self._settings = f"{num_classes} {[*map(float, mean)]} {[*map(float, std)]} {padding} {bool(flip)}"
+        self._train = views.store(train[0])  # (N, S+1, S+1, 3) uint8
+        self._train_labels = torch.tensor(train[1], dtype=torch.int64)  # (N,)
+        self._eval = {"test": (torch.tensor(test[0]), torch.tensor(test[1], dtype=torch.int64))}
+
+    def to(self, device: torch.device | str) -> Self:
+        self._normalize = self._normalize.to(device)
+        self._rows, self._columns = self._rows.to(device), self._columns.to(device)
+        self._train, self._train_labels = self._train.to(device), self._train_labels.to(device)
+        self._eval = {split: (image.to(device), label.to(device)) for split, (image, label) in self._eval.items()}
+        return self
+
+    def hold_out(self, count: int) -> "InMemoryDataset":
+        if count == 0:
+            return self
+        if not 0 < count < self.num_samples:
+            raise UserError(
+                f"data.holdout must be from 0 to {self.num_samples - 1}, fewer than the training images; found {count}"
+            )
+        if "val" in self._eval:
+            raise UserError(f"data.holdout: {self.size('val')} training images are already held out")
+        held, kept = _held_out(self._train_labels.cpu().numpy(), count)
+        held, kept = held.to(self._train.device), kept.to(self._train.device)
+        size = self.image_size
+        other = copy.copy(self)
+        other.num_samples = len(kept)
+        other.splits = ("val", *self.splits)
+        other.notes = list(self.notes)
+        other._train, other._train_labels = self._train[kept], self._train_labels[kept]
+        val = self._train[held][:, :size, :size].contiguous(), self._train_labels[held]
+        other._eval = {"val": val, **self._eval}
+        return other
+
+    def train_batch(self, index: Tensor, view: Tensor) -> Batch:
+        pixels = views.look(self._train, index, view, self._rows, self._columns)
+        target = self._train_labels.index_select(0, index)
+        return Batch(image=self._normalize(pixels), target=target, index=index, view=view)
+
+    def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        images, labels = self._split(split)
+        for start in range(0, len(labels), batch_size):
+            yield self._normalize(images[start : start + batch_size]), labels[start : start + batch_size]
+
+    def size(self, split: str) -> int:
+        return len(self._split(split)[1])
+
+    def fingerprint(self) -> str:
+        size = self.image_size
+        splits = {"train": (self._train, self._train_labels), **self._eval}
+        digest = hashlib.sha256(self._settings.encode())
+        for split, (images, labels) in splits.items():
+            digest.update(f"{split} {len(labels)} {size}".encode())
+            for start in range(0, len(labels), 8192):
+                digest.update(images[start : start + 8192, :size, :size].cpu().numpy().tobytes())
+            digest.update(labels.cpu().numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def _split(self, split: str) -> tuple[Tensor, Tensor]:
+        if split not in self._eval:
+            raise UserError(f"unknown split {split!r} (known: {', '.join(self.splits)})")
+        return self._eval[split]
+
+
+def _held_out(labels: npt.NDArray[np.int64], count: int) -> tuple[Tensor, Tensor]:
+    """Which samples are held out and which are kept, both ascending.
+
+    The samples are shuffled, then one of each class is taken in turn until there are ``count``.
+    """
+    shuffled = np.argsort(random_words(0, "holdout", 0, len(labels)), kind="stable")
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]  # class by class, shuffled within each
+    turn = np.empty(len(labels), dtype=np.int64)  # the turn in which each sample's class gives it
+    _, first, per_class = np.unique(labels[by_class], return_index=True, return_counts=True)
+    turn[by_class] = np.arange(len(labels)) - np.repeat(first, per_class)
+    order = shuffled[np.argsort(turn[shuffled], kind="stable")]
+    return torch.from_numpy(np.sort(order[:count])), torch.from_numpy(np.sort(order[count:]))
+
+
+def _check_settings(num_classes: int, mean: Sequence[float], std: Sequence[float], padding: int) -> None:
+    if num_classes < 2:
+        raise UserError(f"num_classes must be at least 2, found {num_classes}")
+    if len(mean) != 3:
+        raise UserError(f"mean must be 3 numbers, one for each channel, found {list(mean)}")
+    if len(std) != 3 or not all(value > 0 for value in std):
+        raise UserError(f"std must be 3 positive numbers, one for each channel, found {list(std)}")
+    if padding < 0:
+        raise UserError(f"padding must be 0 or more pixels, found {padding}")
+
+
+def _check_split(split: str, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.integer], num_classes: int) -> None:
+    for name, array in (("images", images), ("labels", labels)):
+        if not isinstance(array, np.ndarray):
+            raise UserError(f"{split} {name} must be a NumPy array, found {type(array).__name__}")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2]:
+        raise UserError(f"{split} images must be uint8 (N, S, S, 3), found {images.dtype} {images.shape}")
+    if images.size == 0:
+        raise UserError(f"{split} images must not be empty, found shape {images.shape}")
+    if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
+        raise UserError(f"{split} labels must be integers (N,), found {labels.dtype} {labels.shape}")
+    if len(images) != len(labels):
+        raise UserError(f"{split}: {len(images)} images but {len(labels)} labels")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise UserError(f"{split} labels must be from 0 to {num_classes - 1}, found {labels.min()} to {labels.max()}")

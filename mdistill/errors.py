@@ -1,0 +1,28 @@
+"""Errors whose text is for the user: one clear line each, printed without a traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: what is wrong, the value found, where, what is allowed. Exit code 2."""
+
+    exit_code = 2
+
+
+class RunFailed(UserError):  # noqa: N818  (reads as the sentence it prints)
+    """The run itself went wrong, through no mistake in its input (non-finite loss, disk full). Exit code 1."""
+
+    exit_code = 1
+
+
+class Stopped(Exception):  # noqa: N818  (not an error: the run was asked to stop, and has saved)
+    """The run stopped on SIGTERM or Ctrl-C after saving its state. Exit code 75 (try again: resume it)."""
+
+    exit_code = 75
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'mcld'?"`` when something known is near ``name``, else nothing."""
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,167 @@
+"""Named builders: methods, networks, data sets and solvers are all looked up, checked and built here.
+
+A builder is a class or a function. Its positional parameters come from the engine, its keyword-only parameters from
+the configuration: their annotations are the schema. A ``**shared`` parameter of a class stands for the keyword-only
+parameters of the next class in its method resolution order.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Generic, TypeVar, get_type_hints
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from mdistill.errors import UserError, suggestion
+
+T = TypeVar("T")
+Builder = TypeVar("Builder", bound=Callable[..., Any])
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class Registry(Generic[T]):
+    """A table from names to builders of ``kind`` (a word for messages: "model", "method", "data set")."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._builders: dict[str, Callable[..., T]] = {}
+        self._canonical: dict[str, str] = {}
+
+    def register(self, name: str, *aliases: str) -> Callable[[Builder], Builder]:
+        """Decorator: make the class or function known under ``name`` (and ``aliases``, which resolve to it)."""
+
+        def add(builder: Builder) -> Builder:
+            for key in (name, *aliases):
+                if key in self._canonical:
+                    raise UserError(
+                        f"{self.kind} {key!r} is registered twice: by {_origin(self._builders[self._canonical[key]])}"
+                        f" and by {_origin(builder)}"
+                    )
+            self._builders[name] = builder
+            self._canonical.update(dict.fromkeys((name, *aliases), name))
+            return builder
+
+        return add
+
+    def names(self) -> list[str]:
+        """The canonical names, sorted."""
+        return sorted(self._builders)
+
+    def aliases(self) -> dict[str, str]:
+        """Every accepted name that is not canonical, with the name that it stands for."""
+        return {alias: name for alias, name in self._canonical.items() if alias != name}
+
+    def canonical(self, name: str, where: str = "") -> str:
+        """The canonical form of ``name``.
+
+        Raises:
+            UserError: no such name; says the nearest one and all that are known.
+        """
+        if name not in self._canonical:
+            place = f" in {where}" if where else ""
+            raise UserError(
+                f"unknown {self.kind} {name!r}{place}{suggestion(name, self._canonical)}"
+                f" (known: {', '.join(self.names())})"
+            )
+        return self._canonical[name]
+
+    def get(self, name: str, where: str = "") -> Callable[..., T]:
+        """The builder registered under ``name``."""
+        return self._builders[self.canonical(name, where)]
+
+    def arguments(self, name: str) -> dict[str, inspect.Parameter]:
+        """The keyword-only parameters that the configuration may set, with resolved annotations."""
+        return _keyword_parameters(self.get(name))
+
+    def check(
+        self, name: str, arguments: Mapping[str, Any], *, where: str = "", beside: tuple[str, ...] = ()
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Validate ``arguments`` against the builder's keyword-only parameters.
+
+        Args:
+            where: prefix of every problem, such as ``"configs/x.yaml: distiller."``.
+            beside: other keys that are legal at the same place, for the suggestion.
+
+        Returns:
+            the complete arguments (checked, defaults filled in) and all problems found, one line each.
+        """
+        parameters = self.arguments(name)
+        complete: dict[str, Any] = {}
+        problems = [
+            f"{where}{key}: unknown key (value {value!r}) for {self.kind} {name!r}"
+            f"{suggestion(key, [*parameters, *beside])} (allowed: {', '.join([*beside, *parameters]) or 'none'})"
+            for key, value in arguments.items()
+            if key not in parameters
+        ]
+        for key, parameter in parameters.items():
+            if key in arguments:
+                try:
+                    complete[key] = _adapter(parameter.annotation).validate_python(arguments[key], strict=True)
+                except ValidationError as error:
+                    problems += [f"{where}{line}" for line in problem_lines(error, key)]
+            elif parameter.default is inspect.Parameter.empty:
+                problems.append(f"{where}{key}: missing; {self.kind} {name!r} needs it")
+            else:
+                complete[key] = parameter.default
+        return complete, problems
+
+    def build(self, name: str, *args: Any, where: str = "", **arguments: Any) -> T:
+        """Build ``name`` from the engine's positional ``args`` and checked keyword ``arguments``.
+
+        Raises:
+            UserError: unknown name, or every unknown, missing and ill-typed argument together.
+        """
+        builder = self.get(name, where)
+        complete, problems = self.check(name, arguments, where=f"{where}: " if where else "")
+        if problems:
+            raise UserError("\n".join(problems))
+        return builder(*args, **complete)
+
+
+def problem_lines(error: ValidationError, key: str = "") -> list[str]:
+    """One line for each thing pydantic found wrong: dotted key, what is required, the value found."""
+    lines = []
+    for detail in error.errors():
+        place = ".".join(part for part in (key, *(str(step) for step in detail["loc"])) if part)
+        message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        lines.append(f"{place}: {message}, found {detail['input']!r}")
+    return lines
+
+
+def import_submodules(package: str, path: list[str]) -> None:
+    """Import every module of a package, so that a new file registers itself by being there."""
+    for module in pkgutil.iter_modules(path):
+        importlib.import_module(f"{package}.{module.name}")
+
+
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(Any if annotation is inspect.Parameter.empty else annotation, config=_ADAPTER_CONFIG)
+
+
+_ADAPTER_CONFIG = ConfigDict(arbitrary_types_allowed=True)
+
+
+def _keyword_parameters(builder: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    if not inspect.isclass(builder):
+        functions: list[Callable[..., Any]] = [builder]
+    else:
+        functions = [cls.__dict__["__init__"] for cls in builder.__mro__ if "__init__" in cls.__dict__]
+    found: dict[str, inspect.Parameter] = {}
+    for function in functions:
+        hints = get_type_hints(function, include_extras=True)
+        parameters = inspect.signature(function).parameters.values()
+        for parameter in parameters:
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.name not in found:
+                found[parameter.name] = parameter.replace(annotation=hints.get(parameter.name, inspect.Parameter.empty))
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return found
+
+
+def _origin(builder: Callable[..., Any]) -> str:
+    return f"{builder.__module__}.{getattr(builder, '__qualname__', builder)}"
