@@ -1,0 +1,64 @@
+"""Where a teacher's weights come from, and whether they are what the configuration says."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from mdistill.errors import UserError
+from mdistill.files import write_text
+
+TOLERANCE = 1.0  # points of top-1 between a teacher as measured and as expected
+
+
+def locate(checkpoint: str, root: Path, *, model: str, dataset: str) -> Path:
+    """The file or run folder that ``checkpoint`` means: under ``root``, else as it stands.
+
+    Raises:
+        UserError: nothing is there; says both ways to get a teacher.
+    """
+    candidates = [root / checkpoint, Path(checkpoint)]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    raise UserError(
+        f"teacher.checkpoint: no {model} weights at {candidates[0]} (checkpoint root {root}). Either train them:"
+        f" `python tools/train.py --cfg configs/{dataset}/vanilla/{model}.yaml`, then add"
+        f" teacher.checkpoint=runs/{dataset}/vanilla/{model}/seed0; or unpack cifar_teachers.tar from the releases of"
+        f" megvii-research/mdistiller into {root}, whose files load as they are"
+    )
+
+
+def verify_top1(
+    expected: float | None, measure: Callable[[], float], *, key: str, memory: Path, teacher: str, where: str
+) -> float | None:
+    """Measure the teacher's top-1 once per ``key`` (weights and data), remember it in ``memory``, and compare.
+
+    Args:
+        expected: percent, or None to skip everything.
+        measure: evaluates the teacher on the test split, in percent.
+        memory: a JSON file of measured values.
+        teacher, where: for the message: the weights, and what they were tested on.
+
+    Returns:
+        the measured top-1 in percent, or None when nothing is expected.
+
+    Raises:
+        UserError: measured and expected differ by more than ``TOLERANCE`` points.
+    """
+    if expected is None:
+        return None
+    try:
+        known = dict(json.loads(memory.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        known = {}
+    if key not in known:
+        known[key] = measure()
+        write_text(memory, json.dumps(known, indent=2) + "\n")
+    top1 = float(known[key])
+    if not abs(top1 - expected) <= TOLERANCE:
+        raise UserError(
+            f"teacher.expected_top1: {teacher} reaches {top1:.2f} on the test split of {where}, the configuration"
+            f" expects {expected:.2f} (within {TOLERANCE:g}): wrong weights or data? For a teacher of your own set"
+            f" teacher.expected_top1={top1:.2f} (or null to skip this check)"
+        )
+    return top1
