@@ -1,0 +1,201 @@
+"""The contract of a distillation method. Letters: B batch, C classes.
+
+A method is one file with one class: it says what it ``needs`` and writes ``distillation(signals)``. The forward pass of
+both networks, the task loss, logit standardisation and the loss warm-up are written here, once.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mdistill.data.batch import Batch, DataInfo
+from mdistill.distillers.functional import standardize
+from mdistill.errors import UserError
+from mdistill.models.base import Features
+from mdistill.registry import NonNegative, NonNegativeInt, Registry
+
+DISTILLERS: Registry["Distiller"] = Registry("method")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """All that the engine asks about a method."""
+
+    teacher: Literal["none", "logits", "features"] = "logits"
+    views: Literal[1, 2] = 1
+    labels: Literal["none", "hard", "soft"] = "hard"
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Named, already weighted scalars; the loss is their sum."""
+
+    logits: Tensor  # (B, C), the headline student's, raw
+    task: dict[str, Tensor] = field(default_factory=dict)
+    distillation: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """Every term of the loss by name."""
+        return {**self.task, **self.distillation}
+
+    @property
+    def total(self) -> Tensor:
+        """The loss: the sum of all terms, ()."""
+        return torch.stack(list(self.terms.values())).sum()
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What ``distillation`` reads. Logits are float32 or wider, whatever the networks ran in."""
+
+    student_logits: Tensor  # (B, C), standardised when the method's settings ask for it
+    teacher_logits: Tensor  # (B, C), the same; of zero width for a method that needs no teacher
+    raw_student_logits: Tensor  # (B, C)
+    raw_teacher_logits: Tensor  # (B, C)
+    target: Tensor  # (B,) int64
+    index: Tensor  # (B,) int64, which training sample
+    epoch: Tensor  # (), counted from 1
+    student_features: Features | None = None  # when needs.teacher is "features"
+    teacher_features: Features | None = None
+
+
+class Distiller(nn.Module, ABC):
+    """Wraps student and teacher; turns a batch into named losses.
+
+    Args:
+        student: the network that is trained, (B, 3, H, W) -> (B, C).
+        teacher: the frozen network, or None for a method that needs none.
+        data: what is known of the data set.
+        ce_weight: weight of the cross-entropy between the raw student logits and the labels; 0 leaves it out.
+        warmup_epochs: W of min(epoch / W, 1), which multiplies every distillation term; 0 for no warm-up.
+        standardize_logits: z-score both networks' logits over the classes before the method sees them
+            (Sun et al., "Logit Standardization in Knowledge Distillation", arXiv:2403.01427).
+    """
+
+    needs: ClassVar[Needs] = Needs()
+    student: nn.Module
+    teacher: nn.Module | None
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        data: DataInfo,
+        *,
+        ce_weight: NonNegative,
+        warmup_epochs: NonNegativeInt = 0,
+        standardize_logits: bool = False,
+    ) -> None:
+        super().__init__()
+        if teacher is None and self.needs.teacher != "none":
+            raise UserError(
+                f"{type(self).__name__} needs a teacher and the configuration has none: add teacher: {{...}}"
+            )
+        if teacher is not None and self.needs.teacher == "none":
+            raise UserError(f"{type(self).__name__} takes no teacher: remove teacher: from the configuration")
+        self.student = student
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.eval().requires_grad_(False)
+        self.ce_weight = ce_weight
+        self.warmup_epochs = warmup_epochs
+        self.standardize_logits = standardize_logits
+        self.generators: dict[str, torch.Generator] = {}  # of a method that draws within a step; checkpointed
+
+    def require_a_term(self, **weights: float) -> None:
+        """Refuse, when a method is built, a loss without any term: ``ce_weight`` and all of ``weights`` are 0.
+
+        Raises:
+            UserError: names every weight.
+        """
+        if self.ce_weight == 0 and not any(weights.values()):
+            raise UserError(
+                f"distiller: {type(self).__name__} has nothing to train on:"
+                f" {', '.join(['ce_weight', *weights])} all 0 or switched off; turn one on"
+            )
+
+    @abstractmethod
+    def distillation(self, signals: Signals) -> dict[str, Tensor]:
+        """The method: named, weighted scalars, before the loss warm-up."""
+
+    def task(self, signals: Signals) -> dict[str, Tensor]:
+        """The supervised terms; by default ``ce_weight`` times cross-entropy on the raw student logits."""
+        if self.ce_weight == 0:
+            return {}
+        return {"ce": self.ce_weight * F.cross_entropy(signals.raw_student_logits, signals.target)}
+
+    def forward(self, batch: Batch, epoch: Tensor) -> StepOutput:
+        """Run both networks on ``batch`` and weigh the losses; ``epoch`` is a () tensor counted from 1."""
+        student_logits, student_features = self._run(self.student, batch.image)
+        with torch.no_grad():
+            teacher_logits, teacher_features = self._ask_teacher(batch, student_logits)
+        signals = Signals(
+            student_logits=standardize(student_logits) if self.standardize_logits else student_logits,
+            teacher_logits=standardize(teacher_logits) if self.standardize_logits else teacher_logits,
+            raw_student_logits=student_logits,
+            raw_teacher_logits=teacher_logits,
+            target=batch.target,
+            index=batch.index,
+            epoch=epoch,
+            student_features=student_features,
+            teacher_features=teacher_features,
+        )
+        with torch.autocast(student_logits.device.type, enabled=False):  # losses are float32 under an engine's autocast
+            terms, task = self.distillation(signals), self.task(signals)
+        if self.warmup_epochs:
+            ramp = (epoch / self.warmup_epochs).clamp(max=1.0)
+            terms = {name: ramp * term for name, term in terms.items()}
+        return StepOutput(logits=student_logits, task=task, distillation=terms)
+
+    def after_step(self) -> None:
+        """Write the method's own state (queues, memories); called under no_grad once the solver has stepped."""
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """What the solver trains: everything that needs a gradient."""
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
+
+    def students(self) -> dict[str, nn.Module]:
+        """The networks to evaluate and export; the first is the headline."""
+        return {"student": self.student}
+
+    def training_state(self) -> dict[str, Tensor]:
+        """All parameters and buffers but the teacher's."""
+        return {key: value for key, value in self.state_dict().items() if not key.startswith("teacher.")}
+
+    def load_training_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of ``training_state``; the teacher stays as it is."""
+        missing, unexpected = self.load_state_dict(state, strict=False)
+        missing = [key for key in missing if not key.startswith("teacher.")]
+        if missing or unexpected:
+            raise UserError(
+                f"saved state does not fit {type(self).__name__}: missing {missing}, unexpected {unexpected}"
+            )
+
+    def train(self, mode: bool = True) -> "Distiller":
+        """Switch the student's mode; the teacher stays in eval mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def _run(self, network: nn.Module, image: Tensor) -> tuple[Tensor, Features | None]:
+        if self.needs.teacher != "features":
+            return _widen(network(image)), None
+        features: Features = network.forward_features(image)  # type: ignore[operator]
+        return _widen(features.logits), features
+
+    def _ask_teacher(self, batch: Batch, student_logits: Tensor) -> tuple[Tensor, Features | None]:
+        if batch.teacher_logits is not None:
+            return _widen(batch.teacher_logits), None
+        if self.teacher is None:
+            return student_logits.new_zeros(len(student_logits), 0), None
+        return self._run(self.teacher, batch.image)
+
+
+def _widen(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,0 +1,57 @@
+"""KD: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531v1."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mdistill.data.batch import DataInfo
+from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
+from mdistill.distillers.functional import kl_divergence
+from mdistill.registry import NonNegative, Positive
+
+
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
+    """T^2 KL(p^t || p^s), both distributions softened: Hinton et al., arXiv:1503.02531v1, Eq. (1) and Sec. 2.
+
+    Symbols: z_i = ``student_logits``, v_i = ``teacher_logits``, T = ``temperature``; the factor T^2 as Sec. 2 asks.
+    Shapes: (B, C), (B, C) -> (), the mean over B. Letters: B batch, C classes.
+
+    Differs from the paper: KL in place of the cross-entropy with soft targets (the same gradient; 0 at its minimum).
+    """
+    teacher_log_probs = F.log_softmax(teacher_logits / temperature, dim=1)
+    student_log_probs = F.log_softmax(student_logits / temperature, dim=1)
+    return temperature**2 * kl_divergence(teacher_log_probs, student_log_probs)
+
+
+@DISTILLERS.register("kd")
+class KD(Distiller):
+    """``ce_weight`` CE + ``kd_weight`` KD.
+
+    Args:
+        kd_weight: weight of the distillation term; 0 leaves it out.
+        temperature: T, which softens both networks.
+    """
+
+    needs = Needs(teacher="logits")
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        data: DataInfo,
+        *,
+        kd_weight: NonNegative,
+        temperature: Positive,
+        **shared: Any,
+    ) -> None:
+        super().__init__(student, teacher, data, **shared)
+        self.require_a_term(kd_weight=kd_weight)
+        self.kd_weight, self.temperature = kd_weight, temperature
+
+    def distillation(self, signals: Signals) -> dict[str, Tensor]:
+        """The one term, ``kd``."""
+        if self.kd_weight == 0:
+            return {}
+        loss = kd_loss(signals.student_logits, signals.teacher_logits, temperature=self.temperature)
+        return {"kd": self.kd_weight * loss}

@@ -1,0 +1,215 @@
+"""MCLD: Wang, Zhou, "Multi-perspective Contrastive Logit Distillation", arXiv:2411.10693v1.
+
+The teacher's logits are keys and the student's are queries of three contrastive questions. Both are normalised over
+the classes and compared by dot product at a temperature, as in momentum contrast (He et al., arXiv:1911.05722), whose
+settings the paper takes over.
+
+Letters: B batch, C classes, K slots of the queue.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mdistill.data.batch import DataInfo
+from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
+from mdistill.distillers.functional import masked_log_softmax
+from mdistill.errors import UserError
+from mdistill.registry import Positive, PositiveInt
+
+
+def normalize(logits: Tensor) -> Tensor:
+    """z / sqrt(|z|^2 + 1e-6), which has a gradient at z = 0 too: (B, C) -> (B, C)."""
+    return logits * (logits.square().sum(dim=1, keepdim=True) + 1e-6).rsqrt()
+
+
+def similarity(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
+    """S_ij = q_i . k_j / tau, student row i against teacher row j: (B, C), (B, C) -> (B, B); the paper's Eq. (5)."""
+    return normalize(student_logits) @ normalize(teacher_logits).T / temperature
+
+
+def instance_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    index: Tensor,
+    queue: Tensor,
+    queue_index: Tensor,
+    queue_filled: Tensor,
+    *,
+    temperature: float,
+) -> Tensor:
+    """Instance-wise term: which of K + 1 teacher rows is mine? arXiv:2411.10693v1, Eqs. (2) to (4).
+
+    Cross-entropy with the positive q_i . k_i / tau at position 0 and the negatives q_i . queue / tau behind it. Slots
+    not yet filled, and slots with an older copy of sample i itself (the paper's dictionary excludes it), are -inf.
+
+    Symbols: q_i, k_i = normalised rows of ``student_logits``, ``teacher_logits``; tau = ``temperature``; the queue's
+    keys = ``queue``, normalised already, of samples ``queue_index``, of which the first ``queue_filled`` count.
+    Shapes: (B, C), (B, C), (B,), (K, C), (K,), () -> (), the mean over B.
+
+    Differs from the paper: its formulas are not legible in the text at hand; normalisation is read from its reference
+    to momentum contrast.
+    """
+    queries, keys = normalize(student_logits), normalize(teacher_logits)
+    positive = (queries * keys).sum(dim=1, keepdim=True) / temperature  # (B, 1)
+    unfilled = torch.arange(len(queue), device=queue.device) >= queue_filled  # (K,)
+    excluded = (queue_index == index[:, None]) | unfilled  # (B, K)
+    negatives = (queries / temperature) @ queue.to(queries.dtype).T  # (B, K)
+    scores = torch.cat([positive, negatives.masked_fill_(excluded, -torch.inf)], dim=1)  # (B, 1 + K)
+    return F.cross_entropy(scores, torch.zeros_like(index))
+
+
+def sample_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
+    """Sample-wise term: which teacher row of the batch is mine? arXiv:2411.10693v1, Eqs. (5) and (6).
+
+    Cross-entropy of S_ij = q_i . k_j / tau with label i.
+
+    Symbols: q, k = normalised rows of ``student_logits``, ``teacher_logits``; tau = ``temperature``; b = B.
+    Shapes: (B, C), (B, C) -> (), the mean over B.
+
+    Differs from the paper: the similarity is the normalised one of Eqs. (2) to (4), as read there.
+    """
+    sim_BB = similarity(student_logits, teacher_logits, temperature=temperature)
+    return F.cross_entropy(sim_BB, torch.arange(len(sim_BB), device=sim_BB.device))
+
+
+def category_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, temperature: float) -> Tensor:
+    """Category-wise term: which other rows of the batch are of my class? arXiv:2411.10693v1, Eqs. (7) and (8).
+
+    The supervised contrastive loss on S without its diagonal: for each i that has other samples of its class, minus the
+    mean over those j of log(exp S_ij / sum over a != i of exp S_ia); the mean over such i, 0 when there is none.
+
+    Symbols: q, k = normalised rows of ``student_logits``, ``teacher_logits``; tau = ``temperature``; classes =
+    ``target``.
+    Shapes: (B, C), (B, C), (B,) -> ().
+
+    Differs from the paper: its formulas are not legible in the text at hand. Read here as Khosla et al.,
+    arXiv:2004.11362, Eq. (2), whose denominator holds positives and negatives alike.
+    """
+    sim_BB = similarity(student_logits, teacher_logits, temperature=temperature)
+    others_BB = ~torch.eye(len(target), dtype=torch.bool, device=target.device)
+    positives_BB = (target == target[:, None]) & others_BB
+    log_probs_BB = masked_log_softmax(sim_BB, others_BB)
+    positives = positives_BB.sum(dim=1)  # (B,), how many
+    per_sample = log_probs_BB.where(positives_BB, 0.0).sum(dim=1) / positives.clamp(min=1)
+    return -per_sample.sum() / (positives > 0).sum().clamp(min=1)
+
+
+def mcld_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    index: Tensor,
+    queue: Tensor,
+    queue_index: Tensor,
+    queue_filled: Tensor,
+    *,
+    temperature: float,
+) -> Tensor:
+    """Instance-wise + sample-wise + category-wise, each with weight 1: arXiv:2411.10693v1, Eq. (9).
+
+    Symbols and shapes: those of ``instance_loss``, ``sample_loss`` and ``category_loss``; -> ().
+
+    Differs from the paper: nothing beyond what the three terms say; without cross-entropy.
+    """
+    return (
+        instance_loss(student_logits, teacher_logits, index, queue, queue_index, queue_filled, temperature=temperature)
+        + sample_loss(student_logits, teacher_logits, temperature=temperature)
+        + category_loss(student_logits, teacher_logits, target, temperature=temperature)
+    )
+
+
+class Queue(nn.Module):
+    """The K most recent normalised teacher rows, first in, first out: a ring that is written in place."""
+
+    keys: Tensor
+    index: Tensor
+    pointer: Tensor
+    filled: Tensor
+
+    def __init__(self, size: int, num_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("keys", torch.zeros(size, num_classes))  # (K, C)
+        self.register_buffer("index", torch.full((size,), -1))  # (K,) int64, whose row each slot holds; -1 nobody's
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))  # the slot to write next
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))  # how many slots hold a row
+
+    @torch.no_grad()
+    def push(self, keys: Tensor, index: Tensor) -> None:
+        """Write (B, C) rows and their (B,) samples over the oldest slots; B is at most K."""
+        size = len(self.keys)
+        slots = (self.pointer + torch.arange(len(index), device=index.device)) % size
+        self.keys.index_copy_(0, slots, keys.to(self.keys.dtype))
+        self.index.index_copy_(0, slots, index)
+        self.pointer.add_(len(index)).remainder_(size)
+        self.filled.add_(len(index)).clamp_(max=size)
+
+
+@DISTILLERS.register("mcld")
+class MCLD(Distiller):
+    """``ce_weight`` CE + the instance-wise, sample-wise and category-wise terms, each with weight 1.
+
+    Without cross-entropy the scale of the student's logits is free: its test loss and calibration mean nothing.
+
+    Args:
+        temperature: tau of the three similarities.
+        queue_size: K, slots of the queue, at least the batch size; None for the number of training samples.
+        instance: False switches the instance-wise term, and its queue, off.
+        sample: False switches the sample-wise term off.
+        category: False switches the category-wise term off.
+    """
+
+    needs = Needs(teacher="logits")
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        data: DataInfo,
+        *,
+        temperature: Positive,
+        queue_size: PositiveInt | None,
+        instance: bool,
+        sample: bool,
+        category: bool,
+        **shared: Any,
+    ) -> None:
+        super().__init__(student, teacher, data, **shared)
+        self.require_a_term(instance=instance, sample=sample, category=category)
+        self.temperature, self.sample, self.category = temperature, sample, category
+        self.queue = Queue(_checked_size(queue_size, data), data.num_classes) if instance else None
+        self._arrivals: tuple[Tensor, Tensor] | None = None  # this step's keys (B, C) and samples (B,)
+
+    def distillation(self, signals: Signals) -> dict[str, Tensor]:
+        """``instance``, ``sample`` and ``category``, whichever is on."""
+        logits, tau = (signals.student_logits, signals.teacher_logits), self.temperature
+        terms = {}
+        if self.queue is not None:
+            queue = self.queue.keys, self.queue.index, self.queue.filled
+            terms["instance"] = instance_loss(*logits, signals.index, *queue, temperature=tau)
+            if self.training and torch.is_grad_enabled():
+                self._arrivals = normalize(signals.teacher_logits).detach(), signals.index
+        if self.sample:
+            terms["sample"] = sample_loss(*logits, temperature=tau)
+        if self.category:
+            terms["category"] = category_loss(*logits, signals.target, temperature=tau)
+        return terms
+
+    def after_step(self) -> None:
+        """The batch joins the queue, once its loss has gone backward."""
+        if self.queue is not None and self._arrivals is not None:
+            self.queue.push(*self._arrivals)
+            self._arrivals = None
+
+
+def _checked_size(queue_size: int | None, data: DataInfo) -> int:
+    size = data.num_samples if queue_size is None else queue_size
+    if size < data.batch_size:
+        origin = " (null: the number of training samples)" if queue_size is None else ""
+        raise UserError(
+            f"distiller.queue_size: {size}{origin} is smaller than the batch size {data.batch_size};"
+            f" give at least {data.batch_size}"
+        )
+    return size

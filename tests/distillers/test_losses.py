@@ -1,0 +1,148 @@
+"""What every loss must stand: extreme and degenerate logits, shifts, and a second derivation by finite differences."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mdistill.distillers.dkd import dkd_loss, nckd_loss, tckd_loss
+from mdistill.distillers.functional import standardize
+from mdistill.distillers.kd import kd_loss
+from mdistill.distillers.mcld import category_loss, instance_loss, normalize, sample_loss
+from mdistill.distillers.rld import masked_correlation_loss, rld_loss, sample_confidence_loss
+
+from . import examples
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def instance(student: Tensor, teacher: Tensor, target: Tensor, filled: int) -> Tensor:
+    """The instance-wise term against a queue of 6 slots that holds a copy of every second sample."""
+    queue = normalize(examples.logits(3, 6, student.shape[1]).to(student.dtype))
+    index = torch.arange(len(student))
+    return instance_loss(student, teacher, index, queue, 2 * torch.arange(6), torch.tensor(filled), temperature=0.2)
+
+
+ON_PROBABILITIES: dict[str, Loss] = {
+    "kd": lambda s, t, y: kd_loss(s, t, temperature=4.0),
+    "tckd": lambda s, t, y: tckd_loss(s, t, y, temperature=4.0),
+    "nckd": lambda s, t, y: nckd_loss(s, t, y, temperature=4.0),
+    "dkd": lambda s, t, y: dkd_loss(s, t, y, alpha=1.0, beta=8.0, temperature=0.5),
+    "scd": lambda s, t, y: sample_confidence_loss(s, t, y, temperature=4.0),
+    "mcd": lambda s, t, y: masked_correlation_loss(s, t, y, temperature=4.0),
+    "mcd-g": lambda s, t, y: masked_correlation_loss(s, t, y, temperature=4.0, mask="g"),
+    "rld": lambda s, t, y: rld_loss(s, t, y, alpha=1.0, beta=8.0, temperature=0.5),
+}
+LOSSES: dict[str, Loss] = {
+    **ON_PROBABILITIES,
+    "kd-standardized": lambda s, t, y: kd_loss(standardize(s), standardize(t), temperature=2.0),
+    "rld-standardized": lambda s, t, y: rld_loss(
+        standardize(s), standardize(t), y, alpha=1.0, beta=8.0, temperature=2.0
+    ),
+    "instance": lambda s, t, y: instance(s, t, y, 4),
+    "instance-empty": lambda s, t, y: instance(s, t, y, 0),
+    "sample": lambda s, t, y: sample_loss(s, t, temperature=0.2),
+    "sample-cold": lambda s, t, y: sample_loss(s, t, temperature=0.001),
+    "category": lambda s, t, y: category_loss(s, t, y, temperature=0.2),
+}
+
+
+def certain(target: Tensor, classes: int, margin: float) -> Tensor:
+    """Logits of networks that are sure of ``target``."""
+    return margin * torch.nn.functional.one_hot(target, classes).double()
+
+
+def inputs() -> dict[str, Any]:
+    """(student, teacher, target) of every case, float64."""
+    student, teacher, target = examples.logits(0, 6, 5), examples.logits(1, 6, 5), examples.targets(2, 6, 5)
+    zeros = torch.zeros_like(student)
+    signs = 1e4 * student.sign()
+    return {
+        "plain": (student, teacher, target),
+        "student of 1e4": (signs, teacher, target),
+        "teacher of 1e4": (student, 1e4 * teacher.sign(), target),
+        "both of 1e4": (signs, 1e4 * teacher.sign(), target),
+        "spread over 1e4": (1e4 * student, 1e4 * teacher, target),
+        "zero student": (zeros, teacher, target),
+        "zero teacher": (student, zeros, target),
+        "zero both": (zeros, zeros, target),
+        "equal": (teacher, teacher, target),
+        "teacher certain and right": (student, certain(target, 5, 1e4), target),
+        "teacher certain and wrong": (student, certain((target + 1) % 5, 5, 1e4), target),
+        "student certain and right": (certain(target, 5, 1e4), teacher, target),
+        "student certain and wrong": (certain((target + 1) % 5, 5, 1e4), teacher, target),
+        "both certain, of different classes": (certain((target + 1) % 5, 5, 1e4), certain(target, 5, 1e4), target),
+        "every class masked": (student, -certain(target, 5, 3.0), target),
+        "no positive pair": (student[:5], teacher[:5], torch.arange(5)),
+        "one class in the batch": (student, teacher, torch.zeros_like(target)),
+        "batch of 1": (student[:1], teacher[:1], target[:1]),
+        "2 classes": (student[:, :2], teacher[:, :2], target % 2),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("case", inputs())
+@pytest.mark.parametrize("loss", LOSSES)
+def test_value_and_gradient_are_finite(loss, case, dtype):
+    student, teacher, target = inputs()[case]
+    student = student.to(dtype).requires_grad_()
+    value = LOSSES[loss](student, teacher.to(dtype), target)
+    value.backward()
+    assert value.dtype == dtype
+    assert value.shape == ()
+    assert value.isfinite()
+    assert student.grad.isfinite().all()
+    assert value >= -1e-5  # a divergence or a cross-entropy
+
+
+@pytest.mark.parametrize("loss", ON_PROBABILITIES)
+def test_a_shift_of_all_logits_changes_nothing(loss):
+    student, teacher, target = inputs()["plain"]
+    shifts = examples.logits(4, 6, 1, 10.0), examples.logits(5, 6, 1, 10.0)
+    moved = ON_PROBABILITIES[loss](student + shifts[0], teacher + shifts[1], target)
+    torch.testing.assert_close(moved, ON_PROBABILITIES[loss](student, teacher, target), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["kd", "tckd", "nckd", "dkd", "mcd", "mcd-g"])
+def test_is_0_where_student_equals_teacher(loss):
+    _, teacher, target = inputs()["plain"]
+    student = teacher.clone().requires_grad_()
+    value = ON_PROBABILITIES[loss](student, teacher, target)
+    value.backward()
+    assert abs(value.item()) < 1e-12
+    assert student.grad.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("case", ["plain", "every class masked", "2 classes", "batch of 1"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradient_equals_finite_differences(loss, case):
+    student, teacher, target = inputs()[case]
+    student = student.clone().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda z: LOSSES[loss](z, teacher, target), (student,), eps=1e-6, atol=1e-4, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    "loss", [name for name in LOSSES if name != "instance"]
+)  # whose samples are numbered by their place here
+def test_the_order_of_the_batch_does_not_matter(loss):
+    student, teacher, target = inputs()["plain"]
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    shuffled = LOSSES[loss](student[order], teacher[order], target[order])
+    torch.testing.assert_close(shuffled, LOSSES[loss](student, teacher, target), rtol=1e-12, atol=1e-14)
+
+
+def test_standardize_gives_mean_0_and_unbiased_deviation_1():
+    logits = standardize(examples.logits(0, 6, 5))
+    torch.testing.assert_close(logits.mean(dim=1), torch.zeros(6).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(logits.std(dim=1), torch.ones(6).double(), rtol=0, atol=1e-6)
+
+
+def test_standardize_of_a_constant_row_is_0_with_a_finite_gradient():
+    logits = torch.full((2, 5), 3.0, requires_grad=True)
+    standardize(logits).square().sum().backward()
+    assert standardize(logits).abs().max() == 0
+    assert logits.grad.isfinite().all()
