@@ -16,8 +16,8 @@ class RunFailed(UserError):  # noqa: N818  (reads as the sentence it prints)
     exit_code = 1
 
 
-class Stopped(Exception):  # noqa: N818  (not an error: the run was asked to stop, and has saved)
-    """The run stopped on SIGTERM or Ctrl-C after saving its state. Exit code 75 (try again: resume it)."""
+class Stopped(BaseException):
+    """The run was asked to stop; what there was to save is saved. Exit code 75 (try again: resume it)."""
 
     exit_code = 75
 

@@ -17,18 +17,18 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         RunFailed: the disk is full or the folder is not writable; names the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        kept = "; the previous file is kept" if path.exists() else ""
+        kept = "; the previous file is kept" if os.path.exists(path) else ""
         raise RunFailed(f"could not write {path}: {error}{kept}") from error
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             temporary.unlink()
 
 

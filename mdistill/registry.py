@@ -7,6 +7,7 @@ parameters of the next class in its method resolution order.
 
 import importlib
 import inspect
+import json
 import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Generic, TypeVar, get_type_hints
@@ -88,7 +89,8 @@ class Registry(Generic[T]):
             beside: other keys that are legal at the same place, for the suggestion.
 
         Returns:
-            the complete arguments (checked, defaults filled in) and all problems found, one line each.
+            the complete arguments (checked, defaults filled in; one that is not plain data, such as a class, stays the
+            builder's own) and all problems found, one line each.
         """
         parameters = self.arguments(name)
         complete: dict[str, Any] = {}
@@ -101,12 +103,12 @@ class Registry(Generic[T]):
         for key, parameter in parameters.items():
             if key in arguments:
                 try:
-                    complete[key] = _adapter(parameter.annotation).validate_python(arguments[key], strict=True)
+                    complete[key] = _checked(parameter.annotation, arguments[key])
                 except ValidationError as error:
                     problems += [f"{where}{line}" for line in problem_lines(error, key)]
             elif parameter.default is inspect.Parameter.empty:
                 problems.append(f"{where}{key}: missing; {self.kind} {name!r} needs it")
-            else:
+            elif _is_plain(parameter.default):
                 complete[key] = parameter.default
         return complete, problems
 
@@ -139,11 +141,25 @@ def import_submodules(package: str, path: list[str]) -> None:
         importlib.import_module(f"{package}.{module.name}")
 
 
-def _adapter(annotation: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(Any if annotation is inspect.Parameter.empty else annotation, config=_ADAPTER_CONFIG)
+def _checked(annotation: Any, value: Any) -> Any:
+    """``value`` as ``annotation`` wants it: lists may be tuples and text a path, but text is no number, nor is a bool.
+
+    Raises:
+        ValidationError: it is not.
+    """
+    if annotation is inspect.Parameter.empty:
+        return value
+    adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+    return adapter.validate_json(json.dumps(value, default=str), strict=True)
 
 
-_ADAPTER_CONFIG = ConfigDict(arbitrary_types_allowed=True)
+def _is_plain(value: Any) -> bool:
+    """Whether YAML can hold ``value``."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _keyword_parameters(builder: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -20,11 +20,12 @@ def locate(checkpoint: str, root: Path, *, model: str, dataset: str) -> Path:
     for candidate in candidates:
         if candidate.exists():
             return candidate
+    shipped = Path("configs", dataset, "vanilla", f"{model}.yaml")
+    recipe = f"`python tools/train.py --cfg {shipped}`" if shipped.exists() else "a configuration without a teacher"
     raise UserError(
-        f"teacher.checkpoint: no {model} weights at {candidates[0]} (checkpoint root {root}). Either train them:"
-        f" `python tools/train.py --cfg configs/{dataset}/vanilla/{model}.yaml`, then add"
-        f" teacher.checkpoint=runs/{dataset}/vanilla/{model}/seed0; or unpack cifar_teachers.tar from the releases of"
-        f" megvii-research/mdistiller into {root}, whose files load as they are"
+        f"teacher.checkpoint: no {model} weights at {candidates[0]} (checkpoint root {root}). Either train them with"
+        f" {recipe}, then add teacher.checkpoint=runs/{dataset}/vanilla/{model}/seed0; or unpack cifar_teachers.tar"
+        f" from the releases of megvii-research/mdistiller into {root}, whose files load as they are"
     )
 
 
@@ -49,7 +50,7 @@ def verify_top1(
         return None
     try:
         known = dict(json.loads(memory.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):  # not there, or not what was written
         known = {}
     if key not in known:
         known[key] = measure()

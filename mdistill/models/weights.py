@@ -40,7 +40,7 @@ def read_checkpoint(path: Path, role: Role = "student") -> dict[str, Tensor]:
             network; holds NaN or infinite weights.
     """
     file = _file(path)
-    state = _network(_state_dict(_load(file), file), role, file)
+    state = _network(_state_dict(read_file(file), file), role, file)
     broken = _first_non_finite(state)
     if broken:
         raise UserError(f"checkpoint {file}: {broken} holds NaN or infinite values")
@@ -132,7 +132,12 @@ def _existing_file(path: Path) -> Path:
     raise UserError(f"checkpoint {path} does not exist{where}{near}")
 
 
-def _load(file: Path) -> Any:
+def read_file(file: Path) -> Any:
+    """What ``torch.save`` wrote: tensors and plain data, on the CPU; nothing in the file is run.
+
+    Raises:
+        UserError: unreadable, truncated, damaged, or it names code.
+    """
     try:
         with open(file, "rb") as opened:
             head = opened.read(512)

@@ -1,0 +1,72 @@
+"""What the command-line tools share: their common flags, and how errors end a command."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from mdistill.errors import Stopped, UserError
+
+
+def parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser whose ``--help`` shows ``description`` and ``examples`` as written, with the machine flags."""
+    made = argparse.ArgumentParser(
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    machine = made.add_argument_group("machine (does not change results)")
+    machine.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
+    machine.add_argument("--data-root", type=Path, default=Path("data"), help="folder of the data sets (%(default)s)")
+    machine.add_argument("--download", action="store_true", help="fetch the data set if it is not there")
+    return made
+
+
+def run(command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
+    """Run ``command``; a user's mistake or a stop ends as a message and an exit code, without a traceback.
+
+    Returns:
+        0 done, 1 the run failed, 2 bad input, 75 stopped and saved (resume it), 130 interrupted.
+    """
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGTERM, _terminated)  # while training, the engine's own handler is in its place
+        command(arguments)
+        sys.stdout.flush()
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return error.exit_code
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:  # torch's words for memory, on CUDA and on the CPU
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        print(
+            f"error: out of memory, a smaller data.batch_size needs less: {str(error).splitlines()[0]}", file=sys.stderr
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Stopped("SIGTERM: stopped outside training, with nothing to save")

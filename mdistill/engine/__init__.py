@@ -1,0 +1,1 @@
+"""The training engine. It asks a method what it needs and never which one it is."""

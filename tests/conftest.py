@@ -1,0 +1,135 @@
+"""What many tests share: a tiny data set, tiny networks, and the command-line tools as functions."""
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mdistill.data import DATASETS, InMemoryDataset
+from mdistill.models import MODELS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def tiny_arrays(images: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Blurred blobs of one colour a class, with noise: learnable in a few steps."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(images) % classes
+    colours = np.random.default_rng(99).integers(0, 256, (classes, 1, 1, 3))
+    noise = generator.integers(0, 100, (images, 32, 32, 3))
+    return ((colours[labels] * 0.6) + noise).astype(np.uint8), labels
+
+
+@DATASETS.register("tiny")
+def tiny(root: Path, download: bool, *, images: int = 150, classes: int = 10) -> InMemoryDataset:
+    """A data set of the tests; its builder reads nothing."""
+    return InMemoryDataset(
+        tiny_arrays(images, classes),
+        tiny_arrays(60, classes, seed=1),
+        num_classes=classes,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+    )
+
+
+class TinyNet(nn.Module):
+    """Four-by-four pooling, BatchNorm and two linear layers: milliseconds a step, buffers included."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+        self.hidden = nn.Linear(48, width)
+        self.classifier = nn.Linear(width, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.adaptive_avg_pool2d(self.bn(x), 4).flatten(1)
+        return self.classifier(torch.tanh(self.hidden(x)))
+
+
+@MODELS.register("tiny_net")
+def tiny_net(num_classes: int, *, width: int = 16) -> TinyNet:
+    return TinyNet(num_classes, width)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A base configuration on the tiny data set: three epochs of three steps, the last one smaller."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "data: {name: tiny, batch_size: 64, eval_batch_size: 50}\n"
+        "solver: {name: sgd, epochs: 3, lr: 0.05, milestones: [2], gamma: 0.1, momentum: 0.9, weight_decay: 5e-4}\n"
+    )
+    return path
+
+
+@pytest.fixture
+def student_cfg(tmp_path: Path, recipe: Path) -> Path:
+    """The tiny network alone."""
+    path = tmp_path / "alone.yaml"
+    path.write_text(f"base: {recipe.name}\nstudent: {{name: tiny_net}}\ndistiller: {{name: vanilla, ce_weight: 1.0}}\n")
+    return path
+
+
+@pytest.fixture
+def kd_cfg(tmp_path: Path, recipe: Path) -> Path:
+    """The tiny network taught by a wider one, whose run folder is under the checkpoint root."""
+    path = tmp_path / "kd.yaml"
+    path.write_text(
+        f"base: {recipe.name}\n"
+        "teacher: {name: tiny_net, width: 32, checkpoint: teacher.pt}\n"
+        "student: {name: tiny_net}\n"
+        "distiller: {name: kd, ce_weight: 0.1, kd_weight: 0.9, temperature: 4.0}\n"
+    )
+    return path
+
+
+@pytest.fixture
+def teacher_file(tmp_path: Path) -> Path:
+    """Weights for the teacher of ``kd_cfg``, in the checkpoint root ``tmp_path``."""
+    torch.manual_seed(5)
+    path = tmp_path / "teacher.pt"
+    torch.save({"model": TinyNet(10, 32).state_dict()}, path)
+    return path
+
+
+def load_tool(name: str) -> ModuleType:
+    """A file of ``tools/`` or ``benchmarks/`` as a module."""
+    path = ROOT / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name.replace("/", "_"), path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Callable[..., int]:
+    """``tools/train.py`` in this process: output under tmp_path/runs, checkpoints under tmp_path, on the CPU."""
+    main = load_tool("tools/train").main
+
+    def call(cfg: Path, *words: str) -> int:
+        flags = ["--device", "cpu", "--output", str(tmp_path / "runs"), "--checkpoint-root", str(tmp_path)]
+        return main(["--cfg", str(cfg), *flags, *words])
+
+    return call
+
+
+@pytest.fixture
+def evaluate_tool() -> Callable[[Sequence[str]], int]:
+    """``tools/eval.py`` in this process."""
+    return load_tool("tools/eval").main

@@ -1,0 +1,147 @@
+"""Schedule, metrics, solver and evaluation, each against plain arithmetic."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mdistill.data import DATASETS
+from mdistill.distillers import StepOutput
+from mdistill.engine.evaluate import evaluate
+from mdistill.engine.metrics import EpochSums, NonFiniteLoss
+from mdistill.engine.schedule import learning_rate
+from mdistill.engine.solver import SGD
+
+CPU = torch.device("cpu")
+
+
+def test_the_rate_drops_after_its_milestones() -> None:
+    """The published recipe: 0.05 up to and with epoch 150, a tenth of it from 151 on."""
+    at = {
+        epoch: learning_rate(epoch, lr=0.05, milestones=(150, 180, 210), gamma=0.1)
+        for epoch in (1, 150, 151, 180, 181, 210, 211, 240)
+    }
+    expected = {1: 0.05, 150: 0.05, 151: 0.005, 180: 0.005, 181: 5e-4, 210: 5e-4, 211: 5e-5, 240: 5e-5}
+    assert at == pytest.approx(expected)
+    assert learning_rate(7, lr=0.3, milestones=(), gamma=0.1) == 0.3
+
+
+def output(logits: torch.Tensor, **terms: float) -> StepOutput:
+    values = {name: torch.tensor(value) for name, value in terms.items()}
+    ce = {name: value for name, value in values.items() if name == "ce"}
+    return StepOutput(logits=logits, task=ce, distillation={k: v for k, v in values.items() if k not in ce})
+
+
+def test_sums_weigh_steps_by_their_images() -> None:
+    """Steps of 4 and 2 images: ce (4*1 + 2*4)/6 = 2, kd (4*0.5 + 2*2)/6 = 1, 3 of 6 right."""
+    sums = EpochSums(CPU)
+    sums.update(output(torch.eye(4), ce=1.0, kd=0.5), torch.tensor([0, 1, 0, 0]))
+    sums.update(output(torch.eye(2), ce=4.0, kd=2.0), torch.tensor([0, 0]))
+    result = sums.read(epoch=1)
+    assert result.terms == pytest.approx({"ce": 2.0, "kd": 1.0})
+    assert result.loss == pytest.approx(3.0)
+    assert result.top1 == pytest.approx(50.0)
+    assert result.images == 6
+
+
+def test_sums_go_on_from_their_state() -> None:
+    whole, half = EpochSums(CPU), EpochSums(CPU)
+    for step in range(4):
+        if step == 2:
+            state, half = half.state_dict(), EpochSums(CPU)
+            half.load_state_dict(state)
+        for sums in (whole, half):
+            sums.update(output(torch.eye(3), ce=0.1 * step), torch.tensor([0, 1, step % 3]))
+    assert whole.read(1) == half.read(1)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_the_first_non_finite_term_and_step_are_named(bad: float) -> None:
+    sums = EpochSums(CPU)
+    for ce, kd in ((1.0, 1.0), (1.0, bad), (bad, 1.0), (1.0, 1.0)):
+        sums.update(output(torch.eye(2), ce=ce, kd=kd), torch.tensor([0, 1]))
+    with pytest.raises(NonFiniteLoss, match="loss term 'kd' is not finite from step 2 of epoch 7 on"):
+        sums.read(epoch=7)
+
+
+def test_sgd_equals_the_textbook_update_over_20_steps() -> None:
+    """v = m v + (g + wd w); w = w - lr v, written out, in float64, with a rate that changes."""
+    weight = nn.Parameter(torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64))
+    solver = SGD([{"params": [weight]}], momentum=0.9, weight_decay=5e-4)
+    by_hand, velocity = weight.detach().clone(), torch.zeros(3, dtype=torch.float64)
+    target = torch.tensor([0.5, 0.5, -1.0], dtype=torch.float64)
+    for step in range(20):
+        lr = 0.1 if step < 10 else 0.01
+        solver.set_lr(lr)
+        solver.step(
+            StepOutput(
+                logits=weight[None],
+                task={"a": 0.3 * (weight - target).square().sum()},
+                distillation={"b": (weight * target).sum()},
+            )
+        )
+        gradient = 0.6 * (by_hand - target) + target + 5e-4 * by_hand
+        velocity = 0.9 * velocity + gradient
+        by_hand = by_hand - lr * velocity
+    torch.testing.assert_close(weight.detach(), by_hand, rtol=1e-12, atol=1e-12)
+
+
+def test_solver_state_goes_on_exactly() -> None:
+    def steps(solver: SGD, weight: nn.Parameter, count: int) -> None:
+        for _ in range(count):
+            solver.set_lr(0.1)
+            solver.step(StepOutput(logits=weight[None], task={"a": weight.square().sum()}))
+
+    weights = [nn.Parameter(torch.tensor([1.0, 2.0])) for _ in range(2)]
+    solvers = [SGD([{"params": [w]}], momentum=0.9, weight_decay=0.0) for w in weights]
+    steps(solvers[0], weights[0], 6)
+    steps(solvers[1], weights[1], 3)
+    fresh = SGD([{"params": [weights[1]]}], momentum=0.9, weight_decay=0.0)
+    fresh.load_state_dict(solvers[1].state_dict())
+    steps(fresh, weights[1], 3)
+    assert torch.equal(weights[0], weights[1])
+
+
+class Scores(nn.Module):
+    """Logits by rule, in the order of the data: a table (N, C) read batch by batch."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        super().__init__()
+        self.table, self.at = table, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.at += len(x)
+        return self.table[self.at - len(x) : self.at]
+
+
+def test_evaluation_counts_ranks_and_the_uneven_last_batch() -> None:
+    data = DATASETS.build("tiny", None, False)
+    targets = torch.cat([target for _, target in data.eval_batches("test", 25)])
+    table = torch.randn(60, 10, generator=torch.Generator().manual_seed(0))
+    result = evaluate(Scores(table), data, "test", batch_size=25)
+    order = table.argsort(dim=1, descending=True)
+    top1 = sum(order[i, 0] == targets[i] for i in range(60)) / 60
+    top5 = sum(targets[i] in order[i, :5] for i in range(60)) / 60
+    loss = sum(-table[i].log_softmax(0)[targets[i]] for i in range(60)) / 60
+    assert result.top1 == pytest.approx(100 * float(top1))
+    assert result.top5 == pytest.approx(100 * float(top5))
+    assert result.loss == pytest.approx(float(loss), rel=1e-6)
+    assert result.images == 60
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_a_network_that_says_nothing_scores_nothing(value: float) -> None:
+    """All classes equal, or NaN: neither is a hit by accident."""
+    data = DATASETS.build("tiny", None, False)
+    result = evaluate(Scores(torch.full((60, 10), value)), data, "test", batch_size=60)
+    assert (result.top1, result.top5) == (0.0, 0.0)
+
+
+def test_evaluation_restores_the_mode_and_changes_nothing() -> None:
+    data = DATASETS.build("tiny", None, False)
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3072, 10)).train()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    evaluate(network, data, "test", batch_size=60)
+    assert network.training
+    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())

@@ -1,0 +1,528 @@
+"""Whole runs: what they write, that they resume exactly, and what they refuse."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mdistill import config
+from mdistill.data import Batch, DataInfo
+from mdistill.distillers import DISTILLERS, Distiller, Needs, Signals
+from mdistill.engine import build, checkpoint, trainer
+from mdistill.engine.progress import StopRequest
+from mdistill.engine.run import RunFolder
+from mdistill.errors import RunFailed, UserError
+from mdistill.models import MODELS
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = {".lock", "config.yaml", "env.json", "last.pt", "metrics.jsonl", "student.pt", "tensorboard"}
+TIMINGS = {"images_per_second", "seconds/train", "seconds/eval"}
+
+
+@DISTILLERS.register("test_noise")
+class Noise(Distiller):
+    """A method with everything that must survive a stop: a parameter, a buffer, a generator, a shared warm-up."""
+
+    needs = Needs(teacher="logits")
+
+    def __init__(self, student: Any, teacher: Any, data: DataInfo, **shared: Any) -> None:
+        super().__init__(student, teacher, data, **shared)
+        self.scale = torch.nn.Parameter(torch.tensor(1.0))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.generators["noise"] = torch.Generator().manual_seed(3)
+
+    def distillation(self, signals: Signals) -> dict[str, torch.Tensor]:
+        noise = torch.rand(signals.teacher_logits.shape, generator=self.generators["noise"])
+        gap = signals.student_logits - self.scale * signals.teacher_logits
+        return {"noise": (noise * gap.square()).mean() + 0.01 * self.steps}
+
+    def after_step(self) -> None:
+        self.steps += 1
+
+
+@pytest.fixture
+def mcld_cfg(kd_cfg: Path) -> Path:
+    """A method with a queue that wraps around within an epoch."""
+    text = kd_cfg.read_text().splitlines()[:-1]
+    path = kd_cfg.with_name("queue.yaml")
+    settings = "ce_weight: 0.5, temperature: 0.2, queue_size: 70, instance: true, sample: true, category: true"
+    path.write_text("\n".join([*text, f"distiller: {{name: mcld, {settings}}}"]) + "\n")
+    return path
+
+
+@pytest.fixture
+def noise_cfg(kd_cfg: Path) -> Path:
+    text = kd_cfg.read_text().splitlines()[:-1]
+    path = kd_cfg.with_name("noise.yaml")
+    path.write_text("\n".join([*text, "distiller: {name: test_noise, ce_weight: 1.0, warmup_epochs: 2}"]) + "\n")
+    return path
+
+
+def run(
+    cfg: Path, output: Path, mode: str = "new", *overrides: str, stop_after: int | None = None, **flags: Any
+) -> list[dict[str, Any]]:
+    """A run in this process; ``stop_after`` sends this process SIGTERM after that many training steps."""
+    settings = config.load(cfg, overrides, **flags)
+    folder = RunFolder(output / settings.run_folder(), mode)  # type: ignore[arg-type]
+    made = build.build(
+        settings, torch.device("cpu"), data_root=cfg.parent, checkpoint_root=cfg.parent, output_root=output
+    )
+    if stop_after is not None:
+        steps, original = [0], made.dataset.train_batch
+
+        def counted(index: torch.Tensor, view: torch.Tensor) -> Batch:
+            steps[0] += 1
+            if steps[0] == stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(index, view)
+
+        made.dataset.train_batch = counted  # type: ignore[method-assign]
+    return trainer.fit(made, settings, folder)
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    return dict(torch.load(folder / "last.pt", weights_only=True))
+
+
+def assert_same(left: Any, right: Any, place: str = "") -> None:
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), place
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), place
+        for key in left:
+            if key not in TIMINGS | {"seconds"}:
+                assert_same(left[key], right[key], f"{place}.{key}")
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right), place
+        for number, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_same(a, b, f"{place}[{number}]")
+    else:
+        assert left == right, place
+
+
+def only_folder(root: Path) -> Path:
+    (found,) = root.rglob("config.yaml")
+    return found.parent
+
+
+def test_a_run_writes_what_it_says(kd_cfg: Path, teacher_file: Path, tmp_path: Path) -> None:
+    metrics = run(kd_cfg, tmp_path / "runs")
+    folder = tmp_path / "runs" / "tiny" / "kd" / "tiny_net_tiny_net" / "seed0"
+    assert {entry.name for entry in folder.iterdir()} == FILES
+    assert [line["epoch"] for line in metrics] == [1, 2, 3]
+    assert metrics == [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    keys = {"lr", "train/loss", "train/loss_ce", "train/loss_kd", "train/top1", "test/top1", "test/top5", "test/loss"}
+    assert set(metrics[0]) == keys | TIMINGS | {"epoch", "best/epoch", "best/top1"}
+    assert [line["lr"] for line in metrics] == pytest.approx([0.05, 0.05, 0.005])
+    assert all(line["train/loss"] == pytest.approx(line["train/loss_ce"] + line["train/loss_kd"]) for line in metrics)
+    assert metrics[-1]["train/loss"] < metrics[0]["train/loss"]
+    best = max(metrics, key=lambda line: line["test/top1"])
+    assert (metrics[-1]["best/top1"], metrics[-1]["best/epoch"]) == (best["test/top1"], best["epoch"])
+    assert config.load(folder / "config.yaml") == config.load(kd_cfg)
+    (session,) = json.loads((folder / "env.json").read_text())["sessions"]
+    assert session["versions"]["torch"] == torch.__version__
+    assert session["teacher"]["path"] == str(teacher_file)
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("test/top1")] == [1, 2, 3]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([m["train/loss"] for m in metrics])
+
+
+def test_the_checkpoint_never_holds_the_teacher(kd_cfg: Path, teacher_file: Path, tmp_path: Path) -> None:
+    run(kd_cfg, tmp_path / "runs", "new", "solver.epochs=1")
+    folder = only_folder(tmp_path / "runs")
+    state = state_of(folder)
+    assert state["model"]
+    assert all(key.startswith("student.") for key in state["model"])
+    student = torch.load(folder / "student.pt", weights_only=True)
+    assert list(student) == ["model"]
+    assert_same(student["model"], {key.removeprefix("student."): value for key, value in state["model"].items()})
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("method", ["mcld", "noise"])
+def test_a_stopped_and_resumed_run_equals_an_unbroken_one(
+    method: str, stop_after: int, request: pytest.FixtureRequest, teacher_file: Path, tmp_path: Path
+) -> None:
+    """Bit for bit: weights, momentum, queue, generators, sums and metrics; stops within and between epochs."""
+    cfg = request.getfixturevalue(f"{method}_cfg")
+    run(cfg, tmp_path / "whole")
+    with pytest.raises(trainer.Stopped, match=r"SIGTERM: stopped after .* go on with --resume"):
+        run(cfg, tmp_path / "parts", stop_after=stop_after)
+    stopped = state_of(only_folder(tmp_path / "parts"))["progress"]
+    assert (stopped["epoch"], stopped["step"]) == (stop_after // 3 + 1, stop_after % 3)
+    run(cfg, tmp_path / "parts", "resume")
+    whole, parts = only_folder(tmp_path / "whole"), only_folder(tmp_path / "parts")
+    assert_same(state_of(whole), state_of(parts))
+    lines = [[json.loads(line) for line in (at / "metrics.jsonl").read_text().splitlines()] for at in (whole, parts)]
+    assert_same(*lines)
+    assert len(json.loads((parts / "env.json").read_text())["sessions"]) == 2
+
+
+def test_method_state_does_change_and_is_saved(mcld_cfg: Path, teacher_file: Path, tmp_path: Path) -> None:
+    run(mcld_cfg, tmp_path / "runs", "new", "solver.epochs=1")
+    model = state_of(only_folder(tmp_path / "runs"))["model"]
+    assert model["queue.filled"] == 70
+    assert model["queue.pointer"] == 150 % 70
+
+
+def test_resume_starts_fresh_where_nothing_is(student_cfg: Path, tmp_path: Path) -> None:
+    assert len(run(student_cfg, tmp_path / "runs", "resume")) == 3
+
+
+def test_resume_of_a_complete_run_changes_nothing(
+    student_cfg: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run(student_cfg, tmp_path / "runs")
+    (only_folder(tmp_path / "runs") / "student.pt").unlink()  # as a kill just after last.pt would leave it
+    assert run(student_cfg, tmp_path / "runs", "resume") == first
+    assert "is complete: 3 of 3 epochs" in capsys.readouterr().out
+    assert (only_folder(tmp_path / "runs") / "student.pt").exists()
+
+
+def test_epochs_may_grow(student_cfg: Path, tmp_path: Path) -> None:
+    run(student_cfg, tmp_path / "runs", "new", "solver.epochs=2")
+    grown = run(student_cfg, tmp_path / "runs", "resume", "solver.epochs=3")
+    assert [line["epoch"] for line in grown] == [1, 2, 3]
+    with pytest.raises(UserError, match=r"solver.epochs: was 3, now 1"):
+        run(student_cfg, tmp_path / "runs", "resume", "solver.epochs=1")
+
+
+def test_resume_refuses_a_changed_configuration(kd_cfg: Path, teacher_file: Path, tmp_path: Path) -> None:
+    run(kd_cfg, tmp_path / "runs", "new", "solver.epochs=1")
+    before = state_of(only_folder(tmp_path / "runs"))
+    kd_cfg.write_text(kd_cfg.read_text().replace("temperature: 4.0", "temperature: 2.0"))
+    pattern = r"last.pt: cannot resume with another configuration \(distiller.temperature: was 4.0, now 2.0\)"
+    with pytest.raises(UserError, match=pattern):
+        run(kd_cfg, tmp_path / "runs", "resume")
+    assert_same(before, state_of(only_folder(tmp_path / "runs")))
+
+
+def test_resume_refuses_another_teacher(kd_cfg: Path, teacher_file: Path, tmp_path: Path) -> None:
+    run(kd_cfg, tmp_path / "runs", "new", "solver.epochs=1")
+    weights = torch.load(teacher_file, weights_only=True)
+    weights["model"]["hidden.bias"] += 1
+    torch.save(weights, teacher_file)
+    with pytest.raises(
+        UserError, match=r"cannot resume with another teacher: its fingerprint was \w{12}, it is now \w{12}"
+    ):
+        run(kd_cfg, tmp_path / "runs", "resume", "solver.epochs=2")
+
+
+def test_a_taken_folder_is_never_overwritten_silently(student_cfg: Path, tmp_path: Path) -> None:
+    run(student_cfg, tmp_path / "runs", "new", "solver.epochs=1")
+    folder = only_folder(tmp_path / "runs")
+    before = (folder / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match=r"already holds a run with 1 epochs done: continue it with --resume, replace"):
+        run(student_cfg, tmp_path / "runs")
+    assert (folder / "metrics.jsonl").read_text() == before
+    (folder / "notes.txt").write_text("mine")
+    run(student_cfg, tmp_path / "runs", "overwrite", "solver.epochs=2")
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_two_processes_cannot_share_a_folder(student_cfg: Path, tmp_path: Path) -> None:
+    run(student_cfg, tmp_path / "runs", "new", "solver.epochs=1")
+    folder = only_folder(tmp_path / "runs")
+    other = RunFolder(folder, "resume")
+    other.acquire()
+    with pytest.raises(UserError, match="is in use by another running process"):
+        run(student_cfg, tmp_path / "runs", "resume", "solver.epochs=2")
+    other.close()
+    assert len(run(student_cfg, tmp_path / "runs", "resume", "solver.epochs=2")) == 2
+
+
+def test_metrics_past_the_checkpoint_are_cut_back(student_cfg: Path, tmp_path: Path) -> None:
+    """A kill between the metrics line and the checkpoint: the epoch runs again and is logged once."""
+    run(student_cfg, tmp_path / "whole")
+    run(student_cfg, tmp_path / "runs", "new", "solver.epochs=2")
+    folder = only_folder(tmp_path / "runs")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 3, "test/top1": 99.0}\n{"epoch": 4, "tes')
+    metrics = run(student_cfg, tmp_path / "runs", "resume")
+    assert_same(metrics, [json.loads(x) for x in (only_folder(tmp_path / "whole") / "metrics.jsonl").open()])
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("test/top1")] == [1, 2, 3]
+
+
+def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(student_cfg: Path, tmp_path: Path) -> None:
+    run(student_cfg, tmp_path / "runs", "new", "solver.epochs=1")
+    folder = only_folder(tmp_path / "runs")
+    before = (folder / "last.pt").read_bytes()
+    settings = config.load(student_cfg)
+    made = build.build(
+        settings, torch.device("cpu"), data_root=tmp_path, checkpoint_root=tmp_path, output_root=tmp_path / "runs"
+    )
+    original, calls = made.dataset.train_batch, [0]
+
+    def poisoned(index: torch.Tensor, view: torch.Tensor) -> Batch:
+        calls[0] += 1
+        batch = original(index, view)
+        return Batch(batch.image * float("nan"), batch.target, index, view) if calls[0] == 2 else batch
+
+    made.dataset.train_batch = poisoned  # type: ignore[method-assign]
+    pattern = r"loss term 'ce' is not finite from step 2 of epoch 2 on; .*last.pt keeps the state before this epoch"
+    with pytest.raises(RunFailed, match=pattern):
+        trainer.fit(made, settings, RunFolder(folder, "resume"))
+    assert (folder / "last.pt").read_bytes() == before
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_non_finite_state_is_never_saved(student_cfg: Path, tmp_path: Path) -> None:
+    run(student_cfg, tmp_path / "runs", "new", "solver.epochs=1")
+    path = only_folder(tmp_path / "runs") / "last.pt"
+    before = path.read_bytes()
+    settings = config.load(student_cfg)
+    made = build.build(
+        settings, torch.device("cpu"), data_root=tmp_path, checkpoint_root=tmp_path, output_root=tmp_path / "runs"
+    )
+    with torch.no_grad():
+        made.distiller.student.hidden.bias[0] = float("inf")  # type: ignore[union-attr, operator]
+    progress = checkpoint.Progress(trainer.EpochSums(made.device))
+    with pytest.raises(RunFailed, match=r"state is not finite, nothing is saved: model.student.hidden.bias and 0 more"):
+        checkpoint.save(path, made.distiller, made.solver, progress, config=settings, fingerprints={})
+    assert path.read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_one_line(student_cfg: Path, tmp_path: Path) -> None:
+    run(student_cfg, tmp_path / "runs", "new", "solver.epochs=1")
+    path = only_folder(tmp_path / "runs") / "last.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"last.pt is truncated: its 1,000 bytes") as caught:
+        run(student_cfg, tmp_path / "runs", "resume", "solver.epochs=2")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_seed_fixes_the_student_whatever_the_method(
+    student_cfg: Path, kd_cfg: Path, mcld_cfg: Path, teacher_file: Path
+) -> None:
+    info = DataInfo(num_classes=10, num_samples=150, image_size=32, num_views=162, batch_size=64)
+    made = [build.build_distiller(config.load(cfg), info).student for cfg in (student_cfg, kd_cfg, mcld_cfg)]
+    torch.manual_seed(99)
+    made.append(build.build_distiller(config.load(student_cfg), info).student)
+    for other in made[1:]:
+        assert_same(made[0].state_dict(), other.state_dict())
+    different = build.build_distiller(config.load(student_cfg, seed=1), info).student
+    assert not torch.equal(made[0].hidden.weight, different.hidden.weight)  # type: ignore[union-attr, arg-type]
+
+
+def test_nothing_reads_the_global_generators(kd_cfg: Path, teacher_file: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    first = run(kd_cfg, tmp_path / "a")
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    assert_same(first, run(kd_cfg, tmp_path / "b"))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_holdout_is_evaluated_and_never_trained_on(student_cfg: Path, tmp_path: Path) -> None:
+    metrics = run(student_cfg, tmp_path / "runs", "new", "data.holdout=30")
+    assert {"val/top1", "val/top5", "val/loss", "test/top1"} <= set(metrics[0])
+    best = max(metrics, key=lambda line: line["val/top1"])
+    assert metrics[-1]["best/epoch"] == best["epoch"]
+    settings = config.load(student_cfg, ["data.holdout=30"])
+    data = build.build_dataset(settings, data_root=tmp_path, download=False)
+    assert data.num_samples == 120
+    assert data.splits == ("val", "test")
+
+
+def start(cfg: Path, tmp_path: Path, *words: str) -> subprocess.Popen[str]:
+    flags = ["--device", "cpu", "--output", str(tmp_path / "runs"), "--checkpoint-root", str(tmp_path)]
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "train.py"), "--cfg", str(cfg), *flags, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.fixture
+def cli_cfg(tmp_path: Path) -> Path:
+    """A real network on the embedded data set, small: for runs in a process of their own."""
+    path = tmp_path / "cli.yaml"
+    sizes = "superclasses: 2, fine_classes: 2, train_images: 256, test_images: 64"
+    path.write_text(
+        f"data: {{name: synthetic, batch_size: 32, {sizes}}}\n"
+        "student: {name: resnet8}\n"
+        "distiller: {name: vanilla, ce_weight: 1.0}\n"
+        "solver: {name: sgd, epochs: 2, lr: 0.05, milestones: [], gamma: 0.1, momentum: 0.9, weight_decay: 5e-4}\n"
+    )
+    return path
+
+
+def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} never came: {process.stderr.read() if process.stderr else ''}")
+
+
+def test_command_line_run_is_stopped_killed_and_resumed(cli_cfg: Path, tmp_path: Path) -> None:
+    """SIGTERM exits with 75; kill -9 costs at most the running epoch; the end equals an unbroken run."""
+    unbroken = start(cli_cfg, tmp_path / ".", "--seed", "1", "solver.epochs=4")
+    out, err = unbroken.communicate(timeout=120)
+    assert unbroken.returncode == 0, err
+    assert len([line for line in out.splitlines() if line.startswith("epoch ")]) == 4
+    whole = only_folder(tmp_path / "runs")
+    whole.rename(tmp_path / "whole")
+
+    killed = start(cli_cfg, tmp_path, "--seed", "1", "solver.epochs=4")
+    wait_for_line(killed, "epoch 1/4")
+    killed.kill()
+    killed.communicate(timeout=60)
+    folder = only_folder(tmp_path / "runs")
+    assert state_of(folder)["progress"]["epoch"] >= 2
+
+    stopped = start(cli_cfg, tmp_path, "--seed", "1", "solver.epochs=4", "--resume")
+    wait_for_line(stopped, "resuming")
+    stopped.send_signal(signal.SIGTERM)
+    _, err = stopped.communicate(timeout=60)
+    assert stopped.returncode == 75, err
+    assert "go on with --resume" in err
+    assert "Traceback" not in err
+
+    last = start(cli_cfg, tmp_path, "--seed", "1", "solver.epochs=4", "--resume")
+    _, err = last.communicate(timeout=120)
+    assert last.returncode == 0, err
+    assert_same(state_of(tmp_path / "whole"), state_of(folder))
+
+
+def test_disk_full_while_saving_keeps_the_old_checkpoint(student_cfg: Path, tmp_path: Path) -> None:
+    """A file that may not grow is a disk that is full: the same write fails, in the same place."""
+    run(student_cfg, tmp_path / "runs", "new", "solver.epochs=1")
+    folder = only_folder(tmp_path / "runs")
+    before = (folder / "last.pt").read_bytes()
+    assert len(before) > 8192
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        with pytest.raises(RunFailed, match=r"could not write .*last.pt: .*File too large; the previous file is kept"):
+            run(student_cfg, tmp_path / "runs", "resume", "solver.epochs=2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (folder / "last.pt").read_bytes() == before
+    assert not list(folder.glob(".*.tmp"))
+    assert len(run(student_cfg, tmp_path / "runs", "resume", "solver.epochs=2")) == 2
+
+
+def test_resume_refuses_a_run_whose_checkpoint_is_gone(student_cfg: Path, tmp_path: Path) -> None:
+    run(student_cfg, tmp_path / "runs", "new", "solver.epochs=1")
+    folder = only_folder(tmp_path / "runs")
+    (folder / "last.pt").unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match=r"holds a run with 1 epochs done but no last.pt to resume from"):
+        run(student_cfg, tmp_path / "runs", "resume", "solver.epochs=2")
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_resume_starts_fresh_after_a_kill_in_the_first_epoch(student_cfg: Path, tmp_path: Path) -> None:
+    settings = config.load(student_cfg)
+    folder = RunFolder(tmp_path / "runs" / settings.run_folder(), "new")
+    folder.acquire()
+    folder.prepare(settings.to_yaml(), {}, epochs_done=0)
+    folder.close()
+    (folder.path / ".last.pt.1.tmp").write_text("half")
+    assert len(run(student_cfg, tmp_path / "runs", "resume")) == 3
+    assert not (folder.path / ".last.pt.1.tmp").exists()
+
+
+def test_resume_refuses_lost_metrics(student_cfg: Path, tmp_path: Path) -> None:
+    run(student_cfg, tmp_path / "runs", "new", "solver.epochs=2")
+    metrics = only_folder(tmp_path / "runs") / "metrics.jsonl"
+    metrics.write_bytes(b"\xff\xfe\n[1]\n" + metrics.read_bytes().splitlines()[1] + b"\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl: 2 epochs are done, but it holds 1 of their lines"):
+        run(student_cfg, tmp_path / "runs", "resume")
+
+
+def test_a_folder_filled_meanwhile_is_not_cleared(student_cfg: Path, tmp_path: Path) -> None:
+    """Two jobs of the same run: the slower one finds the folder empty, loads its data, and then finds it taken."""
+    late = RunFolder(tmp_path / "runs" / config.load(student_cfg).run_folder(), "new")
+    run(student_cfg, tmp_path / "runs", "new", "solver.epochs=1")
+    with pytest.raises(UserError, match="already holds a run"):
+        late.acquire()
+    late.close()
+    assert (late.path / "last.pt").exists()
+
+
+def test_resume_refuses_other_data(student_cfg: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(student_cfg, tmp_path / "runs", "new", "solver.epochs=1")
+    monkeypatch.setattr("mdistill.data.InMemoryDataset.fingerprint", lambda self: "0" * 64)
+    with pytest.raises(
+        UserError, match=r"cannot resume with another data: its fingerprint was \w{12}, it is now 0{12}"
+    ):
+        run(student_cfg, tmp_path / "runs", "resume", "solver.epochs=2")
+
+
+def test_a_flipped_bit_in_the_checkpoint_is_found(student_cfg: Path, tmp_path: Path) -> None:
+    run(student_cfg, tmp_path / "runs", "new", "solver.epochs=1")
+    path = only_folder(tmp_path / "runs") / "last.pt"
+    bytes_of_weights = state_of(path.parent)["model"]["student.hidden.weight"].numpy().tobytes()
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes_of_weights) + 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"last.pt is damaged: the checksum of"):
+        run(student_cfg, tmp_path / "runs", "resume", "solver.epochs=2")
+
+
+def test_other_things_are_no_training_state(student_cfg: Path, tmp_path: Path) -> None:
+    run(student_cfg, tmp_path / "runs", "new", "solver.epochs=1")
+    path = only_folder(tmp_path / "runs") / "last.pt"
+    for content in ({"format": 1, "config": {}}, [1], {"format": 2}):
+        torch.save(content, path)
+        with pytest.raises(UserError, match=r"not a training state in format 1"):
+            run(student_cfg, tmp_path / "runs", "resume", "solver.epochs=2")
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_does_not_lose_the_save(second: signal.Signals) -> None:
+    with StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.signal == "SIGINT"
+        os.kill(os.getpid(), second)
+        assert request.signal == "SIGINT"
+
+
+def test_a_late_second_ctrl_c_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+    with StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr(request, "_asked", request._asked - 1.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_builder_may_take_tuples_and_classes(student_cfg: Path, tmp_path: Path) -> None:
+    """What a configuration cannot hold stays the builder's default; what it can reads back as it was."""
+    if "flexible_net" not in MODELS.names():
+
+        @MODELS.register("flexible_net")
+        def flexible_net(
+            num_classes: int, *, widths: tuple[int, ...] = (16,), act: type[torch.nn.Module] = torch.nn.ReLU
+        ) -> torch.nn.Module:
+            layers = [
+                torch.nn.Flatten(),
+                torch.nn.Linear(3072, widths[0]),
+                act(),
+                torch.nn.Linear(widths[0], num_classes),
+            ]
+            return torch.nn.Sequential(*layers)
+
+    student_cfg.write_text(student_cfg.read_text().replace("tiny_net", "flexible_net"))
+    run(student_cfg, tmp_path / "runs", "new", "student.widths=[8]", "solver.epochs=1")
+    folder = only_folder(tmp_path / "runs")
+    assert folder.parent.name == "widths=8"
+    assert config.load(folder / "config.yaml").student.arguments == {"widths": (8,)}
+    run(student_cfg, tmp_path / "default", "new", "solver.epochs=1")
+    again = config.load(only_folder(tmp_path / "default") / "config.yaml")
+    assert again == config.load(student_cfg, ["solver.epochs=1"])
