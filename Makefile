@@ -1,6 +1,10 @@
 # make quickstart   set up and run the main job on the embedded data set (no GPU, no downloads of data)
 # make test         set up and run every test
 # make lint         set up, then ruff and mypy
+# make setup        only set up: .venv with everything in it
+# make format       let ruff format and mend what it can
+# make bench        time a training step against the loop in common use (8 minutes)
+# make clean        remove what setup made
 
 PYTHON ?= python3
 VENV := .venv

@@ -25,6 +25,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/embedded"), help="folder of the runs (%(default)s)")
     args = parser.parse_args()
+    if args.seeds < 2:
+        parser.error(f"--seeds: a comparison needs at least 2, found {args.seeds}")
     for seed in range(args.seeds):
         subprocess.run([sys.executable, str(QUICKSTART), "--output", str(args.output), "--seed", str(seed)], check=True)
     results: dict[str, dict[int, float]] = defaultdict(dict)

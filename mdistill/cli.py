@@ -7,18 +7,29 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import torch
 
-from mdistill.errors import Stopped, UserError
+from mdistill.errors import Stopped, UserError, suggestion
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, with the nearest flag."""
+
+    def error(self, message: str) -> NoReturn:
+        near = ""
+        if message.startswith("unrecognized arguments:"):
+            near = suggestion(message.split()[2].split("=")[0], self._option_string_actions)
+        self.exit(2, f"error: {message}{near} (see --help)\n")
 
 
 def parser(description: str, examples: str) -> argparse.ArgumentParser:
     """A parser whose ``--help`` shows ``description`` and ``examples`` as written, with the machine flags."""
-    made = argparse.ArgumentParser(
+    made = _Parser(
         description=description,
         epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=120),
         allow_abbrev=False,
     )
     machine = made.add_argument_group("machine (does not change results)")

@@ -53,10 +53,6 @@ class Registry(Generic[T]):
         """The canonical names, sorted."""
         return sorted(self._builders)
 
-    def aliases(self) -> dict[str, str]:
-        """Every accepted name that is not canonical, with the name that it stands for."""
-        return {alias: name for alias, name in self._canonical.items() if alias != name}
-
     def canonical(self, name: str, where: str = "") -> str:
         """The canonical form of ``name``.
 

@@ -106,7 +106,7 @@ def teacher_file(tmp_path: Path) -> Path:
 
 
 def load_tool(name: str) -> ModuleType:
-    """A file of ``tools/`` or ``benchmarks/`` as a module."""
+    """A file of ``tools/`` as a module."""
     path = ROOT / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name.replace("/", "_"), path)
     assert spec is not None

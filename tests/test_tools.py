@@ -14,6 +14,8 @@ import yaml
 
 from mdistill.models import MODELS
 
+from .conftest import load_tool
+
 ROOT = Path(__file__).resolve().parents[1]
 Train = Callable[..., int]
 Evaluate = Callable[[Sequence[str]], int]
@@ -35,6 +37,23 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], train: Train) -> None:
     text = capsys.readouterr().out
     for word in ("--resume", "--overwrite", "--dry-run", "examples:", "exit codes:", "solver.lr=0.1", "student.pt"):
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        (["--overwite"], "error: unrecognized arguments: --overwite; did you mean '--overwrite'? (see --help)"),
+        (["--seed", "abc"], "error: argument --seed: invalid int value: 'abc' (see --help)"),
+        (["--resume", "--overwrite"], "error: argument --overwrite: not allowed with argument --resume (see --help)"),
+    ],
+)
+def test_flags_are_refused_in_one_line(
+    words: list[str], pattern: str, capsys: pytest.CaptureFixture[str], train: Train, student_cfg: Path
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        train(student_cfg, *words)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == pattern + "\n"
 
 
 def test_print_config_is_complete_and_writes_nothing(
@@ -81,6 +100,59 @@ def test_trains_and_evaluates_a_run_folder_and_its_files(
     assert "tiny_net  test (60 images)  top-1" in capsys.readouterr().out
 
 
+def test_a_loss_without_cross_entropy_is_labelled(
+    capsys: pytest.CaptureFixture[str],
+    train: Train,
+    evaluate_tool: Evaluate,
+    kd_cfg: Path,
+    teacher_file: Path,
+    tmp_path: Path,
+) -> None:
+    assert train(kd_cfg, "distiller.ce_weight=0", "solver.epochs=1") == 0
+    assert "loss: trained without cross-entropy" in capsys.readouterr().out
+    folder = tmp_path / "runs/tiny/kd/tiny_net_tiny_net/ce_weight=0/seed0"
+    assert "not comparable" in json.loads((folder / "env.json").read_text())["sessions"][0]["loss"]
+    assert evaluate_tool([str(folder), "--device", "cpu"]) == 0
+    assert "note: trained without cross-entropy" in capsys.readouterr().out
+    assert evaluate_tool([str(folder), "--device", "cpu", "--json"]) == 0
+    assert "not comparable" in json.loads(capsys.readouterr().out)["note"]
+
+
+def test_quickstart_ends_with_a_table_and_a_picture_and_repeats_nothing(
+    capsys: pytest.CaptureFixture[str], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = tmp_path / "configs" / "quickstart"
+    texts = {
+        "vanilla/wide.yaml": "student: {name: tiny_net, width: 32}\ndistiller: {name: vanilla, ce_weight: 1.0}\n"
+        "variant: wide\n",
+        "vanilla/alone.yaml": "student: {name: other_net}\ndistiller: {name: vanilla, ce_weight: 1.0}\n",
+        "kd/pair.yaml": "teacher: {name: tiny_net, width: 32, checkpoint: tiny/vanilla/tiny_net/wide/seed0}\n"
+        "student: {name: other_net}\ndistiller: {name: kd, ce_weight: 0.5, kd_weight: 0.5, temperature: 2}\n",
+    }
+    for name, text in texts.items():
+        (configs / name).parent.mkdir(parents=True, exist_ok=True)
+        (configs / name).write_text(f"base: ../_recipe.yaml\n{text}")
+    (configs / "_recipe.yaml").write_text(recipe.read_text())
+    if "other_net" not in MODELS.names():
+        MODELS.register("other_net")(lambda num_classes: MODELS.build("tiny_net", num_classes))
+    tool = load_tool("tools/quickstart")
+    monkeypatch.setattr(tool, "CONFIGS", configs)
+    output = tmp_path / "out"
+    assert tool.main(["--output", str(output), "--device", "cpu", "--seed", "1"]) == 0
+    first = capsys.readouterr().out
+    table = first[first.index("run  ") :].splitlines()
+    assert table[0].split() == ["run", "parameters", "top-1", "top-5", "seconds"]
+    assert [line.split("  ")[0] for line in table[2:5]] == ["tiny_net", "other_net", "other_net + kd"]
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "what to try next:" in first
+    assert (output / "tiny/vanilla/tiny_net/wide/seed0/student.pt").exists()
+    assert (output / "tiny/kd/tiny_net_other_net/seed1/student.pt").exists()
+    assert tool.main(["--output", str(output), "--device", "cpu", "--seed", "1"]) == 0
+    again = capsys.readouterr().out
+    assert again.count("is complete: 3 of 3 epochs") == 3
+    assert again[again.index("run  ") :].splitlines()[:5] == table[:5]
+
+
 def test_evaluates_a_published_checkpoint(
     capsys: pytest.CaptureFixture[str], evaluate_tool: Evaluate, tmp_path: Path
 ) -> None:
@@ -119,6 +191,9 @@ def test_missing_teacher_says_both_ways_to_get_one(
     assert f"no resnet32x4 weights at {tmp_path}/cifar_teachers/resnet32x4_vanilla/ckpt_epoch_240.pth" in line
     assert "`python tools/train.py --cfg configs/cifar100/vanilla/resnet32x4.yaml`" in line
     assert "cifar_teachers.tar from the releases of megvii-research/mdistiller" in line
+    line = refused(capsys, train(Path("configs/quickstart/kd/vgg8_res8.yaml")))
+    assert "`python tools/train.py --cfg configs/quickstart/vanilla/vgg8.yaml`" in line
+    assert "cifar_teachers.tar" not in line
     assert not (tmp_path / "runs").exists()
 
 
@@ -202,6 +277,28 @@ def test_bad_input_is_one_line(
 def test_cuda_without_a_device(capsys: pytest.CaptureFixture[str], train: Train, student_cfg: Path) -> None:
     line = refused(capsys, train(student_cfg, "--device", "cuda"))
     assert line == "error: --device: cuda asked for, but this machine has 0 usable CUDA devices; use cpu"
+
+
+def test_a_run_that_is_there_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], train: Train, kd_cfg: Path, teacher_file: Path
+) -> None:
+    assert train(kd_cfg, "solver.epochs=1") == 0
+    capsys.readouterr()
+    assert "already holds a run with 1 epochs done: continue it with --resume" in refused(capsys, train(kd_cfg))
+    kd_cfg.write_text(kd_cfg.read_text().replace("kd_weight: 0.9", "kd_weight: 0.8"))
+    assert "distiller.kd_weight: was 0.9, now 0.8" in refused(capsys, train(kd_cfg, "--resume"))
+    kd_cfg.write_text(kd_cfg.read_text().replace("kd_weight: 0.8", "kd_weight: 0.9"))
+    torch.save({"model": MODELS.build("tiny_net", 10, width=32).state_dict()}, teacher_file)
+    assert "cannot resume with another teacher" in refused(capsys, train(kd_cfg, "--resume"))
+
+
+def test_damaged_data(capsys: pytest.CaptureFixture[str], train: Train, student_cfg: Path, tmp_path: Path) -> None:
+    student_cfg.write_text(student_cfg.read_text() + "data: {name: cifar100}\n")
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for name in ("train", "test", "meta"):
+        (folder / name).write_bytes(b"\x80\x02half")
+    assert str(folder) in refused(capsys, train(student_cfg, "--data-root", str(tmp_path)))
 
 
 def test_sigterm_before_training_is_a_stop(

@@ -5,11 +5,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mdistill import cli, config
 from mdistill.data import DATASETS, Dataset
-from mdistill.engine.build import build_dataset, build_network, pick_device, set_numerics
+from mdistill.engine.build import UNCALIBRATED, build_dataset, build_network, pick_device, set_numerics
 from mdistill.engine.evaluate import evaluate
 from mdistill.engine.run import code_folders
 from mdistill.errors import UserError
@@ -29,7 +30,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.parser(DESCRIPTION, EXAMPLES)
     parser.add_argument("run", type=Path, nargs="?", help="a run folder or a checkpoint in one")
     parser.add_argument("--weights", type=Path, help="a checkpoint that stands alone; needs --model")
-    parser.add_argument("--model", help="the network that --weights belong to")
+    parser.add_argument("--model", help="the network that --weights belong to, with its default settings")
     parser.add_argument("--role", choices=["student", "teacher"], help="whose, if a file has both")
     parser.add_argument("--data", help="the data set for --weights (cifar100)")
     parser.add_argument("--split", default="test", help="test, or val where the run held images out (%(default)s)")
@@ -39,8 +40,19 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(words)
 
 
-def subject(args: argparse.Namespace) -> tuple[str, dict[str, object], Path, Dataset]:
-    """The network's name and arguments, the file of its weights, and the data to test it on."""
+@dataclass
+class Subject:
+    """What is evaluated."""
+
+    name: str
+    arguments: dict[str, object]
+    weights: Path
+    dataset: Dataset
+    note: str | None = None  # what a reader of the numbers must know
+
+
+def subject(args: argparse.Namespace) -> Subject:
+    """Find out what the command line means."""
     if (args.run is None) == (args.weights is None):
         raise UserError("name one thing to evaluate: a run folder, a checkpoint in one, or --model NAME --weights FILE")
     if args.run is None:
@@ -50,7 +62,7 @@ def subject(args: argparse.Namespace) -> tuple[str, dict[str, object], Path, Dat
             config.import_user_module(module, [Path.cwd()])
         set_numerics(config.RunConfig())
         dataset = DATASETS.build(args.data or "cifar100", args.data_root, args.download, where="--data")
-        return args.model, {}, args.weights, dataset
+        return Subject(args.model, {}, args.weights, dataset)
     if args.model is not None or args.role is not None or args.data is not None:
         raise UserError(f"--model, --role and --data go with --weights; {args.run} says itself what it is")
     recorded = (args.run if args.run.is_dir() else args.run.parent) / "config.yaml"
@@ -61,26 +73,30 @@ def subject(args: argparse.Namespace) -> tuple[str, dict[str, object], Path, Dat
     settings = config.load(recorded, imports=args.imports, search=code_folders(recorded.parent))
     set_numerics(settings.run)
     dataset = build_dataset(settings, data_root=args.data_root, download=args.download)
-    return settings.student.name, settings.student.arguments, args.run, dataset
+    note = UNCALIBRATED if settings.distiller.arguments["ce_weight"] == 0 else None
+    return Subject(settings.student.name, settings.student.arguments, args.run, dataset, note)
 
 
 def report(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise UserError(f"--batch-size: should be at least 1, found {args.batch_size}")
     device = pick_device(args.device)
-    name, settings, weights, dataset = subject(args)
-    if args.split not in dataset.splits:
-        raise UserError(f"--split: no split {args.split!r} here (there is: {', '.join(dataset.splits)})")
-    network = build_network("--model", name, settings, dataset.info(args.batch_size), seed=0)
-    load_weights(network, weights, name=name, role=args.role or "student")
-    result = evaluate(network.to(device), dataset.to(device), args.split, batch_size=args.batch_size)
+    it = subject(args)
+    if args.split not in it.dataset.splits:
+        raise UserError(f"--split: no split {args.split!r} here (there is: {', '.join(it.dataset.splits)})")
+    network = build_network("--model", it.name, it.arguments, it.dataset.info(args.batch_size), seed=0)
+    load_weights(network, it.weights, name=it.name, role=args.role or "student")
+    result = evaluate(network.to(device), it.dataset.to(device), args.split, batch_size=args.batch_size)
     if args.json:
-        print(json.dumps({"model": name, "weights": str(weights), "split": args.split, **result.as_dict()}))
+        facts = {"model": it.name, "weights": str(it.weights), "split": args.split, **result.as_dict()}
+        print(json.dumps(facts | ({"note": it.note} if it.note else {})))
         return
     print(
-        f"{name}  {args.split} ({result.images} images)  top-1 {result.top1:.2f}  top-5 {result.top5:.2f}"
+        f"{it.name}  {args.split} ({result.images} images)  top-1 {result.top1:.2f}  top-5 {result.top5:.2f}"
         f"  loss {result.loss:.4f}  {result.images_per_second:.0f} images/s"
     )
+    if it.note:
+        print(f"note: {it.note}")
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -24,7 +24,7 @@ EXAMPLES = """  python tools/train.py --cfg configs/quickstart/vanilla/vgg8.yaml
   python tools/train.py --cfg ... --resume        go on where a run stopped (or start, if nothing is there)
   python tools/train.py --cfg ... --dry-run       build everything and do one step, write nothing
 
-exit codes: 0 done, 1 the run failed, 2 bad input, 75 stopped by SIGTERM or Ctrl-C and saved: run again with --resume"""
+exit codes: 0 done, 1 the run failed, 2 bad input, 75 stopped and saved: run again with --resume, 130 interrupted"""
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
@@ -68,6 +68,8 @@ def train(args: argparse.Namespace) -> None:
     made.facts["config_folder"] = str(args.cfg.resolve().parent)
     for note in made.facts["data"]["notes"]:
         print(f"data: {note}")
+    if "loss" in made.facts:
+        print(f"loss: {made.facts['loss']}")
     if folder is None:
         print(trainer.dry_run(made, settings))
         return

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mdistill.data.dataset import DATASETS, InMemoryDataset
+from mdistill.data.dataset import DATASETS, InMemoryDataset, Split
 from mdistill.errors import UserError
 from mdistill.registry import NonNegativeInt, PositiveInt
 
@@ -46,8 +46,6 @@ and whether that is relative to it."""
 
 Floats = npt.NDArray[np.floating[Any]]
 Integers = npt.NDArray[np.int64]
-Split = tuple[npt.NDArray[np.uint8], Integers]
-"""Images (N, 32, 32, 3) and labels (N,)."""
 
 
 @DATASETS.register("synthetic")

@@ -145,12 +145,17 @@ class Distiller(nn.Module, ABC):
             student_features=student_features,
             teacher_features=teacher_features,
         )
-        with torch.autocast(student_logits.device.type, enabled=False):  # losses are float32 under an engine's autocast
+        with torch.autocast(student_logits.device.type, enabled=False):  # float32, also under a caller's autocast
             terms, task = self.distillation(signals), self.task(signals)
         if self.warmup_epochs:
             ramp = (epoch / self.warmup_epochs).clamp(max=1.0)
             terms = {name: ramp * term for name, term in terms.items()}
         return StepOutput(logits=student_logits, task=task, distillation=terms)
+
+    @property
+    def fits_labels(self) -> bool:
+        """Whether cross-entropy fixes the scale of the logits, so that losses on the labels compare."""
+        return self.ce_weight > 0
 
     def after_step(self) -> None:
         """Write the method's own state (queues, memories); called under no_grad once the solver has stepped."""

@@ -49,8 +49,8 @@ def instance_loss(
     keys = ``queue``, normalised already, of samples ``queue_index``, of which the first ``queue_filled`` count.
     Shapes: (B, C), (B, C), (B,), (K, C), (K,), () -> (), the mean over B.
 
-    Differs from the paper: its formulas are not legible in the text at hand; normalisation is read from its reference
-    to momentum contrast.
+    Differs from the paper: a reading of v1, not checked against its authors' code. That rows are L2-normalised follows
+    momentum contrast, whose settings the paper takes over.
     """
     queries, keys = normalize(student_logits), normalize(teacher_logits)
     positive = (queries * keys).sum(dim=1, keepdim=True) / temperature  # (B, 1)
@@ -85,8 +85,9 @@ def category_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor
     ``target``.
     Shapes: (B, C), (B, C), (B,) -> ().
 
-    Differs from the paper: its formulas are not legible in the text at hand. Read here as Khosla et al.,
-    arXiv:2004.11362, Eq. (2), whose denominator holds positives and negatives alike.
+    Differs from the paper: a reading of v1, not checked against its authors' code: Khosla et al., arXiv:2004.11362,
+    Eq. (2), whose denominator holds positives and negatives alike. One with that positive and the negatives alone is
+    equally open.
     """
     sim_BB = similarity(student_logits, teacher_logits, temperature=temperature)
     others_BB = ~torch.eye(len(target), dtype=torch.bool, device=target.device)

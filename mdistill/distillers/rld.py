@@ -89,8 +89,6 @@ class RLD(Distiller):
         temperature: tau of both terms.
         sc_temperature: tau of sample confidence alone; None for the same.
         mask: which classes masked correlation leaves out: "ge" (Eq. 7) or "g" (the alternative of Table 1).
-        sample_confidence: False switches that term off.
-        masked_correlation: False switches that term off.
     """
 
     needs = Needs(teacher="logits")
@@ -104,17 +102,13 @@ class RLD(Distiller):
         alpha: NonNegative,
         beta: NonNegative,
         temperature: Positive,
-        sc_temperature: Positive | None = None,
-        mask: Mask = "ge",
-        sample_confidence: bool = True,
-        masked_correlation: bool = True,
+        sc_temperature: Positive | None,
+        mask: Mask,
         **shared: Any,
     ) -> None:
         super().__init__(student, teacher, data, **shared)
-        self.alpha = alpha if sample_confidence else 0.0
-        self.beta = beta if masked_correlation else 0.0
-        self.require_a_term(alpha=self.alpha, beta=self.beta)
-        self.temperature, self.mask = temperature, mask
+        self.require_a_term(alpha=alpha, beta=beta)
+        self.alpha, self.beta, self.temperature, self.mask = alpha, beta, temperature, mask
         self.sc_temperature = temperature if sc_temperature is None else sc_temperature
 
     def distillation(self, signals: Signals) -> dict[str, Tensor]:

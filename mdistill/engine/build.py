@@ -21,6 +21,8 @@ from mdistill.models import MODELS
 from mdistill.models.teachers import locate, verify_top1
 from mdistill.models.weights import fingerprint, load_weights
 
+UNCALIBRATED = "trained without cross-entropy: the scale of its logits is free and its test loss not comparable"
+
 
 @dataclass
 class Experiment:
@@ -103,6 +105,12 @@ def build_distiller(config: Config, info: DataInfo) -> Distiller:
     teacher = None
     if config.teacher is not None:
         teacher = build_network("teacher", config.teacher.name, config.teacher.arguments, info, seed=config.seed)
+    for section, network in (("student", student), ("teacher", teacher)):
+        if needs.teacher == "features" and network is not None and not hasattr(network, "forward_features"):
+            name = getattr(config, section).name
+            raise UserError(
+                f"{section}.name: {config.distiller.name!r} reads features and {name!r} has no forward_features"
+            )
     with _seeded(config.seed, "distiller"):
         return DISTILLERS.build(
             config.distiller.name, student, teacher, info, where="distiller", **config.distiller.arguments
@@ -140,6 +148,8 @@ def build(
         load_weights(distiller.teacher, source, name=config.teacher.name, role="teacher")
         fingerprints["teacher"] = fingerprint(distiller.teacher.state_dict())
         facts["teacher"] = {"path": str(source), "fingerprint": fingerprints["teacher"]}
+    if not distiller.fits_labels:
+        facts["loss"] = UNCALIBRATED
     dataset = dataset.to(device)
     distiller = distiller.to(device)
     if check_teacher and config.teacher is not None and distiller.teacher is not None:

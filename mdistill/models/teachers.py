@@ -20,13 +20,22 @@ def locate(checkpoint: str, root: Path, *, model: str, dataset: str) -> Path:
     for candidate in candidates:
         if candidate.exists():
             return candidate
-    shipped = Path("configs", dataset, "vanilla", f"{model}.yaml")
-    recipe = f"`python tools/train.py --cfg {shipped}`" if shipped.exists() else "a configuration without a teacher"
-    raise UserError(
-        f"teacher.checkpoint: no {model} weights at {candidates[0]} (checkpoint root {root}). Either train them with"
-        f" {recipe}, then add teacher.checkpoint=runs/{dataset}/vanilla/{model}/seed0; or unpack cifar_teachers.tar"
-        f" from the releases of megvii-research/mdistiller into {root}, whose files load as they are"
+    shipped = [path for path in sorted(Path("configs").glob(f"*/vanilla/{model}.yaml")) if _is_for(dataset, path)]
+    recipe = f"`python tools/train.py --cfg {shipped[0]}`" if shipped else "a configuration without a teacher"
+    released = (
+        f"; or unpack cifar_teachers.tar from the releases of megvii-research/mdistiller into {root}, whose files load"
+        " as they are"
     )
+    raise UserError(
+        f"teacher.checkpoint: no {model} weights at {candidates[0]} (checkpoint root {root}). Train them with {recipe},"
+        f" then add teacher.checkpoint=runs/{dataset}/vanilla/{model}/seed0"
+        f"{released if dataset == 'cifar100' else ', or give the --checkpoint-root that they are under'}"
+    )
+
+
+def _is_for(dataset: str, config: Path) -> bool:
+    recipe = config.parent.parent / "_recipe.yaml"
+    return recipe.exists() and f"name: {dataset}\n" in recipe.read_text(encoding="utf-8")
 
 
 def verify_top1(

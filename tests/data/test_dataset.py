@@ -6,22 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdistill.data import InMemoryDataset, views
 from mdistill.errors import UserError
 
+from ..host_reads import NoHostReads
+
 SETTINGS: dict[str, Any] = {"num_classes": 5, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3), "padding": 2}
-
-
-class NoHostReads(TorchDispatchMode):
-    """Raises on anything that a CUDA graph could not hold."""
-
-    forbidden = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "aten::index.", "_to_copy.device")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert not any(word in str(func.name()) for word in self.forbidden), func.name()
-        return func(*args, **(kwargs or {}))
 
 
 def normalised(images: np.ndarray) -> torch.Tensor:

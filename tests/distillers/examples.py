@@ -10,11 +10,21 @@ from mdistill.distillers import DISTILLERS, Distiller
 
 CLASSES, SAMPLES, BATCH = 7, 40, 8
 
+METHODS = [name for name in DISTILLERS.names() if DISTILLERS.get(name).__module__.startswith("mdistill.")]
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "vanilla": {"ce_weight": 1.0},
     "kd": {"ce_weight": 0.1, "kd_weight": 0.9, "temperature": 4.0},
     "dkd": {"ce_weight": 1.0, "alpha": 1.0, "beta": 8.0, "temperature": 4.0, "warmup_epochs": 20},
-    "rld": {"ce_weight": 1.0, "alpha": 1.0, "beta": 8.0, "temperature": 4.0, "warmup_epochs": 20},
+    "rld": {
+        "ce_weight": 1.0,
+        "alpha": 1.0,
+        "beta": 8.0,
+        "temperature": 4.0,
+        "sc_temperature": None,
+        "mask": "ge",
+        "warmup_epochs": 20,
+    },
     "mcld": {
         "ce_weight": 0.0,
         "temperature": 0.2,

@@ -14,7 +14,7 @@ from mdistill.errors import UserError
 
 from . import examples
 
-WITH_TEACHER = [name for name in DISTILLERS.names() if DISTILLERS.get(name).needs.teacher != "none"]
+WITH_TEACHER = [name for name in examples.METHODS if DISTILLERS.get(name).needs.teacher != "none"]
 
 
 class Probe(Distiller):
@@ -165,7 +165,7 @@ class TestNeeds:
         assert distiller.students() == {"student": distiller.student}
 
 
-@pytest.mark.parametrize("name", DISTILLERS.names())
+@pytest.mark.parametrize("name", examples.METHODS)
 def test_losses_are_float32_under_autocast(name):
     """Autocast reaches the networks, not the losses: they equal those of the same logits outside it."""
     distiller, batch = examples.build(name).eval(), examples.batch()

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdistill.distillers import DISTILLERS, Distiller
+from mdistill.engine.metrics import EpochSums
+from mdistill.engine.solver import SGD
+from mdistill.engine.trainer import train_step
 
+from ..host_reads import NoHostReads
 from . import examples
-from .host_reads import NoHostReads
 
-METHODS = DISTILLERS.names()
+METHODS = examples.METHODS
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
@@ -40,9 +43,11 @@ def test_module_class_and_registered_name_agree(name):
 
 @every_method
 def test_method_values_have_types_and_no_hidden_defaults(name):
-    """Every value that a YAML may set is annotated; those of the examples are all that is needed."""
+    """Every value that a YAML may set is annotated; only what the base gives to all methods may be left out."""
     arguments = DISTILLERS.arguments(name)
     assert all(argument.annotation is not inspect.Parameter.empty for argument in arguments.values())
+    optional = {key for key, argument in arguments.items() if argument.default is not inspect.Parameter.empty}
+    assert optional == {"warmup_epochs", "standardize_logits"}
     complete, problems = DISTILLERS.check(name, examples.SETTINGS[name])
     assert not problems
     assert set(complete) == set(arguments)
@@ -50,15 +55,16 @@ def test_method_values_have_types_and_no_hidden_defaults(name):
 
 @every_method
 def test_a_training_step_never_waits_for_the_device(name):
+    """The engine's own ``train_step``, whole: forward, solver, method state and metrics."""
     distiller = examples.build(name).train()
+    solver = SGD(distiller.param_groups(), momentum=0.9, nesterov=False, weight_decay=5e-4)
+    solver.set_lr(0.05)
     batches = [examples.batch(number, size) for number, size in enumerate((8, 8, 8, 8, 8, 5))]
-    epoch = examples.epoch(2)
+    epoch, sums = examples.epoch(2), EpochSums(torch.device("cpu"))
     with NoHostReads():
         for batch in batches:
-            distiller.zero_grad()
-            distiller(batch, epoch).total.backward()
-            with torch.no_grad():
-                distiller.after_step()
+            train_step(distiller, solver, batch, epoch, sums)
+    assert sums.read(epoch=2).images == 45
 
 
 @every_method

@@ -122,10 +122,9 @@ def test_shares_one_temperature_unless_told():
     ("settings", "terms"),
     [
         ({}, ["scd", "mcd"]),
-        ({"sample_confidence": False}, ["mcd"]),
-        ({"masked_correlation": False}, ["scd"]),
         ({"alpha": 0.0}, ["mcd"]),
-        ({"sample_confidence": False, "masked_correlation": False}, []),
+        ({"beta": 0.0}, ["scd"]),
+        ({"alpha": 0.0, "beta": 0.0}, []),
     ],
 )
 def test_terms_can_be_switched_off(settings, terms):
@@ -144,4 +143,4 @@ def test_mask_strategy_reaches_the_loss():
 
 def test_refuses_to_train_on_nothing():
     with pytest.raises(UserError, match=r"^distiller: RLD has nothing to train on: ce_weight, alpha, beta all 0"):
-        examples.build("rld", ce_weight=0.0, sample_confidence=False, masked_correlation=False)
+        examples.build("rld", ce_weight=0.0, alpha=0.0, beta=0.0)

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdistill.models import MODELS, Features, Network
+
+from ..host_reads import NoHostReads
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FACTS = {
@@ -227,17 +228,6 @@ def test_each_batch_norm_runs_once_in_a_training_forward(evaluated: Evaluated) -
 def test_forward_is_the_logits_in_training_mode(fresh: Network) -> None:
     with torch.no_grad():
         assert torch.equal(fresh(image_batch()), fresh.forward_features(image_batch()).logits)
-
-
-class NoHostReads(TorchDispatchMode):
-    """Refuses operators that wait for the device or whose result's shape depends on the data."""
-
-    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        name = func.overloadpacket.__name__
-        assert not name.startswith(self.REFUSED), f"{name} reads values on the host"
-        return func(*args, **(kwargs or {}))
 
 
 def test_training_reads_nothing_on_the_host(fresh: Network) -> None:
