@@ -3,7 +3,7 @@
 # make lint         set up, then ruff and mypy
 # make setup        only set up: .venv with everything in it
 # make format       let ruff format and mend what it can
-# make bench        time a training step against the loop in common use (8 minutes)
+# make bench        time a training step against the loop in common use (6 minutes)
 # make clean        remove what setup made
 
 PYTHON ?= python3

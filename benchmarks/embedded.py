@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Is distillation worth it on the embedded data set? The quickstart over several seeds, compared seed by seed.
 
-    python benchmarks/embedded.py                 5 seeds (about 25 minutes on 2 CPU cores)
+    python benchmarks/embedded.py                 5 seeds (about 15 minutes on 2 CPU cores)
 
 The teacher is trained once; a seed fixes a student's initial weights, order and views, whatever the method. Runs that
 are complete are not repeated.

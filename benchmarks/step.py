@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Images per second of a training step, ours and the plain reference loop's, timed in turn within one run.
 
-    python benchmarks/step.py                 both pairs, the data path, and what each method costs (about 8 minutes)
+    python benchmarks/step.py                 both pairs, the data path, and what each method costs (about 6 minutes)
     python benchmarks/step.py --only step     one part: step, data or methods
 
 Only ratios within one run count on a shared machine; each is the median over rounds of the ratio within a round.
