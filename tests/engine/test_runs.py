@@ -27,7 +27,7 @@ FILES = {".lock", "config.yaml", "env.json", "last.pt", "metrics.jsonl", "studen
 TIMINGS = {"images_per_second", "seconds/train", "seconds/eval"}
 
 
-@DISTILLERS.register("test_noise")
+@DISTILLERS.register("noisy_method")
 class Noise(Distiller):
     """A method with everything that must survive a stop: a parameter, a buffer, a generator, a shared warm-up."""
 
@@ -62,7 +62,7 @@ def mcld_cfg(kd_cfg: Path) -> Path:
 def noise_cfg(kd_cfg: Path) -> Path:
     text = kd_cfg.read_text().splitlines()[:-1]
     path = kd_cfg.with_name("noise.yaml")
-    path.write_text("\n".join([*text, "distiller: {name: test_noise, ce_weight: 1.0, warmup_epochs: 2}"]) + "\n")
+    path.write_text("\n".join([*text, "distiller: {name: noisy_method, ce_weight: 1.0, warmup_epochs: 2}"]) + "\n")
     return path
 
 
