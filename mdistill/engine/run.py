@@ -128,7 +128,8 @@ class RunFolder:
                 f"output folder {self.path} already holds a run{f' with {epochs} epochs done' if epochs else ''}:"
                 " continue it with --resume, replace it with --overwrite, or choose another --output"
             )
-        if self.mode == "resume" and (epochs or self.student.exists()):
+        # One line alone may be a first epoch that was killed before its checkpoint was there: that starts again.
+        if self.mode == "resume" and (epochs > 1 or self.student.exists()):
             raise UserError(
                 f"output folder {self.path} holds a run with {epochs} epochs done but no {self.checkpoint.name} to"
                 " resume from: replace it with --overwrite, or choose another --output"

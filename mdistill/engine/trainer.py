@@ -172,10 +172,10 @@ def _run_epoch(run: Experiment, config: Config, folder: RunFolder, progress: Pro
 
 
 def _evaluate(run: Experiment, config: Config) -> dict[str, float]:
-    """Every student on every split: the headline student's keys are bare, the others' start with their name."""
+    """Every student on every split; the first is the headline, the keys of the others start with their name."""
     results: dict[str, float] = {}
-    for name, student in run.distiller.students().items():
-        prefix = "" if student is run.distiller.student else f"{name}/"
+    for number, (name, student) in enumerate(run.distiller.students().items()):
+        prefix = f"{name}/" if number else ""
         for split in run.dataset.splits:
             result = evaluate(student, run.dataset, split, batch_size=config.data.eval_batch_size)
             results |= {f"{prefix}{split}/{key}": getattr(result, key) for key in ("top1", "top5", "loss")}

@@ -17,10 +17,12 @@ from mdistill import config
 from mdistill.data import Batch, DataInfo
 from mdistill.distillers import DISTILLERS, Distiller, Needs, Signals
 from mdistill.engine import build, checkpoint, trainer
+from mdistill.engine.evaluate import evaluate
 from mdistill.engine.progress import StopRequest
 from mdistill.engine.run import RunFolder
 from mdistill.errors import RunFailed, UserError
 from mdistill.models import MODELS
+from mdistill.models.weights import load_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {".lock", "config.yaml", "env.json", "last.pt", "metrics.jsonl", "student.pt", "tensorboard"}
@@ -435,6 +437,40 @@ def test_resume_starts_fresh_after_a_kill_in_the_first_epoch(student_cfg: Path, 
     (folder.path / ".last.pt.1.tmp").write_text("half")
     assert len(run(student_cfg, tmp_path / "runs", "resume")) == 3
     assert not (folder.path / ".last.pt.1.tmp").exists()
+
+
+def test_a_kill_between_the_first_metrics_line_and_the_first_checkpoint_costs_one_epoch(
+    student_cfg: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(student_cfg, tmp_path / "whole")
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(student_cfg, tmp_path / "runs")
+    folder = only_folder(tmp_path / "runs")
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+    assert not (folder / "last.pt").exists()
+    assert_same(run(student_cfg, tmp_path / "runs", "resume"), whole)
+
+
+def test_further_students_are_evaluated_under_their_names(student_cfg: Path, tmp_path: Path) -> None:
+    """The first of ``students()`` is the headline, whatever it is called."""
+    settings = config.load(student_cfg, ["solver.epochs=1"])
+    made = build.build(
+        settings, torch.device("cpu"), data_root=tmp_path, checkpoint_root=tmp_path, output_root=tmp_path / "runs"
+    )
+    averaged = MODELS.build("tiny_net", 10)
+    made.distiller.students = lambda: {"ema": averaged, "raw": made.distiller.student}  # type: ignore[method-assign]
+    (line,) = trainer.fit(made, settings, RunFolder(tmp_path / "runs" / settings.run_folder(), "new"))
+    folder = only_folder(tmp_path / "runs")
+    for key, file in (("test/top1", "ema.pt"), ("raw/test/top1", "raw.pt")):
+        network = MODELS.build("tiny_net", 10)
+        load_weights(network, folder / file, name="tiny_net")
+        assert line[key] == evaluate(network, made.dataset, "test", batch_size=50).top1
 
 
 def test_resume_refuses_lost_metrics(student_cfg: Path, tmp_path: Path) -> None:
