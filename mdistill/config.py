@@ -14,12 +14,14 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from mdistill.data import DATASETS
+from mdistill.data.mixing import Mixing
 from mdistill.distillers import DISTILLERS
+from mdistill.engine.schedule import Schedule, learning_rate
 from mdistill.engine.solver import SOLVERS
 from mdistill.errors import UserError, suggestion
 from mdistill.models import MODELS
 from mdistill.numerics import Precision
-from mdistill.registry import NonNegativeInt, PositiveInt, Registry, problem_lines
+from mdistill.registry import NonNegativeInt, Positive, PositiveInt, Registry, problem_lines
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?\.?inf|\.?nan", re.IGNORECASE)
 _NAME_LIMIT = 180  # characters of a folder name, below the 255 bytes of common file systems
@@ -47,23 +49,51 @@ class _Component(_Section):
         return dict(self.model_extra or {})
 
 
+class MixingConfig(_Section):
+    """How training images are mixed."""
+
+    name: Literal["mixup", "cutmix", "cutmix_pick"]
+    alpha: Positive  # of Beta(alpha, alpha), the distribution of an image's share; 1 is uniform
+    probability: Annotated[float, Field(gt=0, le=1)] = 1.0  # that an image is mixed at all
+    candidates: Annotated[int, Field(ge=2)] | None = None  # cutmix_pick: mixed images for each one trained on
+
+
 class DataConfig(_Component):
     """The data set and how it is cut into batches."""
 
     batch_size: PositiveInt  # images a training step
     eval_batch_size: PositiveInt | None = None  # images a forward pass of evaluation; null: what suits the device
     holdout: NonNegativeInt = 0  # training images kept back as a validation split
+    mixing: MixingConfig | None = None  # of training images; null: none
+
+    @property
+    def mixing_settings(self) -> Mixing | None:
+        """``mixing`` as the data code takes it."""
+        it = self.mixing
+        return None if it is None else Mixing(it.name, it.alpha, it.probability, it.candidates or 1)
 
 
 class ModelConfig(_Component):
     """A network."""
 
 
-class TeacherConfig(_Component):
-    """The frozen network and its weights."""
+class MemberConfig(_Component):
+    """A frozen network and its weights."""
 
     checkpoint: str  # a run folder, our student.pt or a published file; relative to the checkpoint root
     expected_top1: Annotated[float, Field(ge=0, le=100)] | None = None  # percent on the test split; checked to 1 point
+
+
+class TeacherConfig(MemberConfig):
+    """The teacher: one network, or several that are averaged."""
+
+    ensemble: Annotated[tuple[MemberConfig, ...], Field(strict=False)] = ()  # further networks
+    average: Literal["probabilities", "logits"] = "probabilities"  # what is averaged over an ensemble
+
+    @property
+    def members(self) -> tuple[MemberConfig, ...]:
+        """All its networks, the first one first."""
+        return (self, *self.ensemble)
 
 
 class DistillerConfig(_Component):
@@ -75,8 +105,20 @@ class SolverConfig(_Component):
 
     epochs: PositiveInt
     lr: Annotated[float, Field(gt=0, le=1e6)]  # initial learning rate
+    schedule: Schedule = "step"  # or cosine, which takes no milestones
     milestones: Annotated[tuple[StrictInt, ...], Field(strict=False)]  # epochs after which the rate drops
     gamma: Annotated[float, Field(gt=0, le=1e6)]  # factor of each drop
+
+    def rate(self, epoch: int) -> float:
+        """The learning rate in ``epoch``, counted from 1."""
+        return learning_rate(
+            epoch,
+            schedule=self.schedule,
+            lr=self.lr,
+            milestones=self.milestones,
+            gamma=self.gamma,
+            epochs=self.epochs,
+        )
 
 
 class RunConfig(_Section):
@@ -115,7 +157,8 @@ class Config(_Section):
 
     def run_folder(self) -> Path:
         """``<dataset>/<method>/<teacher>_<student>[/<variant>]/seed<k>``."""
-        pair = f"{self.teacher.name}_{self.student.name}" if self.teacher else self.student.name
+        teacher = "+".join(member.name for member in self.teacher.members) if self.teacher else None
+        pair = f"{teacher}_{self.student.name}" if teacher else self.student.name
         return Path(self.data.name, self.distiller.name, pair, self.variant, f"seed{self.seed}")
 
     def warnings(self) -> list[str]:
@@ -378,6 +421,15 @@ def _validate(tree: dict[str, Any], origins: _Origins, path: Path) -> Config:
             filled, found = _check_component(section, given, registry, model)
             complete[section] = filled
             problems += found
+    teacher = complete.get("teacher")
+    if isinstance(teacher, dict) and isinstance(teacher.get("ensemble"), list):
+        members = list(teacher["ensemble"])
+        for number, given in enumerate(members):
+            if isinstance(given, dict) and isinstance(given.get("name"), str):
+                where = f"teacher.ensemble.{number}"
+                members[number], found = _check_component(where, given, MODELS, MemberConfig)
+                problems += found
+        complete["teacher"] = {**teacher, "ensemble": members}
     try:
         config = Config.model_validate(complete)
     except ValidationError as error:
@@ -422,6 +474,8 @@ def _schema_problems(error: ValidationError) -> list[str]:
 def _known_keys(section: tuple[int | str, ...]) -> list[str]:
     if not section:
         return list(Config.model_fields)
+    if section == ("data", "mixing"):
+        return list(MixingConfig.model_fields)
     return list(RunConfig.model_fields)  # the other sections take a builder's arguments and are checked against it
 
 
@@ -430,6 +484,16 @@ def _cross_checks(config: Config) -> list[str]:
     problems = []
     if list(milestones) != sorted(set(milestones)) or any(milestone < 1 for milestone in milestones):
         problems.append(f"solver.milestones: should be epochs from 1 in rising order, found {list(milestones)}")
+    if config.solver.schedule == "cosine" and milestones:
+        problems.append(f"solver.milestones: a cosine schedule takes none, found {list(milestones)}; set it to []")
+    mixing = config.data.mixing
+    if mixing is not None and (mixing.name == "cutmix_pick") != (mixing.candidates is not None):
+        problems.append(
+            f"data.mixing.candidates: cutmix_pick needs a number of 2 or more and the others take none,"
+            f" found {mixing.candidates} with {mixing.name!r}"
+        )
+    if mixing is not None and mixing.name == "cutmix_pick" and config.teacher is None:
+        problems.append("data.mixing.name: cutmix_pick lets the teacher pick, and the configuration has no teacher")
     return problems
 
 

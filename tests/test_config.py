@@ -25,7 +25,8 @@ def test_base_is_merged_key_by_key(student_cfg: Path) -> None:
 def test_resolved_yaml_holds_every_default_and_reads_back_unchanged(student_cfg: Path, tmp_path: Path) -> None:
     loaded = config.load(student_cfg, ["student.width=8"], seed=3)
     assert loaded.student.arguments == {"width": 8}
-    assert loaded.distiller.arguments == {"ce_weight": 1.0, "warmup_epochs": 0, "standardize_logits": False}
+    shared = {"warmup_epochs": 0, "standardize_logits": False, "ema_decay": None, "average_from": None}
+    assert loaded.distiller.arguments == {"ce_weight": 1.0, **shared}
     again = tmp_path / "resolved.yaml"
     again.write_text(loaded.to_yaml())
     assert config.load(again) == loaded
@@ -122,7 +123,7 @@ def test_seed_flag_wins_and_is_kept(kd_cfg: Path) -> None:
         ),
         ("distiller.name=kdd", r"distiller.name: unknown method 'kdd'; did you mean 'dkd|kd'"),
         ("data.name=cifar10", r"data.name: unknown data set 'cifar10'; did you mean 'cifar100'"),
-        ("solver.name=adam", r"solver.name: unknown solver 'adam' \(known: sgd"),
+        ("solver.name=adam", r"solver.name: unknown solver 'adam' \(known: dot, sgd"),
         ("student=7", r"student: should be a section of `key: value` lines, found 7"),
         ("student.name.x=7", r"student.name.x: student.name is not a section, it holds 'tiny_net'"),
         ("distiller.temperature", r"'distiller.temperature' is not an override; write key=value"),

@@ -414,7 +414,7 @@ def test_a_run_on_features_under_bf16_learns(
     assert train(conv_cfg("feature_matching"), "run.precision=bf16") == 0
     out = capsys.readouterr().out
     assert "precision bf16" in out
-    assert "teacher: runs in every step: this method reads more of it than one view's logits" in out
+    assert "teacher: runs in every step: this method reads more of it than its logits" in out
     (path,) = (tmp_path / "runs").rglob("metrics.jsonl")
     metrics = read_metrics(path.parent)
     assert metrics[-1]["train/loss"] < metrics[0]["train/loss"]

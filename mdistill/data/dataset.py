@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from mdistill.data import views
+from mdistill.data import strong, views
 from mdistill.data.batch import Batch, DataInfo
 from mdistill.data.sampling import random_words
 from mdistill.errors import UserError
@@ -36,6 +36,7 @@ class Dataset(ABC):
     num_views: int | None  # views of an image; None where they cannot be enumerated
     splits: tuple[str, ...]  # what is evaluated: ("test",), or ("val", "test") with a hold-out
     notes: list[str]  # facts about the data that a run prints and records
+    strong_views = False  # whether there is a second, strongly augmented view of an image: ``strong_image``
 
     def info(self, batch_size: int) -> DataInfo:
         """What a method may know of the data, trained in batches of at most ``batch_size``."""
@@ -45,6 +46,7 @@ class Dataset(ABC):
             image_size=self.image_size,
             num_views=self.num_views,
             batch_size=min(batch_size, self.num_samples),
+            strong_views=self.strong_views,
         )
 
     @abstractmethod
@@ -67,6 +69,13 @@ class Dataset(ABC):
 
         The image is a pure function of (index, view): no randomness, no read by the host, static shapes.
         """
+
+    def strong_image(self, index: Tensor, strong_view: Tensor) -> Tensor:
+        """The strongly augmented view ``strong_view[b]``, from 0 to 2**63 - 1, of training sample ``index[b]``.
+
+        Like ``train_batch`` a pure function with static shapes: (B,), (B,) int64 -> (B, 3, S, S) float32.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has one view of an image, no strong one")
 
     @abstractmethod
     def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -123,7 +132,9 @@ class InMemoryDataset(Dataset):
             raise UserError(f"images differ in size: {train[0].shape[1]} pixels in train, {test[0].shape[1]} in test")
         self.num_classes = num_classes
         self.num_samples, self.image_size = train[0].shape[:2]
+        self._crops = padding, flip
         self.num_views = views.count(padding, flip)
+        self.strong_views = self.num_views is not None and self.num_views <= strong.MOST_VIEWS
         self.splits = ("test",)
         self.notes = list(notes)
         self._statistics = tuple(mean), tuple(std)
@@ -134,11 +145,12 @@ class InMemoryDataset(Dataset):
         self._settings = f"{num_classes} {[*map(float, mean)]} {[*map(float, std)]} {padding} {bool(flip)}"
         self._train = views.store(train[0])  # (N, S+1, S+1, 3) uint8
         self._train_labels = torch.tensor(train[1], dtype=torch.int64)  # (N,)
+        self._strengthen: strong.Strengthen | None = None  # made when it is first asked for
         self._normalized: Tensor | None = None  # ``_train`` as float32, where that is small enough; made by ``to``
         self._eval = {"test": (torch.tensor(test[0]), torch.tensor(test[1], dtype=torch.int64))}
 
     def to(self, device: torch.device | str) -> Self:
-        self._normalize = self._normalize.to(device)
+        self._normalize, self._strengthen = self._normalize.to(device), None
         self._rows, self._columns = self._rows.to(device), self._columns.to(device)
         self._train, self._train_labels = self._train.to(device), self._train_labels.to(device)
         self._normalized = self._normalize_once() if 4 * self._train.numel() <= NORMALIZED_BYTES else None
@@ -174,6 +186,13 @@ class InMemoryDataset(Dataset):
         else:
             image = self._normalize(views.look(self._train, index, view, self._rows, self._columns))
         return Batch(image=image, target=target, index=index, view=view)
+
+    def strong_image(self, index: Tensor, strong_view: Tensor) -> Tensor:
+        if self._strengthen is None:
+            self._strengthen = strong.Strengthen(self.image_size).to(self._train.device)
+        parts = strong.decode(strong_view, views.count(*self._crops))
+        pixels = views.look(self._train, index, parts.view, self._rows, self._columns)
+        return self._normalize(self._strengthen(pixels, parts))
 
     def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = self._split(split)

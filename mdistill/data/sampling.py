@@ -11,8 +11,8 @@ number name          what it draws
 ====== ============= ==================================================
 1      permutation   the order of the samples in an epoch
 2      view          the augmentation of each sample in an epoch
-3      strong_view   reserved: the second view of each sample
-4      mixing        reserved: partners and weights of mixed samples
+3      strong_view   the second, strongly augmented view of each sample
+4      mixing        partners, shares and boxes of mixed samples (``mixing.py``)
 5      holdout       which training images are held out (seed 0, epoch 0)
 ====== ============= ==================================================
 """
@@ -70,6 +70,12 @@ def epoch_plan(seed: int, epoch: int, num_samples: int, num_views: int | None) -
     words = random_words(seed, "view", epoch, num_samples)
     view = words % np.uint64(num_views) if num_views is not None else words >> np.uint64(1)
     return EpochPlan(index=index.astype(np.int64), view=view.astype(np.int64))
+
+
+def strong_views(seed: int, epoch: int, num_samples: int) -> npt.NDArray[np.int64]:
+    """The second view of each sample of an epoch in its order, (N,), uniform from 0 to 2**63 - 1."""
+    words = random_words(seed, "strong_view", epoch, num_samples)
+    return np.asarray(words >> np.uint64(1), dtype=np.int64)
 
 
 def derive_seed(seed: int, stream: str) -> int:

@@ -1,11 +1,11 @@
-"""The contract of a distillation method. Letters: B batch, C classes.
+"""The contract of a distillation method. Letters: B batch, C classes; H, W height and width.
 
 A method is one file with one class: it says what it ``needs`` and writes ``distillation(signals)``. The forward pass of
 both networks, the task loss, logit standardisation and the loss warm-up are written here, once.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from mdistill.data.batch import Batch, DataInfo
 from mdistill.distillers.functional import standardize
 from mdistill.errors import UserError
+from mdistill.models.averaging import AveragedNetwork, Decay
 from mdistill.models.base import Features
 from mdistill.numerics import Precision, computing
-from mdistill.registry import NonNegative, NonNegativeInt, Registry
+from mdistill.registry import NonNegative, NonNegativeInt, PositiveInt, Registry
 
 DISTILLERS: Registry["Distiller"] = Registry("method")
 
@@ -28,8 +29,8 @@ class Needs:
 
     teacher: Literal["none", "logits", "features"] = "logits"
     student: Literal["logits", "features"] = "logits"  # its features come with the teacher's in any case
-    views: Literal[1, 2] = 1
-    labels: Literal["none", "hard", "soft"] = "hard"
+    views: Literal[1, 2] = 1  # 2: a strongly augmented one too
+    labels: Literal["none", "hard", "soft"] = "hard"  # its own terms': none, a class, or also the shares of classes
 
     @property
     def student_features(self) -> bool:
@@ -42,6 +43,7 @@ class StepOutput:
     """Named, already weighted scalars; the loss is their sum."""
 
     logits: Tensor  # (B, C), the headline student's, raw
+    target: Tensor  # (B,) or (B, C), the labels of the images that were trained on
     task: dict[str, Tensor] = field(default_factory=dict)
     distillation: dict[str, Tensor] = field(default_factory=dict)
 
@@ -64,11 +66,12 @@ class Signals:
     teacher_logits: Tensor  # (B, C), the same; of zero width for a method that needs no teacher
     raw_student_logits: Tensor  # (B, C)
     raw_teacher_logits: Tensor  # (B, C)
-    target: Tensor  # (B,) int64
+    target: Tensor  # (B,) int64; of mixed images, where ``needs.labels`` is not "hard", (B, C)
     index: Tensor  # (B,) int64, which training sample
     epoch: Tensor  # (), counted from 1
     student_features: Features | None = None  # when needs.student or needs.teacher is "features"
     teacher_features: Features | None = None  # when needs.teacher is "features"
+    strong: "Signals | None" = None  # the same for the second view, when needs.views is 2
 
 
 class Distiller(nn.Module, ABC):
@@ -82,6 +85,10 @@ class Distiller(nn.Module, ABC):
         warmup_epochs: W of min(epoch / W, 1), which multiplies every distillation term; 0 for no warm-up.
         standardize_logits: z-score both networks' logits over the classes before the method sees them
             (Sun et al., "Logit Standardization in Knowledge Distillation", arXiv:2403.01427).
+        ema_decay: keep an exponential moving average of the student's weights, evaluated beside it as "ema".
+        average_from: keep the plain average of the student's weights from this epoch on, evaluated as "average"
+            (Berezovskiy, Morozov, "Weight Averaging Improves Knowledge Distillation under Domain Shift",
+            arXiv:2309.11446, which averages the whole run: 1).
     """
 
     needs: ClassVar[Needs] = Needs()
@@ -97,6 +104,8 @@ class Distiller(nn.Module, ABC):
         ce_weight: NonNegative,
         warmup_epochs: NonNegativeInt = 0,
         standardize_logits: bool = False,
+        ema_decay: Decay | None = None,
+        average_from: PositiveInt | None = None,
     ) -> None:
         super().__init__()
         if teacher is None and self.needs.teacher != "none":
@@ -112,6 +121,12 @@ class Distiller(nn.Module, ABC):
         self.ce_weight = ce_weight
         self.warmup_epochs = warmup_epochs
         self.standardize_logits = standardize_logits
+        self.averages: dict[str, AveragedNetwork] = {}
+        if ema_decay is not None:
+            self.ema = self.averages["ema"] = AveragedNetwork(student, decay=ema_decay)
+        if average_from is not None:
+            self.average = self.averages["average"] = AveragedNetwork(student, first_epoch=average_from)
+        self._epoch: Tensor | None = None  # of the step under way
         self.generators: dict[str, torch.Generator] = {}  # of a method that draws within a step; checkpointed
         self.student_precision: Precision | None = None  # what the engine runs the networks in; None: as it comes
         self.teacher_precision: Precision | None = None
@@ -140,28 +155,21 @@ class Distiller(nn.Module, ABC):
 
     def forward(self, batch: Batch, epoch: Tensor) -> StepOutput:
         """Run both networks on ``batch`` and weigh the losses; ``epoch`` is a () tensor counted from 1."""
-        student_logits, student_features = self._run(
-            self.student, batch.image, self.student_precision, features=self.needs.student_features
-        )
-        with torch.no_grad():
-            teacher_logits, teacher_features = self._ask_teacher(batch, student_logits)
-        signals = Signals(
-            student_logits=standardize(student_logits) if self.standardize_logits else student_logits,
-            teacher_logits=standardize(teacher_logits) if self.standardize_logits else teacher_logits,
-            raw_student_logits=student_logits,
-            raw_teacher_logits=teacher_logits,
-            target=batch.target,
-            index=batch.index,
-            epoch=epoch,
-            student_features=student_features,
-            teacher_features=teacher_features,
-        )
-        with torch.autocast(student_logits.device.type, enabled=False):  # float32, also under a caller's autocast
+        if batch.kept is not None:
+            batch = self._least_certain(batch, batch.kept)
+        signals = self._look(batch, epoch)
+        if self.needs.views > 1:  # a second pass, so that BatchNorm sees one view at a time
+            assert batch.strong_image is not None
+            strong = self._look(replace(batch, image=batch.strong_image, teacher_logits=None), epoch)
+            signals = replace(signals, strong=strong)
+        with torch.autocast(batch.image.device.type, enabled=False):  # float32, also under a caller's autocast
             terms, task = self.distillation(signals), self.task(signals)
+        if self.averages and self.training and torch.is_grad_enabled():
+            self._epoch = epoch
         if self.warmup_epochs:
             ramp = (epoch / self.warmup_epochs).clamp(max=1.0)
             terms = {name: ramp * term for name, term in terms.items()}
-        return StepOutput(logits=student_logits, task=task, distillation=terms)
+        return StepOutput(signals.raw_student_logits, batch.target, task=task, distillation=terms)
 
     @property
     def fits_labels(self) -> bool:
@@ -171,13 +179,21 @@ class Distiller(nn.Module, ABC):
     def after_step(self) -> None:
         """Write the method's own state (queues, memories); called under no_grad once the solver has stepped."""
 
+    def finish_step(self) -> None:
+        """All that follows the solver's step: the method's own state, then the averages of the student's weights."""
+        self.after_step()
+        if self._epoch is not None:
+            for average in self.averages.values():
+                average.update(self.student, self._epoch)
+            self._epoch = None
+
     def param_groups(self) -> list[dict[str, Any]]:
         """What the solver trains: everything that needs a gradient."""
         return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
 
     def students(self) -> dict[str, nn.Module]:
         """The networks to evaluate and export; the first is the headline."""
-        return {"student": self.student}
+        return {"student": self.student, **{name: average.network for name, average in self.averages.items()}}
 
     def training_state(self) -> dict[str, Tensor]:
         """All parameters and buffers but the teacher's."""
@@ -198,6 +214,35 @@ class Distiller(nn.Module, ABC):
         if self.teacher is not None:
             self.teacher.eval()
         return self
+
+    def _look(self, batch: Batch, epoch: Tensor) -> Signals:
+        """Both networks on the images of ``batch``, the student first."""
+        student_logits, student_features = self._run(
+            self.student, batch.image, self.student_precision, features=self.needs.student_features
+        )
+        with torch.no_grad():
+            teacher_logits, teacher_features = self._ask_teacher(batch, student_logits)
+        return Signals(
+            student_logits=standardize(student_logits) if self.standardize_logits else student_logits,
+            teacher_logits=standardize(teacher_logits) if self.standardize_logits else teacher_logits,
+            raw_student_logits=student_logits,
+            raw_teacher_logits=teacher_logits,
+            target=batch.target if batch.target.ndim == 1 else batch.target.to(student_logits.dtype),
+            index=batch.index,
+            epoch=epoch,
+            student_features=student_features,
+            teacher_features=teacher_features,
+        )
+
+    @torch.no_grad()
+    def _least_certain(self, batch: Batch, count: int) -> Batch:
+        """The ``count`` images of ``batch`` whose prediction by the teacher has the highest entropy, in their order."""
+        assert self.teacher is not None
+        logits, _ = self._run(self.teacher, batch.image, self.teacher_precision, features=False)
+        log_probs = F.log_softmax(logits, dim=1)
+        entropy = -(log_probs.exp() * log_probs).sum(dim=1)
+        chosen = entropy.topk(count).indices.sort().values
+        return batch.select(chosen, teacher_logits=logits.index_select(0, chosen))
 
     def _run(
         self, network: nn.Module, image: Tensor, precision: Precision | None, *, features: bool

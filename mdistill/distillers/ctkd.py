@@ -121,7 +121,7 @@ class CTKD(Distiller):
         lambda_epochs: E_loops.
     """
 
-    needs = Needs(teacher="logits")
+    needs = Needs(teacher="logits", labels="none")
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mdistill.data.batch import DataInfo
 from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
-from mdistill.distillers.functional import class_mask, standardize
+from mdistill.distillers.functional import class_shares, standardize
 from mdistill.errors import UserError
 from mdistill.models.base import Network
 from mdistill.registry import NonNegative, Positive
@@ -35,11 +35,12 @@ def binary_kl_norm_loss(auxiliary_logits: Tensor, teacher_logits: Tensor, *, tem
 
 
 def main_gradient(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of the main head's cross-entropy with respect to the pooled features: (p - one-hot) W / B.
+    """Gradient of the main head's cross-entropy with respect to the pooled features: (p - y) W / B.
 
-    Symbols: logits of p = ``logits``, W = ``weight``. Shapes: (B, C), (B,), (C, D) -> (B, D).
+    Symbols: logits of p = ``logits``, y = ``target``, as one-hot rows where it holds classes, W = ``weight``.
+    Shapes: (B, C), (B,) or (B, C), (C, D) -> (B, D).
     """
-    error = logits.softmax(dim=1) - class_mask(target, logits.shape[1]).to(logits.dtype)
+    error = logits.softmax(dim=1) - class_shares(target, logits)
     return error @ weight / len(logits)
 
 
@@ -80,7 +81,7 @@ class DHKD(Distiller):
         align: whether its gradient, where it meets the features, gives up what runs against cross-entropy's.
     """
 
-    needs = Needs(teacher="logits", student="features")
+    needs = Needs(teacher="logits", student="features", labels="soft")
 
     def __init__(
         self,

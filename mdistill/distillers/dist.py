@@ -78,7 +78,7 @@ class DIST(Distiller):
         temperature: tau of both terms.
     """
 
-    needs = Needs(teacher="logits")
+    needs = Needs(teacher="logits", labels="none")
 
     def __init__(
         self,

@@ -32,6 +32,11 @@ def class_mask(classes: Tensor, num_classes: int) -> Tensor:
     return classes[:, None] == torch.arange(num_classes, device=classes.device)
 
 
+def class_shares(target: Tensor, like: Tensor) -> Tensor:
+    """Labels as shares of classes in the shape and type of the logits ``like``: (B,) int64 or (B, C) -> (B, C)."""
+    return (class_mask(target, like.shape[1]) if target.ndim == 1 else target).to(like.dtype)
+
+
 def binary_log_probs(log_probs: Tensor, classes: Tensor) -> Tensor:
     """log {p_c, 1 - p_c} of each row's class c in ``classes``: (B, C), (B,) -> (B, 2); needs C >= 2.
 

@@ -157,7 +157,7 @@ class KD(Distiller):
         interpolation: how that target moves: epochs, start, end, alpha, beta.
     """
 
-    needs = Needs(teacher="logits")
+    needs = Needs(teacher="logits", labels="none")
 
     def __init__(
         self,

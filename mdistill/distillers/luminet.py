@@ -49,7 +49,7 @@ class LumiNet(Distiller):
         temperature: tau of both networks' perceptions.
     """
 
-    needs = Needs(teacher="logits")
+    needs = Needs(teacher="logits", labels="none")
 
     def __init__(
         self,

@@ -1,15 +1,22 @@
-"""MLKD: Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023. The maths; methods are in files of their own.
+"""MLKD: Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023.
 
-Logits are softened at K temperatures, and aligned at each by sample, by pairs of samples and by pairs of classes.
-Letters: B batch, C classes (at least 2), K temperatures.
+Logits are softened at K temperatures, and aligned at each by sample, by pairs of samples and by pairs of classes, in a
+weakly and a strongly augmented view of the images. Letters: B batch, C classes (at least 2), K temperatures.
 """
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mdistill.data.batch import DataInfo
+from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
 from mdistill.distillers.kd import kd_loss
+from mdistill.registry import NonNegative, Positive
+
+OWN_VIEW = 3
+"""How many temperatures the strong term of the published code reads the strong view at; at the others, the weak one."""
 
 
 def instance_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperatures: Sequence[float]) -> Tensor:
@@ -66,6 +73,26 @@ def uncertain_shares(teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
     return _share_up_to_median(probs.amax(dim=1)), _share_up_to_median(probs.sum(dim=0))
 
 
+def levels(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    raw_student_logits: Tensor,
+    raw_teacher_logits: Tensor,
+    *,
+    temperatures: Sequence[float],
+) -> dict[str, Tensor]:
+    """``instance``, ``class`` and ``batch`` of one view; the first of standardised logits, where there are any.
+
+    Shapes: four times (B, C) -> () each.
+    """
+    raw = raw_student_logits, raw_teacher_logits
+    return {
+        "instance": instance_loss(student_logits, teacher_logits, temperatures=temperatures),
+        "class": class_loss(*raw, temperatures=temperatures),
+        "batch": batch_loss(*raw, temperatures=temperatures),
+    }
+
+
 def weak_view_terms(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -81,12 +108,92 @@ def weak_view_terms(
     Shapes: four times (B, C) -> () each.
     """
     samples, classes = uncertain_shares(raw_teacher_logits)
-    raw = raw_student_logits, raw_teacher_logits
-    return {
-        "instance": samples * instance_loss(student_logits, teacher_logits, temperatures=temperatures),
-        "class": classes * class_loss(*raw, temperatures=temperatures),
-        "batch": samples * batch_loss(*raw, temperatures=temperatures),
-    }
+    shares = {"instance": samples, "class": classes, "batch": samples}
+    terms = levels(student_logits, teacher_logits, raw_student_logits, raw_teacher_logits, temperatures=temperatures)
+    return {name: shares[name] * term for name, term in terms.items()}
+
+
+def strong_view_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    strong_student_logits: Tensor,
+    strong_teacher_logits: Tensor,
+    *,
+    temperatures: Sequence[float],
+) -> Tensor:
+    """The instance level of the strong view at the first three temperatures, and of the weak view at the others.
+
+    Shapes: four times (B, C) -> (), the mean over B.
+
+    Differs from the paper, which knows no such exchange of views: it is in the published code, as is that the class and
+    batch levels of the strong view are computed and not added.
+    """
+    own = instance_loss(strong_student_logits, strong_teacher_logits, temperatures=temperatures[:OWN_VIEW])
+    return own + instance_loss(student_logits, teacher_logits, temperatures=temperatures[OWN_VIEW:])
+
+
+@DISTILLERS.register("mlkd")
+class MLKD(Distiller):
+    """``ce_weight`` CE + ``kd_weight`` (instance + class + batch level), of a weak and a strong view of the images.
+
+    The strong view is cropped and mirrored, goes through two operations of RandAugment's pool and loses a rectangle.
+    Each network sees the two views one after the other, so that BatchNorm normalises each by itself. Cross-entropy is
+    the sum of both views'. Standardised logits, if asked for, reach the instance level alone.
+
+    Differs from the paper: "published" is the effective loss of the published code: ``weak_view_terms`` and
+    ``strong_view_loss``. "paper" is a reading of the equations, which name no views: every level at every temperature
+    of both views, each of its own, without factors.
+
+    Args:
+        kd_weight: weight of all levels; 0 leaves them out.
+        temperature: the first of the K temperatures.
+        extra_temperatures: the others.
+        reading: "published" or "paper".
+    """
+
+    needs = Needs(teacher="logits", views=2, labels="none")
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        data: DataInfo,
+        *,
+        kd_weight: NonNegative,
+        temperature: Positive,
+        extra_temperatures: list[Positive],
+        reading: Literal["published", "paper"],
+        **shared: Any,
+    ) -> None:
+        super().__init__(student, teacher, data, **shared)
+        self.require_a_term(kd_weight=kd_weight)
+        self.kd_weight, self.temperatures, self.reading = kd_weight, (temperature, *extra_temperatures), reading
+
+    def task(self, signals: Signals) -> dict[str, Tensor]:
+        """``ce`` and ``ce_strong``, on the raw logits of each view."""
+        assert signals.strong is not None
+        strong = {f"{name}_strong": term for name, term in super().task(signals.strong).items()}
+        return {**super().task(signals), **strong}
+
+    def distillation(self, signals: Signals) -> dict[str, Tensor]:
+        """As published ``instance``, ``class``, ``batch`` and ``strong``; of the paper these three for each view."""
+        strong = signals.strong
+        if self.kd_weight == 0:
+            return {}
+        assert strong is not None
+        weak_logits, strong_logits = (
+            (view.student_logits, view.teacher_logits, view.raw_student_logits, view.raw_teacher_logits)
+            for view in (signals, strong)
+        )
+        if self.reading == "published":
+            terms = weak_view_terms(*weak_logits, temperatures=self.temperatures)
+            instances = *weak_logits[:2], *strong_logits[:2]
+            terms["strong"] = strong_view_loss(*instances, temperatures=self.temperatures)
+        else:
+            terms = levels(*weak_logits, temperatures=self.temperatures)
+            of_strong = levels(*strong_logits, temperatures=self.temperatures)
+            terms |= {f"{name}_strong": term for name, term in of_strong.items()}
+        return {name: self.kd_weight * term for name, term in terms.items()}
 
 
 def _share_up_to_median(confidence: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class MLKDNoAug(Distiller):
         extra_temperatures: the others.
     """
 
-    needs = Needs(teacher="logits")
+    needs = Needs(teacher="logits", labels="none")
 
     def __init__(
         self,

@@ -48,7 +48,7 @@ class PESFKD(Distiller):
         adapter_lr_scale: learning rate of the adapter over that of the student.
     """
 
-    needs = Needs(teacher="logits")
+    needs = Needs(teacher="logits", labels="soft")
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mdistill.data.batch import DataInfo
 from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
-from mdistill.distillers.functional import class_mask
+from mdistill.distillers.functional import class_shares
 from mdistill.registry import PositiveInt
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -37,7 +37,7 @@ def refined_targets(target: Tensor, past: Tensor, trust: Tensor) -> Tensor:
 
     Differs from the paper: nothing; the first epoch, which has no past, is on hard labels in the published code too.
     """
-    hard = class_mask(target, past.shape[1]).to(past.dtype)
+    hard = class_shares(target, past)
     return torch.where(past.sum(dim=1, keepdim=True) > 0, (1 - trust) * hard + trust * past, hard)
 
 

@@ -58,7 +58,7 @@ class SinKD(Distiller):
         iterations: how often rows and columns are scaled.
     """
 
-    needs = Needs(teacher="logits")
+    needs = Needs(teacher="logits", labels="none")
 
     def __init__(
         self,

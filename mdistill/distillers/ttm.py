@@ -36,7 +36,7 @@ class TTM(Distiller):
         power: gamma, between 0 and 1 in the paper; the smaller, the softer the teacher.
     """
 
-    needs = Needs(teacher="logits")
+    needs = Needs(teacher="logits", labels="none")
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
 class Vanilla(Distiller):
     """Cross-entropy times ``ce_weight``, without a teacher."""
 
-    needs = Needs(teacher="none", labels="hard")
+    needs = Needs(teacher="none", labels="none")
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, data: DataInfo, **shared: Any) -> None:
         super().__init__(student, teacher, data, **shared)

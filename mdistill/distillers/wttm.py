@@ -42,7 +42,7 @@ class WTTM(Distiller):
         power: gamma, between 0 and 1 in the paper; the smaller, the softer the teacher.
     """
 
-    needs = Needs(teacher="logits")
+    needs = Needs(teacher="logits", labels="none")
 
     def __init__(
         self,

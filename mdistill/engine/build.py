@@ -1,16 +1,18 @@
 """From a configuration to the objects of a run, each checked before anything is written."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from mdistill.config import Config
-from mdistill.data import DATASETS, DataInfo, Dataset
+from mdistill.config import Config, TeacherConfig
+from mdistill.data import DATASETS, Batch, DataInfo, Dataset
 from mdistill.data.sampling import derive_seed
 from mdistill.distillers import DISTILLERS, Distiller
 from mdistill.engine.accelerate import choose_engine
@@ -20,9 +22,10 @@ from mdistill.engine.teacher import KEPT, FrozenTeacher
 from mdistill.engine.teacher_cache import NoRoom, TeacherTable
 from mdistill.errors import UserError
 from mdistill.models import MODELS
+from mdistill.models.ensemble import Ensemble
 from mdistill.models.teachers import locate, verify_top1
 from mdistill.models.weights import fingerprint, load_weights
-from mdistill.numerics import require_precision, set_numerics
+from mdistill.numerics import Precision, require_precision, set_numerics
 
 UNCALIBRATED = "trained without cross-entropy: the scale of its logits is free and its test loss not comparable"
 
@@ -99,19 +102,34 @@ def build_network(section: str, name: str, arguments: Mapping[str, Any], info: D
 
 
 def build_teacher(config: Config, info: DataInfo) -> nn.Module | None:
-    """The teacher's network with initial weights; None when the configuration has none."""
+    """The teacher's network, or several as one, with initial weights; None when the configuration has none."""
     if config.teacher is None:
         return None
-    return build_network("teacher", config.teacher.name, config.teacher.arguments, info, seed=config.seed)
+    members = [
+        build_network(where, member.name, member.arguments, info, seed=config.seed)
+        for where, member in zip(_places(config.teacher), config.teacher.members, strict=True)
+    ]
+    return members[0] if len(members) == 1 else Ensemble(members, config.teacher.average)
 
 
 def build_distiller(config: Config, info: DataInfo, teacher: nn.Module | None) -> Distiller:
     """Student (initial weights) and method around ``teacher``, on torch's default device."""
     needs = DISTILLERS.get(config.distiller.name).needs  # type: ignore[attr-defined]
-    if needs.views > 1:
-        raise UserError(f"distiller.name: {config.distiller.name!r} needs two views of each image, the data gives one")
-    if needs.labels == "soft":
-        raise UserError(f"distiller.name: {config.distiller.name!r} needs soft labels, the data gives classes")
+    if needs.views > 1 and not info.strong_views:
+        raise UserError(
+            f"distiller.name: {config.distiller.name!r} needs a second, strongly augmented view of each image and the"
+            f" data set {config.data.name!r} gives one view"
+        )
+    if config.data.mixing is not None and needs.labels == "hard":
+        raise UserError(
+            f"data.mixing: {config.data.mixing.name!r} gives an image shares of two classes and the method"
+            f" {config.distiller.name!r} needs one class an image; remove data.mixing or take another method"
+        )
+    if config.data.mixing is not None and needs.views > 1:
+        raise UserError(
+            f"data.mixing: images are mixed in one view and the method {config.distiller.name!r} needs two;"
+            " remove data.mixing or take another method"
+        )
     student = build_network("student", config.student.name, config.student.arguments, info, seed=config.seed)
     for section, network, features in (
         ("student", student, needs.student_features),
@@ -156,19 +174,23 @@ def build(
     require_precision(teacher_precision, device, "run.teacher_precision")
     choose_engine(run.engine, device)
     set_numerics(run.precision, deterministic=run.deterministic)
-    source = None
-    if config.teacher is not None:  # before the data: the quickest check first
-        source = locate(config.teacher.checkpoint, checkpoint_root, model=config.teacher.name, dataset=config.data.name)
+    sources = [  # before the data: the quickest check first
+        locate(member.checkpoint, checkpoint_root, model=member.name, dataset=config.data.name)
+        for member in (config.teacher.members if config.teacher is not None else ())
+    ]
     dataset = build_dataset(config, data_root=data_root, download=download)
     info = dataset.info(config.data.batch_size)
     teacher = build_teacher(config, info)
     distillers = [build_distiller(each, info, teacher) for each in configs]
     fingerprints = {"data": dataset.fingerprint()}
     facts: dict[str, Any] = {"data": {"fingerprint": fingerprints["data"], "notes": list(dataset.notes)}}
-    if config.teacher is not None and source is not None and teacher is not None:
-        load_weights(teacher, source, name=config.teacher.name, role="teacher")
-        fingerprints["teacher"] = fingerprint(teacher.state_dict())
-        facts["teacher"] = {"path": str(source), "fingerprint": fingerprints["teacher"]}
+    prints = []
+    if config.teacher is not None and teacher is not None:
+        for network, member, source in zip(_members(teacher), config.teacher.members, sources, strict=True):
+            load_weights(network, source, name=member.name, role="teacher")
+            prints.append(fingerprint(network.state_dict()))
+        fingerprints["teacher"] = prints[0] if len(prints) == 1 else _joined(prints, config.teacher.average)
+        facts["teacher"] = {"path": " + ".join(map(str, sources)), "fingerprint": fingerprints["teacher"]}
     if not distillers[0].fits_labels:
         facts["loss"] = UNCALIBRATED
     dataset = dataset.to(device)
@@ -177,31 +199,74 @@ def build(
         distiller = distiller.to(device)
         distiller.student_precision, distiller.teacher_precision = run.precision, teacher_precision
         solver = SOLVERS.build(each.solver.name, distiller.param_groups(), where="solver", **each.solver.arguments)
+        _try_solver(solver, distiller, info)
         trials.append(Trial(each, distiller, solver))
     experiment = Experiment(trials, dataset, device, fingerprints, facts)
     if config.teacher is not None and teacher is not None:
         if check_teacher:
-            facts["teacher"]["top1"] = verify_top1(
-                config.teacher.expected_top1,
-                lambda: (
-                    evaluate(
-                        teacher, dataset, "test", batch_size=config.data.eval_batch_size, precision=teacher_precision
-                    ).top1
-                ),
-                key=f"{fingerprints['teacher']}:{fingerprints['data']}",
-                memory=output_root / "teachers.json",
-                teacher=str(source),
-                where=config.data.name,
-            )
+            batch_size = config.data.eval_batch_size
+            measured = [
+                verify_top1(
+                    member.expected_top1,
+                    partial(_top1, network, dataset, batch_size, teacher_precision),
+                    key=f"{weights}:{fingerprints['data']}",
+                    memory=output_root / "teachers.json",
+                    teacher=str(source),
+                    where=config.data.name,
+                    section=section,
+                )
+                for section, network, member, source, weights in zip(
+                    _places(config.teacher), _members(teacher), config.teacher.members, sources, prints, strict=True
+                )
+            ]
+            facts["teacher"]["top1"] = measured[0] if len(measured) == 1 else measured
         _ask_teacher(experiment, teacher, cache_root)
     return experiment
+
+
+def _places(teacher: TeacherConfig) -> list[str]:
+    """Where in the configuration each of a teacher's networks stands."""
+    return ["teacher", *(f"teacher.ensemble.{number}" for number in range(len(teacher.ensemble)))]
+
+
+def _members(teacher: nn.Module) -> list[nn.Module]:
+    return list(teacher.members) if isinstance(teacher, Ensemble) else [teacher]
+
+
+def _joined(fingerprints: Sequence[str], average: str) -> str:
+    """One fingerprint of several networks and what is averaged over them."""
+    return hashlib.sha256(" ".join([average, *fingerprints]).encode()).hexdigest()
+
+
+def _top1(network: nn.Module, dataset: Dataset, batch_size: int | None, precision: Precision) -> float:
+    return evaluate(network, dataset, "test", batch_size=batch_size, precision=precision).top1
+
+
+@torch.no_grad()
+def _try_solver(solver: Solver, distiller: Distiller, info: DataInfo) -> None:
+    """Show a solver that asks something of a loss which terms the method has, on two blank images in eval mode."""
+    if type(solver).check is Solver.check:
+        return
+    drawn = {name: generator.get_state() for name, generator in distiller.generators.items()}
+    device = next(distiller.student.parameters()).device
+    image = torch.zeros(2, 3, info.image_size, info.image_size, device=device)
+    number = torch.arange(2, device=device)
+    strong = image if distiller.needs.views > 1 else None
+    distiller.eval()
+    solver.check(distiller(Batch(image, number, number, number, strong_image=strong), torch.ones((), device=device)))
+    distiller.train()
+    for name, generator in distiller.generators.items():
+        generator.set_state(drawn[name])
 
 
 def _ask_teacher(it: Experiment, teacher: nn.Module, cache_root: Path | None) -> None:
     """Let the engine ask the teacher ahead of the steps, through a table, where the method leaves room for that."""
     config, needs = it.trials[0].config, it.trials[0].distiller.needs
-    if needs.teacher != "logits" or needs.views > 1:
-        it.teacher_note = "runs in every step: this method reads more of it than one view's logits"
+    if needs.teacher != "logits":
+        it.teacher_note = "runs in every step: this method reads more of it than its logits"
+        return
+    if config.data.mixing is not None:
+        it.teacher_note = "runs in every step: images are mixed"
         return
     it.teacher = FrozenTeacher(teacher, it.device, config.run.teacher_precision or config.run.precision)
     if it.dataset.num_views is None:
@@ -219,6 +284,7 @@ def _ask_teacher(it: Experiment, teacher: nn.Module, cache_root: Path | None) ->
     it.teacher_note = (
         f"logits come from {it.table.path} ({config.run.teacher_logits}, {100 * it.table.filled / it.table.rows:.1f} %"
         f" of {it.table.rows:,} rows there), an epoch's at a time in {it.device.type} memory; missing ones are computed"
+        f"{'; those of the strong views in every step' if needs.views > 1 else ''}"
     )
 
 

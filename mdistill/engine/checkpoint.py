@@ -87,7 +87,8 @@ def read(path: Path, config: Config, fingerprints: Mapping[str, str]) -> dict[st
     if not isinstance(state, dict) or not state.keys() >= KEYS or state["format"] != FORMAT:
         raise UserError(f"{path}: not a training state in format {FORMAT}, the one that this version resumes from")
     changed = differences(state["config"], config.resolved())
-    if "solver.epochs" in changed and changed["solver.epochs"][1] > changed["solver.epochs"][0]:
+    grown = "solver.epochs" in changed and changed["solver.epochs"][1] > changed["solver.epochs"][0]
+    if grown and config.solver.schedule != "cosine":  # whose every epoch depends on their number
         del changed["solver.epochs"]
     if changed:
         listed = "; ".join(f"{key}: was {before!r}, now {after!r}" for key, (before, after) in changed.items())

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mdistill.distillers.base import StepOutput
 from mdistill.errors import RunFailed
@@ -34,16 +33,17 @@ class EpochSums:
         self.terms = torch.zeros(0, dtype=torch.float64, device=device)
         self.first_bad = torch.zeros(0, dtype=torch.int64, device=device)  # step of the first non-finite value, or 0
 
-    def update(self, output: StepOutput, target: Tensor) -> None:
-        """Add one step: its terms, (B, C) logits and (B,) classes."""
-        terms = output.terms
+    def update(self, output: StepOutput) -> None:
+        """Add one step: its terms, logits and labels; a mixed image counts as of the class with the largest share."""
+        terms, target = output.terms, output.target
         if not self.names:
             self.names = list(terms)
             self.terms = self.terms.new_zeros(len(terms))
             self.first_bad = self.first_bad.new_zeros(len(terms))
         size = len(target)
         values = torch.stack([terms[name].detach() for name in self.names]).double()
-        correct = (output.logits.detach().argmax(dim=1) == target).sum()
+        classes = target if target.ndim == 1 else target.argmax(dim=1)
+        correct = (output.logits.detach().argmax(dim=1) == classes).sum()
         self.terms += size * values
         self.counts += torch.stack([correct.new_ones(()), torch.full_like(correct, size), correct])
         fresh = ~values.isfinite() & (self.first_bad == 0)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from mdistill.data import Batch, Dataset
+from mdistill.data.feed import Feed
+from mdistill.data.mixing import Columns, Mixing
 from mdistill.data.sampling import EpochPlan, epoch_plan
 from mdistill.distillers import Distiller
 from mdistill.engine.accelerate import (
@@ -38,6 +40,7 @@ class Ahead:
     epoch: int
     step: int
     plan: EpochPlan
+    columns: Columns  # of the feed
     request: Request | None
 
 
@@ -50,6 +53,7 @@ class Stepper:
         dataset: on the device.
         seed: fixes order and views.
         batch_size: B; the last batch of an epoch may be smaller.
+        mixing: how images are mixed; None: not at all.
         engine: how steps are launched.
         make_rows: where teacher logits come from; None leaves the teacher to the method.
         say: told in one line when a capture or a compilation fails; the step then runs as plain Python.
@@ -63,6 +67,7 @@ class Stepper:
         *,
         seed: int,
         batch_size: int,
+        mixing: Mixing | None,
         device: torch.device,
         engine: Engine,
         make_rows: MakeRows | None,
@@ -76,6 +81,8 @@ class Stepper:
         self._at = torch.zeros((), dtype=torch.int64, device=device)  # images of the epoch already seen
         self._epoch = torch.ones((), dtype=torch.int64, device=device)
         self._offsets = torch.arange(min(batch_size, dataset.num_samples), device=device)
+        strong = distiller.needs.views > 1
+        self._feed = Feed(dataset, seed=seed, strong=strong, mixing=mixing, device=device)
         self._rows = make_rows(self._pairs) if make_rows else None
         self._launch = Launcher(
             partial(self._one, batch_size), record=record, on_failure=partial(self._fell_back, "graph")
@@ -90,7 +97,7 @@ class Stepper:
         """Prepare an epoch on the host: its plan, and the teacher logits that are known. Does not touch the device."""
         plan = epoch_plan(self._seed, epoch, self._dataset.num_samples, self._dataset.num_views)
         request = self._rows.look_up(plan.index, plan.view, first=step * self._batch_size) if self._rows else None
-        self._ahead = Ahead(epoch, step, plan, request)
+        self._ahead = Ahead(epoch, step, plan, self._feed.plan(epoch), request)
 
     def begin(self, epoch: int, step: int) -> None:
         """Go to ``step`` (from 0) of ``epoch`` (from 1)."""
@@ -99,6 +106,7 @@ class Stepper:
         assert self._ahead is not None
         plan, request = self._ahead.plan, self._ahead.request
         self._pairs[:, :-1].copy_(upload(np.stack([plan.index, plan.view]), self._device))
+        self._feed.begin(upload(self._ahead.columns, self._device))
         self._at.fill_(step * self._batch_size)
         self._epoch.fill_(epoch)
         if self._rows is not None and request is not None:
@@ -127,7 +135,7 @@ class Stepper:
     def _one(self, size: int) -> None:
         slots = self._at + self._offsets[:size]
         index, view = self._pairs.index_select(1, slots).unbind()
-        batch = self._dataset.train_batch(index, view)
+        batch = self._feed.batch(index, view, slots)
         if self._rows is not None:
             batch = dataclasses.replace(batch, teacher_logits=self._rows.logits.index_select(0, slots))
         self._step(batch, self._epoch)

@@ -21,7 +21,6 @@ from mdistill.engine.evaluate import evaluate
 from mdistill.engine.metrics import EpochSums
 from mdistill.engine.progress import StepBar, StopRequest, say
 from mdistill.engine.run import RunFolder, environment, read_metrics
-from mdistill.engine.schedule import learning_rate
 from mdistill.engine.solver import Solver
 from mdistill.engine.stepper import MakeRows, Stepper
 from mdistill.engine.teacher import KEPT, TeacherRows, describe
@@ -34,8 +33,8 @@ def train_step(distiller: Distiller, solver: Solver, batch: Batch, epoch: Tensor
     output = distiller(batch, epoch)
     solver.step(output)
     with torch.no_grad():
-        distiller.after_step()
-        sums.update(output, batch.target)
+        distiller.finish_step()
+        sums.update(output)
 
 
 def fit(run: Experiment, folders: Sequence[RunFolder]) -> list[list[dict[str, Any]]]:
@@ -114,6 +113,7 @@ def make_stepper(run: Experiment, trial: Trial, sums: EpochSums, engine: Engine)
         run.dataset,
         seed=trial.config.seed,
         batch_size=trial.config.data.batch_size,
+        mixing=trial.config.data.mixing_settings,
         device=run.device,
         engine=engine,
         make_rows=make_rows,
@@ -212,8 +212,7 @@ class _Course:
             )
 
     def _begin(self, epoch: int) -> float:
-        schedule = self.config.solver
-        lr = learning_rate(epoch, lr=schedule.lr, milestones=schedule.milestones, gamma=schedule.gamma)
+        lr = self.config.solver.rate(epoch)
         self.solver.set_lr(lr)
         self.distiller.train()
         self.stepper.begin(epoch, self.progress.step)
@@ -332,9 +331,11 @@ def _epoch_line(line: Mapping[str, Any], epochs: int, headline: str) -> str:
     )
     evaluated = ""
     if f"{headline}/top1" in line:
+        further = [key.split("/")[0] for key in line if key.endswith(f"/{headline}/top1")]  # students
+        beside = "".join(f"  {name} {line[f'{name}/{headline}/top1']:.2f}" for name in further)
         evaluated = (
             f"  {headline} top-1 {line[f'{headline}/top1']:.2f}  top-5 {line[f'{headline}/top5']:.2f}"
-            f"  best {line['best/top1']:.2f} @ {line['best/epoch']}"
+            f"{beside}  best {line['best/top1']:.2f} @ {line['best/epoch']}"
         )
     return (
         f"epoch {line['epoch']}/{epochs}  lr {line['lr']:g}  loss {line['train/loss']:.4f} ({terms})"

@@ -39,7 +39,14 @@ def _is_for(dataset: str, config: Path) -> bool:
 
 
 def verify_top1(
-    expected: float | None, measure: Callable[[], float], *, key: str, memory: Path, teacher: str, where: str
+    expected: float | None,
+    measure: Callable[[], float],
+    *,
+    key: str,
+    memory: Path,
+    teacher: str,
+    where: str,
+    section: str = "teacher",
 ) -> float | None:
     """Measure the teacher's top-1 once per ``key`` (weights and data), remember it in ``memory``, and compare.
 
@@ -47,7 +54,8 @@ def verify_top1(
         expected: percent, or None to skip everything.
         measure: evaluates the teacher on the test split, in percent.
         memory: a JSON file of measured values.
-        teacher, where: for the message: the weights, and what they were tested on.
+        teacher, where, section: for the message: the weights, what they were tested on, and where the configuration has
+            the expected value.
 
     Returns:
         the measured top-1 in percent, or None when nothing is expected.
@@ -67,8 +75,8 @@ def verify_top1(
     top1 = float(known[key])
     if not abs(top1 - expected) <= TOLERANCE:
         raise UserError(
-            f"teacher.expected_top1: {teacher} reaches {top1:.2f} on the test split of {where}, the configuration"
+            f"{section}.expected_top1: {teacher} reaches {top1:.2f} on the test split of {where}, the configuration"
             f" expects {expected:.2f} (within {TOLERANCE:g}): wrong weights or data? For a teacher of your own set"
-            f" teacher.expected_top1={top1:.2f} (or null to skip this check)"
+            f" {section}.expected_top1={top1:.2f} (or null to skip this check)"
         )
     return top1

@@ -25,7 +25,7 @@ def test_facts(small: InMemoryDataset):
     assert (small.num_classes, small.num_samples, small.image_size, small.num_views) == (5, 57, 8, 50)
     assert small.splits == ("test",)
     assert small.notes == ["made up"]
-    assert astuple(small.info(16)) == (5, 57, 8, 50, 16)
+    assert astuple(small.info(16)) == (5, 57, 8, 50, 16, True)
     assert small.info(64).batch_size == 57  # no batch is larger than the data
     assert small.size("test") == 23
 

@@ -73,6 +73,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "lambda_max": 1.0,
         "lambda_epochs": 10,
     },
+    "mlkd": {
+        "ce_weight": 0.1,
+        "kd_weight": 0.9,
+        "temperature": 4.0,
+        "extra_temperatures": [3.0, 5.0, 2.0, 6.0],
+        "reading": "published",
+    },
     "mlkd_noaug": {
         "ce_weight": 0.1,
         "kd_weight": 0.9,
@@ -111,7 +118,14 @@ def network(seed: int, classes: int = CLASSES) -> TinyNetwork:
 
 
 def data_info(**changes: Any) -> DataInfo:
-    values = {"num_classes": CLASSES, "num_samples": SAMPLES, "image_size": 2, "num_views": None, "batch_size": BATCH}
+    values = {
+        "num_classes": CLASSES,
+        "num_samples": SAMPLES,
+        "image_size": 2,
+        "num_views": None,
+        "batch_size": BATCH,
+        "strong_views": True,
+    }
     return DataInfo(**{**values, **changes})
 
 
@@ -131,6 +145,8 @@ def batch(seed: int = 0, size: int = BATCH, *, dtype: torch.dtype = torch.float3
         "target": torch.randint(CLASSES, (size,), generator=generator),
         "index": torch.randperm(SAMPLES, generator=generator)[:size],
         "view": torch.zeros(size, dtype=torch.int64),
+        "strong_image": torch.randn(size, 3, 2, 2, generator=generator).to(dtype),
+        "strong_view": torch.ones(size, dtype=torch.int64),
     }
     return Batch(**{**values, **changes})
 

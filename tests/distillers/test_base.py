@@ -1,5 +1,6 @@
 """The contract that the base class keeps for every method."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistill.data.batch import Batch
 from mdistill.distillers import DISTILLERS, Distiller, Needs, Signals, StepOutput
 from mdistill.distillers.functional import standardize
 from mdistill.errors import UserError
@@ -80,7 +80,10 @@ class TestSignals:
 class TestTerms:
     def test_total_is_the_sum_of_all_terms(self):
         output = StepOutput(
-            torch.zeros(1, 2), {"ce": torch.tensor(1.0)}, {"a": torch.tensor(2.0), "b": torch.tensor(4.0)}
+            torch.zeros(1, 2),
+            torch.zeros(1),
+            {"ce": torch.tensor(1.0)},
+            {"a": torch.tensor(2.0), "b": torch.tensor(4.0)},
         )
         assert output.total == 7
         assert list(output.terms) == ["ce", "a", "b"]
@@ -140,6 +143,145 @@ class TestTeacher:
             probe().load_training_state(state)
 
 
+class TwoViews(Probe):
+    needs = Needs(views=2)
+
+
+class TestSecondView:
+    def build(self, **settings: Any) -> TwoViews:
+        return TwoViews(examples.network(0), examples.network(1), examples.data_info(), ce_weight=0.5, **settings)
+
+    def test_is_shown_like_the_first(self):
+        distiller, batch = self.build(standardize_logits=True).eval(), examples.batch()
+        distiller(batch, examples.epoch(3))
+        seen, strong = distiller.seen, distiller.seen.strong
+        for view, image in ((seen, batch.image), (strong, batch.strong_image)):
+            torch.testing.assert_close(view.raw_student_logits, distiller.student(image))
+            torch.testing.assert_close(view.raw_teacher_logits, distiller.teacher(image))
+            torch.testing.assert_close(view.teacher_logits, standardize(distiller.teacher(image)))
+        assert strong.target is batch.target
+        assert strong.epoch == 3
+        assert strong.strong is None
+
+    def test_runs_by_itself_after_the_first(self):
+        """BatchNorm sees the weak view, then the strong one: its statistics are those of two passes in this order."""
+        distiller, twin, batch = self.build().train(), examples.network(0).train(), examples.batch()
+        distiller(batch, examples.epoch())
+        twin(batch.image)
+        twin(batch.strong_image)
+        torch.testing.assert_close(distiller.student.state_dict(), twin.state_dict(), rtol=0, atol=0)
+
+    def test_supplied_logits_belong_to_the_first(self):
+        distiller, batch = self.build().eval(), examples.batch()
+        supplied = torch.full((examples.BATCH, examples.CLASSES), 7.0)
+        distiller(replace(batch, teacher_logits=supplied), examples.epoch())
+        assert distiller.seen.teacher_logits is supplied
+        torch.testing.assert_close(distiller.seen.strong.teacher_logits, distiller.teacher(batch.strong_image))
+
+    def test_is_left_alone_by_a_method_of_one_view(self):
+        distiller = probe().eval()
+        distiller(examples.batch(), examples.epoch())
+        assert distiller.seen.strong is None
+
+
+class TestMixedImages:
+    def shares(self) -> Tensor:
+        return torch.rand(examples.BATCH, examples.CLASSES, generator=torch.Generator().manual_seed(4)).softmax(dim=1)
+
+    def test_cross_entropy_weighs_classes_by_their_share(self):
+        distiller, batch = probe().eval(), replace(examples.batch(), target=self.shares())
+        output = distiller(batch, examples.epoch())
+        log_probs = distiller.student(batch.image).log_softmax(dim=1)
+        expected = -sum((self.shares()[i] * log_probs[i]).sum() for i in range(examples.BATCH)) / examples.BATCH
+        torch.testing.assert_close(output.task["ce"], 0.5 * expected)
+        assert output.target is batch.target
+
+    @pytest.mark.parametrize("name", [n for n in examples.METHODS if DISTILLERS.get(n).needs.labels != "hard"])
+    def test_methods_that_take_shares_of_classes_train_on_them(self, name):
+        """A share of 1 is a class: both give the same loss."""
+        batch = examples.batch()
+        one_hot = F.one_hot(batch.target, examples.CLASSES).float()
+        hard = examples.step(examples.build(name), batch)
+        torch.testing.assert_close(examples.step(examples.build(name), replace(batch, target=one_hot)), hard)
+        assert examples.step(examples.build(name), replace(batch, target=self.shares())).isfinite()
+
+    def test_the_images_of_which_the_teacher_is_least_certain_are_kept(self):
+        distiller, batch = probe().eval(), replace(examples.batch(), target=self.shares(), kept=3)
+        output = distiller(batch, examples.epoch())
+        probs = distiller.teacher(batch.image).softmax(dim=1)
+        entropy = [-sum(p * p.log() for p in row).item() for row in probs]
+        kept = sorted(sorted(range(examples.BATCH), key=lambda i: -entropy[i])[:3])
+        assert torch.equal(distiller.seen.index, batch.index[kept])
+        assert torch.equal(output.target, batch.target[kept])
+        torch.testing.assert_close(output.logits, distiller.student(batch.image[kept]))
+        torch.testing.assert_close(distiller.seen.teacher_logits, distiller.teacher(batch.image)[kept])
+
+
+class TestAverages:
+    def run(self, steps: int, **settings: Any) -> tuple[Probe, list[dict[str, Tensor]]]:
+        """A few steps, one an epoch; the student's states after each."""
+        distiller, states = probe(**settings), []
+        for number in range(1, steps + 1):
+            distiller.train()
+            distiller.zero_grad()
+            distiller(examples.batch(number), examples.epoch(number)).total.backward()
+            with torch.no_grad():
+                for parameter in distiller.student.parameters():
+                    parameter -= 0.1 * parameter.grad
+                distiller.finish_step()
+            states.append({key: value.clone() for key, value in distiller.student.state_dict().items()})
+        return distiller, states
+
+    @pytest.mark.parametrize("first", [1, 3])
+    def test_the_plain_one_is_the_mean_of_all_states_from_its_first_epoch_on(self, first):
+        distiller, states = self.run(5, average_from=first)
+        found = distiller.students()["average"].state_dict()
+        for key, value in found.items():
+            if value.is_floating_point():
+                torch.testing.assert_close(
+                    value, torch.stack([state[key] for state in states[first - 1 :]]).mean(dim=0)
+                )
+            else:
+                assert value == states[-1][key]
+
+    def test_the_plain_one_is_the_student_before_its_first_epoch(self):
+        distiller, states = self.run(2, average_from=3)
+        torch.testing.assert_close(dict(distiller.students()["average"].state_dict()), states[-1])
+
+    def test_the_exponential_one_forgets_by_its_decay(self):
+        """By hand: the mean of two steps, then 3/5 of it and 2/5 of the third, and so on (1/3 is below 2/5)."""
+        distiller, states = self.run(4, ema_decay=0.6)
+        found = distiller.students()["ema"].state_dict()
+        for key in (key for key, value in found.items() if value.is_floating_point()):
+            expected = (states[0][key] + states[1][key]) / 2
+            for state in states[2:]:
+                expected = 0.6 * expected + 0.4 * state[key]
+            torch.testing.assert_close(found[key], expected)
+
+    def test_they_change_nothing_else_and_are_not_trained(self):
+        both, states = self.run(3, ema_decay=0.9, average_from=1)
+        plain, expected = self.run(3)
+        torch.testing.assert_close(states, expected, rtol=0, atol=0)
+        assert list(both.students()) == ["student", "ema", "average"]
+        assert len(both.param_groups()[0]["params"]) == len(plain.param_groups()[0]["params"])
+        assert list(plain.students()) == ["student"]
+
+    def test_they_are_part_of_the_state(self):
+        whole, _ = self.run(4, ema_decay=0.9, average_from=2)
+        other = probe(ema_decay=0.9, average_from=2)
+        other.load_training_state(whole.training_state())
+        torch.testing.assert_close(other.training_state(), whole.training_state(), rtol=0, atol=0)
+        assert other.average.count == 3
+
+    def test_a_dry_run_leaves_them_alone(self):
+        distiller, _ = self.run(2, average_from=1)
+        before = {key: value.clone() for key, value in distiller.average.state_dict().items()}
+        with torch.no_grad():
+            distiller(examples.batch(9), examples.epoch(3))
+            distiller.finish_step()
+        torch.testing.assert_close(dict(distiller.average.state_dict()), before, rtol=0, atol=0)
+
+
 class TestNeeds:
     def test_a_missing_teacher_is_refused(self):
         with pytest.raises(UserError, match="Probe needs a teacher"):
@@ -195,7 +337,7 @@ def test_losses_are_float32_under_autocast(name):
     with torch.autocast("cpu", torch.bfloat16):
         found = distiller(batch, examples.epoch())
         networks = {
-            network: network.forward_features(batch.image)
+            network: {id(image): network.forward_features(image) for image in (batch.image, batch.strong_image)}
             for network in (distiller.student, distiller.teacher)
             if network
         }
@@ -206,17 +348,17 @@ def test_losses_are_float32_under_autocast(name):
     torch.testing.assert_close(found.terms, distiller(batch, examples.epoch()).terms, rtol=1e-6, atol=1e-7)
 
 
-def given(network: nn.Module, features: Features) -> nn.Module:
-    """A network with the classifier of ``network`` that returns these features whatever it sees."""
+def given(network: nn.Module, features: dict[int, Features]) -> nn.Module:
+    """A network with the classifier of ``network`` that returns the features found under the ``id`` of the images."""
 
     class Given(nn.Module):
         classifier = network.classifier
 
         def forward(self, image: Tensor) -> Tensor:
-            return features.logits
+            return features[id(image)].logits
 
         def forward_features(self, image: Tensor) -> Features:
-            return features
+            return features[id(image)]
 
     return Given()
 
@@ -225,6 +367,6 @@ def given(network: nn.Module, features: Features) -> nn.Module:
 def test_no_method_knows_who_supplied_the_teacher_s_logits(name):
     distiller, batch = examples.build(name).eval(), examples.batch()
     logits = distiller.teacher(batch.image).detach()
-    supplied = Batch(batch.image, batch.target, batch.index, batch.view, teacher_logits=logits)
+    supplied = replace(batch, teacher_logits=logits)
     expected = distiller(batch, examples.epoch()).terms
     torch.testing.assert_close(distiller(supplied, examples.epoch()).terms, expected, rtol=0, atol=0)

@@ -19,7 +19,7 @@ from . import examples
 
 METHODS = examples.METHODS
 every_method = pytest.mark.parametrize("name", METHODS)
-SHARED = {"warmup_epochs", "standardize_logits"}
+SHARED = {"warmup_epochs", "standardize_logits", "ema_decay", "average_from"}
 VARIANTS = {
     "kd": {"divergence", "balance", "target", "interpolation"}
 }  # off by default: the method is then as published

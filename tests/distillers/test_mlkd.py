@@ -1,6 +1,7 @@
 """The maths of multi-level logit distillation: a case worked by hand, plain loops, the published total, properties."""
 
 import json
+from dataclasses import replace
 from math import exp, log
 
 import numpy as np
@@ -8,8 +9,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mdistill.distillers.base import Signals
+from mdistill.distillers.functional import standardize
 from mdistill.distillers.kd import kd_loss
 from mdistill.distillers.mlkd import batch_loss, class_loss, instance_loss, uncertain_shares, weak_view_terms
+from mdistill.errors import UserError
 
 from . import examples, golden
 
@@ -170,3 +174,88 @@ def test_a_teacher_that_is_certain_gives_finite_terms(scale):
         (gradient,) = torch.autograd.grad(term, student, retain_graph=True)
         assert term.isfinite(), name
         assert gradient.isfinite().all(), name
+
+
+def total(settings, views, target):
+    """The method's loss over given logits: for each view the student's and the teacher's."""
+    distiller = examples.build("mlkd", **settings).eval()
+    weak, strong = (
+        Signals(
+            student_logits=standardize(student) if distiller.standardize_logits else student,
+            teacher_logits=standardize(teacher) if distiller.standardize_logits else teacher,
+            raw_student_logits=student,
+            raw_teacher_logits=teacher,
+            target=target,
+            index=torch.arange(len(target)),
+            epoch=examples.epoch(),
+        )
+        for student, teacher in views
+    )
+    signals = replace(weak, strong=strong)
+    return {**distiller.task(signals), **distiller.distillation(signals)}
+
+
+@pytest.mark.parametrize("inputs", ["8x100", "5x10"])
+def test_the_method_equals_the_published_total_of_two_views(inputs):
+    """Value and gradient of the weak view's logits, to 1e-9."""
+    rows = json.loads((golden.FOLDER / "logit_losses.json").read_text())
+    (row,) = [row for row in rows if row["inputs"] == inputs and row["case"].startswith("mlkd_total|")]
+    with np.load(golden.FOLDER / "logit_losses.npz") as arrays:
+        names = ("student", "teacher", "student_strong", "teacher_strong", "target")
+        weak, teacher, strong, strong_teacher, target = (torch.from_numpy(arrays[f"{inputs}/{x}"]) for x in names)
+        expected = torch.from_numpy(arrays[f"{inputs}/{row['case']}/grad"])
+    weak.requires_grad_()
+    terms = total({"ce_weight": 1.0, "kd_weight": 1.0}, ((weak, teacher), (strong, strong_teacher)), target)
+    assert list(terms) == ["ce", "ce_strong", "instance", "class", "batch", "strong"]
+    found = torch.stack(list(terms.values())).sum()
+    found.backward()
+    assert found.item() == pytest.approx(row["loss"], rel=1e-9)
+    assert (weak.grad - expected).abs().max() <= 1e-9 * expected.abs().max()
+
+
+def four_views():
+    return (
+        (examples.logits(0, 6, 5), examples.logits(1, 6, 5)),
+        (examples.logits(2, 6, 5), examples.logits(3, 6, 5)),
+    )
+
+
+def test_the_reading_of_the_paper_treats_both_views_alike():
+    """Every level of each view, by the loops above; no shares, no exchange of views."""
+    views, target = four_views(), examples.targets(4, 6, 5)
+    settings = {"reading": "paper", "kd_weight": 2.0, "temperature": 4.0, "extra_temperatures": [3.0]}
+    terms = total(settings, views, target)
+    for ending, (student, teacher) in zip(("", "_strong"), views, strict=True):
+        loop = by_loop(student, teacher, (4.0, 3.0))
+        assert {name: terms[f"{name}{ending}"].item() for name in LEVELS} == pytest.approx(
+            {name: 2 * value for name, value in loop.items()}, rel=1e-10
+        )
+    assert len(terms) == 8
+    swapped = total(settings, views[::-1], target)
+    torch.testing.assert_close(sum(terms.values()), sum(swapped.values()))
+
+
+@pytest.mark.parametrize("reading", ["published", "paper"])
+def test_the_method_standardises_the_instance_level_alone(reading):
+    views, target = four_views(), examples.targets(4, 6, 5)
+    scaled = tuple((3 * student + 1, 0.5 * teacher - 2) for student, teacher in views)
+    settings = {"reading": reading, "standardize_logits": True}
+    before, after = total(settings, views, target), total(settings, scaled, target)
+    for name, term in before.items():
+        same = name.startswith("instance") or name == "strong"
+        assert torch.allclose(term, after[name], rtol=1e-5) == same, name
+
+
+def test_cross_entropy_is_the_sum_of_both_views():
+    views, target = four_views(), examples.targets(4, 6, 5)
+    terms = total({"ce_weight": 0.5, "kd_weight": 0.0}, views, target)
+    torch.testing.assert_close(terms["ce"], 0.5 * F.cross_entropy(views[0][0], target))
+    torch.testing.assert_close(terms["ce_strong"], 0.5 * F.cross_entropy(views[1][0], target))
+    assert len(terms) == 2
+
+
+def test_a_loss_without_terms_is_refused():
+    with pytest.raises(UserError, match=r"^distiller: MLKD has nothing to train on: ce_weight, kd_weight all 0"):
+        examples.build("mlkd", ce_weight=0.0, kd_weight=0.0)
+    with pytest.raises(UserError, match=r"reading: .*'published' or 'paper', found 'both'"):
+        examples.build("mlkd", reading="both")

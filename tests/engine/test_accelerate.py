@@ -328,6 +328,36 @@ def test_a_replayed_run_equals_an_eager_one(method: str, tmp_path: Path, emulate
         assert_same(tables(eager, tmp_path / "eager"), tables(replayed, tmp_path / "graph"))
 
 
+RECIPES = {
+    "mixup": ("kd", "data.mixing={name: mixup, alpha: 0.8}"),
+    "cutmix": ("dist", "data.mixing={name: cutmix, alpha: 1.0, probability: 0.5}"),
+    "cutmix_pick": ("kd", "data.mixing={name: cutmix_pick, alpha: 1.0, candidates: 2}"),
+    "averages": ("mcld", "distiller.ema_decay=0.9", "distiller.average_from=2"),
+    "cosine": ("vanilla", "solver.schedule=cosine"),
+    "dot": ("dkd", "solver.name=dot", "solver.delta=0.075"),
+    "dot with a module of the method": ("ctkd", "solver.name=dot", "solver.delta=0.075"),
+    "dot with two views": ("mlkd", "solver.name=dot", "solver.delta=0.075"),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_replayed_recipe_equals_an_eager_one(
+    recipe: str, tmp_path: Path, emulated: Callable[[], Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, stopped in the middle of the second epoch and resumed too; the rate in a tensor, as on CUDA."""
+    monkeypatch.setattr(solver, "_rate", lambda device, value=0.0: torch.tensor(value, dtype=torch.float64))
+    method, *words = RECIPES[recipe]
+    cfg = configuration(tmp_path, method)
+    run(cfg, tmp_path / "eager", *words)
+    run(cfg, tmp_path / "parts", *words, stop_after=7)
+    run(cfg, tmp_path / "parts", *words, mode="resume")
+    assert_same_runs(tmp_path / "eager", tmp_path / "parts")
+    recorder = emulated()
+    run(cfg, tmp_path / "graph", *words)
+    assert_same_runs(tmp_path / "eager", tmp_path / "graph")
+    assert max(replay.calls for replay in recorder.replays) == 12 - WARM_UP
+
+
 def test_a_replayed_run_with_a_live_teacher_equals_an_eager_one(
     tmp_path: Path, emulated: Callable[[], Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -791,6 +821,7 @@ def test_a_step_sees_the_images_of_the_plan(tmp_path: Path) -> None:
         made.dataset,
         seed=4,
         batch_size=BATCH,
+        mixing=None,
         device=CPU,
         engine=Engine("eager", "for the test"),
         make_rows=None,

@@ -9,6 +9,9 @@ import torch
 import yaml
 
 from mdistill import config
+from mdistill.data import DATASETS
+from mdistill.data.feed import Feed
+from mdistill.data.mixing import Mixing
 from mdistill.data.sampling import epoch_plan
 from mdistill.distillers import DISTILLERS
 from mdistill.engine import build, trainer
@@ -20,6 +23,7 @@ from mdistill.numerics import computing
 
 from .. import same
 from ..distillers.examples import METHODS, SETTINGS
+from .test_accelerate import RECIPES
 
 pytestmark = pytest.mark.gpu
 
@@ -70,6 +74,34 @@ def test_a_captured_run_equals_an_eager_one(method: str, tmp_path: Path) -> None
     run(cfg, tmp_path / "eager", *EXACT, "run.engine=eager")
     run(cfg, tmp_path / "graph", *EXACT, "run.engine=graph")
     assert_same(states(tmp_path / "eager"), states(tmp_path / "graph"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_captured_recipe_equals_an_eager_one(recipe: str, tmp_path: Path) -> None:
+    """Mixed images, averaged students, DOT and two views, as ``test_accelerate.py`` emulates them."""
+    method, *words = RECIPES[recipe]
+    cfg = configuration(tmp_path, method)
+    words += ["solver.epochs=3", "solver.milestones=[]"]
+    run(cfg, tmp_path / "eager", *EXACT, *words, "run.engine=eager")
+    run(cfg, tmp_path / "graph", *EXACT, *words, "run.engine=graph")
+    assert_same(states(tmp_path / "eager"), states(tmp_path / "graph"))
+
+
+def test_strong_views_and_mixed_images_are_those_of_the_cpu(tmp_path: Path) -> None:
+    """Strong views bit for bit; mixup up to the rounding of a product."""
+    images = {}
+    for device in ("cpu", "cuda"):
+        data = DATASETS.build("tiny", tmp_path, False, images=600).to(device)
+        options = [(True, None), (False, Mixing("mixup", 1.0)), (False, Mixing("cutmix", 1.0))]
+        feeds = [Feed(data, seed=0, strong=s, mixing=m, device=torch.device(device)) for s, m in options]
+        slots = torch.arange(600, device=device)
+        for feed in feeds:
+            feed.begin(torch.from_numpy(feed.plan(1)).to(device))
+        strong, mixup, cutmix = (feed.batch(slots, slots % 162, slots) for feed in feeds)
+        images[device] = [strong.strong_image.cpu(), cutmix.image.cpu(), mixup.image.cpu()]
+    for found, expected in zip(images["cuda"][:2], images["cpu"][:2], strict=True):
+        assert torch.equal(found, expected)
+    torch.testing.assert_close(images["cuda"][2], images["cpu"][2])
 
 
 @pytest.mark.parametrize("engine", ["graph", "compile"])

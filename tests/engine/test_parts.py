@@ -18,31 +18,46 @@ CPU = torch.device("cpu")
 
 def test_the_rate_drops_after_its_milestones() -> None:
     """The published recipe: 0.05 up to and with epoch 150, a tenth of it from 151 on."""
-    at = {
-        epoch: learning_rate(epoch, lr=0.05, milestones=(150, 180, 210), gamma=0.1)
-        for epoch in (1, 150, 151, 180, 181, 210, 211, 240)
-    }
+    published = {"schedule": "step", "lr": 0.05, "milestones": (150, 180, 210), "gamma": 0.1, "epochs": 240}
+    at = {epoch: learning_rate(epoch, **published) for epoch in (1, 150, 151, 180, 181, 210, 211, 240)}
     expected = {1: 0.05, 150: 0.05, 151: 0.005, 180: 0.005, 181: 5e-4, 210: 5e-4, 211: 5e-5, 240: 5e-5}
     assert at == pytest.approx(expected)
-    assert learning_rate(7, lr=0.3, milestones=(), gamma=0.1) == 0.3
+    assert learning_rate(7, schedule="step", lr=0.3, milestones=(), gamma=0.1, epochs=9) == 0.3
 
 
-def output(logits: torch.Tensor, **terms: float) -> StepOutput:
+def test_the_cosine_goes_from_the_rate_to_nearly_0() -> None:
+    """Over 4 epochs cos(0), cos(45), cos(90) and cos(135 degrees): 1, 0.854, 1/2 and 0.146 of the rate."""
+    cosine = {"schedule": "cosine", "lr": 0.2, "milestones": (), "gamma": 0.1, "epochs": 4}
+    half = math.sqrt(0.5)
+    assert [learning_rate(epoch, **cosine) for epoch in (1, 2, 3, 4)] == pytest.approx(
+        [0.2, 0.1 * (1 + half), 0.1, 0.1 * (1 - half)]
+    )
+
+
+def output(logits: torch.Tensor, classes: list[int], **terms: float) -> StepOutput:
     values = {name: torch.tensor(value) for name, value in terms.items()}
     ce = {name: value for name, value in values.items() if name == "ce"}
-    return StepOutput(logits=logits, task=ce, distillation={k: v for k, v in values.items() if k not in ce})
+    distillation = {name: value for name, value in values.items() if name not in ce}
+    return StepOutput(logits, torch.tensor(classes), task=ce, distillation=distillation)
 
 
 def test_sums_weigh_steps_by_their_images() -> None:
     """Steps of 4 and 2 images: ce (4*1 + 2*4)/6 = 2, kd (4*0.5 + 2*2)/6 = 1, 3 of 6 right."""
     sums = EpochSums(CPU)
-    sums.update(output(torch.eye(4), ce=1.0, kd=0.5), torch.tensor([0, 1, 0, 0]))
-    sums.update(output(torch.eye(2), ce=4.0, kd=2.0), torch.tensor([0, 0]))
+    sums.update(output(torch.eye(4), [0, 1, 0, 0], ce=1.0, kd=0.5))
+    sums.update(output(torch.eye(2), [0, 0], ce=4.0, kd=2.0))
     result = sums.read(epoch=1)
     assert result.terms == pytest.approx({"ce": 2.0, "kd": 1.0})
     assert result.loss == pytest.approx(3.0)
     assert result.top1 == pytest.approx(50.0)
     assert result.images == 6
+
+
+def test_a_mixed_image_counts_as_of_its_larger_share() -> None:
+    sums = EpochSums(CPU)
+    shares = torch.tensor([[0.6, 0.4, 0.0], [0.7, 0.3, 0.0], [0.0, 0.1, 0.9]])
+    sums.update(StepOutput(torch.eye(3), shares, task={"ce": torch.tensor(1.0)}))
+    assert sums.read(epoch=1).top1 == pytest.approx(200 / 3)
 
 
 def test_sums_go_on_from_their_state() -> None:
@@ -52,7 +67,7 @@ def test_sums_go_on_from_their_state() -> None:
             state, half = half.state_dict(), EpochSums(CPU)
             half.load_state_dict(state)
         for sums in (whole, half):
-            sums.update(output(torch.eye(3), ce=0.1 * step), torch.tensor([0, 1, step % 3]))
+            sums.update(output(torch.eye(3), [0, 1, step % 3], ce=0.1 * step))
     assert whole.read(1) == half.read(1)
 
 
@@ -60,7 +75,7 @@ def test_sums_go_on_from_their_state() -> None:
 def test_the_first_non_finite_term_and_step_are_named(bad: float) -> None:
     sums = EpochSums(CPU)
     for ce, kd in ((1.0, 1.0), (1.0, bad), (bad, 1.0), (1.0, 1.0)):
-        sums.update(output(torch.eye(2), ce=ce, kd=kd), torch.tensor([0, 1]))
+        sums.update(output(torch.eye(2), [0, 1], ce=ce, kd=kd))
     with pytest.raises(NonFiniteLoss, match="loss term 'kd' is not finite from step 2 of epoch 7 on"):
         sums.read(epoch=7)
 
@@ -77,6 +92,7 @@ def test_sgd_equals_the_textbook_update_over_20_steps() -> None:
         solver.step(
             StepOutput(
                 logits=weight[None],
+                target=torch.tensor([0]),
                 task={"a": 0.3 * (weight - target).square().sum()},
                 distillation={"b": (weight * target).sum()},
             )
@@ -91,7 +107,7 @@ def test_solver_state_goes_on_exactly() -> None:
     def steps(solver: SGD, weight: nn.Parameter, count: int) -> None:
         for _ in range(count):
             solver.set_lr(0.1)
-            solver.step(StepOutput(logits=weight[None], task={"a": weight.square().sum()}))
+            solver.step(StepOutput(weight[None], torch.tensor([0]), task={"a": weight.square().sum()}))
 
     weights = [nn.Parameter(torch.tensor([1.0, 2.0])) for _ in range(2)]
     solvers = [SGD([{"params": [w]}], momentum=0.9, weight_decay=0.0) for w in weights]

@@ -710,7 +710,7 @@ def test_a_method_that_reads_features_runs_the_live_teacher_and_says_so(
     assert asked.take() == []
     assert not (tmp_path / "cache").exists()
     out = capsys.readouterr().out
-    assert "teacher: runs in every step: this method reads more of it than one view's logits\n" in out
+    assert "teacher: runs in every step: this method reads more of it than its logits\n" in out
     assert "teacher table" not in out
 
 

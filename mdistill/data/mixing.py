@@ -1,0 +1,131 @@
+"""Mixed images: mixup, CutMix and CutMixPick. Letters: N samples of an epoch, B batch, C classes, S image size.
+
+mixup: Zhang, Cisse, Dauphin, Lopez-Paz, "mixup: Beyond Empirical Risk Minimization", arXiv:1710.09412.
+CutMix: Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features",
+arXiv:1905.04899.
+CutMixPick: Wang, Lohit, Jones, Fu, "What Makes a 'Good' Data Augmentation in Knowledge Distillation", arXiv:2012.02909.
+
+Who is mixed with whom, and how, is drawn on the host from (seed, epoch) like order and views, so a mixed image too is a
+pure function of what a batch says of it. Each image has a share and a box of its own, where the published code draws
+one for a whole batch; the partner is any sample of the epoch, each of them once, where the published code shuffles the
+batch.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mdistill.data.batch import Batch
+from mdistill.data.sampling import random_words
+
+Columns = npt.NDArray[np.int64]
+DRAWS = 7  # words for each image and candidate: partner, its view, two for the share, place of the box (2), whether
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How images are mixed."""
+
+    name: Literal["mixup", "cutmix", "cutmix_pick"]
+    alpha: float  # of Beta(alpha, alpha), which the share of an image is drawn from; 1 is uniform
+    probability: float = 1.0  # that an image is mixed at all
+    candidates: int = (
+        1  # mixed images for each that is trained on: those of which the teacher is least certain are kept
+    )
+
+    @property
+    def rows(self) -> int:
+        """How many numbers ``plan`` gives for each image."""
+        return self.candidates * len(ROWS)
+
+
+ROWS = ("partner", "view", "share", "top", "bottom", "left", "right")
+"""What is planned of each candidate: partner and its view, the share's bits, the box (rows top to bottom - 1)."""
+
+
+def plan(mixing: Mixing, seed: int, epoch: int, num_samples: int, num_views: int | None, image_size: int) -> Columns:
+    """The mixing of an epoch, for its images in order: (candidates * 7, N) int64, the ``ROWS`` of each candidate."""
+    words = random_words(seed, "mixing", epoch, mixing.candidates * DRAWS * num_samples)
+    drawn = words.reshape(mixing.candidates, DRAWS, num_samples)
+    return np.concatenate([_plan_one(mixing, each, num_views, image_size) for each in drawn])
+
+
+def _plan_one(mixing: Mixing, words: npt.NDArray[np.uint64], num_views: int | None, size: int) -> Columns:
+    partner = np.argsort(words[0], kind="stable")
+    view = words[1] % np.uint64(num_views) if num_views is not None else words[1] >> np.uint64(1)
+    share = symmetric_beta(mixing.alpha, uniform(words[2]), uniform(words[3]))  # (N,)
+    mixed = uniform(words[6]) < mixing.probability
+    if mixing.name == "mixup":
+        share = np.where(mixed, share, 1.0)
+        box = np.zeros((4, len(share)), dtype=np.int64)
+    else:
+        side = np.where(mixed, (size * np.sqrt(1 - share)).astype(np.int64), 0)
+        middle = (words[4:6] % np.uint64(size)).astype(np.int64)  # (2, N)
+        low, high = np.clip(middle - side // 2, 0, size), np.clip(middle + side // 2, 0, size)
+        share = 1 - (high - low).prod(axis=0) / size**2
+        box = np.stack([low[0], high[0], low[1], high[1]])
+    return np.concatenate([np.stack([partner, view.astype(np.int64), share.view(np.int64)]), box])
+
+
+def uniform(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    """64-bit words as numbers strictly between 0 and 1."""
+    return np.asarray(((words >> np.uint64(12)) + 0.5) / 2.0**52)
+
+
+def symmetric_beta(
+    alpha: float, first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Beta(alpha, alpha) from two uniform numbers each: (N,), (N,) -> (N,).
+
+    Bailey, "Polar Generation of Random Variates with the t-Distribution", 1994: with r = U^(-1/alpha) - 1 and
+    c = cos(2 pi V), sqrt(2 alpha r) c has Student's t distribution with 2 alpha degrees of freedom; and
+    1/2 + t / (2 sqrt(2 alpha + t^2)) is then Beta(alpha, alpha).
+    """
+    with np.errstate(over="ignore"):
+        radius = np.minimum(np.expm1(-np.log(first) / alpha), 1e300)  # where alpha is small it overflows
+    cosine = np.cos(2 * np.pi * second)
+    return np.asarray(0.5 + 0.5 * cosine / np.sqrt(cosine**2 + 1 / radius))
+
+
+def labels(target: Tensor, partner_target: Tensor, share: Tensor, num_classes: int) -> Tensor:
+    """share of the one class and the rest of the other: (B,), (B,) int64, (B,) float32 -> (B, C) float32."""
+    classes = torch.arange(num_classes, device=target.device)
+    own, other = (target[:, None] == classes), (partner_target[:, None] == classes)
+    return own * share[:, None] + other * (1 - share)[:, None]
+
+
+def mix(mixing: Mixing, batch: Batch, partner: Batch, columns: Tensor, num_classes: int) -> Batch:
+    """``batch`` mixed with ``partner``, image by image.
+
+    Shapes: columns (7, B) int64, the ``ROWS`` of one candidate; the images (B, 3, S, S).
+    """
+    share = columns[2].view(torch.float64).float()
+    if mixing.name == "mixup":
+        weight = share[:, None, None, None]
+        image = weight * batch.image + (1 - weight) * partner.image
+    else:
+        image = torch.where(inside(columns[3:], batch.image.shape[-1]), partner.image, batch.image)
+    target = labels(batch.target, partner.target, share, num_classes)
+    return Batch(image, target, batch.index, batch.view, partner=partner.index, mix=share)
+
+
+def inside(box: Tensor, size: int) -> Tensor:
+    """Which pixels lie in each image's box: (4, B) int64, top, bottom, left, right -> (B, 1, S, S) bool."""
+    at = torch.arange(size, device=box.device)
+    rows = (at >= box[0][:, None]) & (at < box[1][:, None])  # (B, S)
+    columns = (at >= box[2][:, None]) & (at < box[3][:, None])
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+def together(candidates: list[Batch], kept: int) -> Batch:
+    """Several batches as one, of which the teacher is to pick ``kept`` images."""
+
+    def joined(field: str) -> Tensor:
+        return torch.cat([getattr(each, field) for each in candidates])
+
+    names = ("image", "target", "index", "view", "partner", "mix")
+    return Batch(**{name: joined(name) for name in names}, kept=kept)

@@ -1,0 +1,52 @@
+"""Averages of a network's weights over the steps of its training."""
+
+import copy
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+Decay = Annotated[float, Field(gt=0, lt=1)]
+
+
+class AveragedNetwork(nn.Module):
+    """A copy of a network that holds an average of its weights and buffers.
+
+    After step n (from 1) the average moves to the network by the share max(1 - decay, 1 / n): the plain average of all
+    steps so far while 1 / n is the larger, an exponential one with ``decay`` from then on, so that it never remembers
+    how the network began. Without ``decay`` it stays the plain average, which Berezovskiy, Morozov, arXiv:2309.11446,
+    train students with.
+
+    Differs from the paper: BatchNorm's running statistics are averaged like weights, with no pass over the data at the
+    end; counters are copied.
+
+    Args:
+        network: the network that is trained.
+        decay: of the exponential average; None for the plain one.
+        first_epoch: the average begins in this epoch (from 1); until then it is the network itself.
+    """
+
+    count: Tensor
+
+    def __init__(self, network: nn.Module, *, decay: float | None = None, first_epoch: int = 1) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network).requires_grad_(False)
+        self.least = 0.0 if decay is None else 1 - decay
+        self.first_epoch = first_epoch
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))  # steps in the average
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, epoch: Tensor) -> None:
+        """Add ``network`` as it is after a step of ``epoch`` (); in place, without a read by the host."""
+        self.count.add_(epoch >= self.first_epoch)
+        share = (1.0 / self.count.clamp(min=1)).clamp(min=self.least)
+        share = torch.where(self.count > 0, share, torch.ones_like(share))
+        ours, theirs = self.network.state_dict(), network.state_dict()
+        names = [name for name, value in ours.items() if value.is_floating_point()]
+        averages = [ours[name] for name in names]
+        steps = torch._foreach_sub([theirs[name] for name in names], averages)
+        torch._foreach_mul_(steps, share)
+        torch._foreach_add_(averages, steps)
+        for name in ours.keys() - set(names):
+            ours[name].copy_(theirs[name])

@@ -1,0 +1,262 @@
+"""Runs beyond one teacher, one view and one student: what they write, say, keep apart and refuse."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mdistill import config
+from mdistill.data import DATASETS, InMemoryDataset
+from mdistill.engine import build, trainer
+from mdistill.engine.run import RunFolder, read_metrics
+from mdistill.errors import UserError
+from mdistill.models.ensemble import Ensemble
+
+from ..conftest import TinyNet, tiny_arrays
+
+Train = Callable[..., int]
+
+
+@DATASETS.register("one_view")
+def one_view(root: Path, download: bool) -> InMemoryDataset:
+    data = InMemoryDataset(tiny_arrays(40, 10), tiny_arrays(20, 10), num_classes=10, mean=(0.5,) * 3, std=(0.25,) * 3)
+    data.strong_views = False
+    return data
+
+
+def built(cfg: Path, *overrides: str, cache: bool = True) -> build.Experiment:
+    roots = {"data_root": cfg.parent, "checkpoint_root": cfg.parent, "output_root": cfg.parent / "runs"}
+    settings = config.load(cfg, overrides)
+    return build.build([settings], torch.device("cpu"), **roots, cache_root=cfg.parent / "cache" if cache else None)
+
+
+def run(cfg: Path, *overrides: str, mode: str = "new", cache: bool = True) -> tuple[Path, list[dict[str, Any]]]:
+    made = built(cfg, *overrides, cache=cache)
+    folder = cfg.parent / "runs" / made.trials[0].config.run_folder()
+    metrics = trainer.fit(made, [RunFolder(folder, mode)])  # type: ignore[arg-type]
+    return folder, metrics[0]
+
+
+@pytest.fixture
+def two_views_cfg(kd_cfg: Path) -> Path:
+    settings = "ce_weight: 0.1, kd_weight: 0.9, temperature: 4.0, extra_temperatures: [3.0, 2.0], reading: published"
+    path = kd_cfg.with_name("two_views.yaml")
+    path.write_text("\n".join([*kd_cfg.read_text().splitlines()[:-1], f"distiller: {{name: mlkd, {settings}}}"]) + "\n")
+    return path
+
+
+@pytest.fixture
+def ensemble_cfg(kd_cfg: Path, teacher_file: Path) -> Path:
+    """Two different teachers."""
+    torch.manual_seed(6)
+    torch.save({"model": TinyNet(10, 8).state_dict()}, kd_cfg.with_name("second.pt"))
+    path = kd_cfg.with_name("ensemble.yaml")
+    member = "{name: tiny_net, width: 8, checkpoint: second.pt}"
+    text = kd_cfg.read_text().replace("checkpoint: teacher.pt}", f"checkpoint: teacher.pt, ensemble: [{member}]}}")
+    path.write_text(text)
+    return path
+
+
+class TestTwoViews:
+    def test_the_table_keeps_the_weak_view_s_logits_and_changes_nothing(self, two_views_cfg, teacher_file):
+        made = built(two_views_cfg)
+        assert made.table is not None
+        assert made.teacher_note.endswith("those of the strong views in every step")
+        made.table.close()
+        folder, kept = run(two_views_cfg)
+        state = torch.load(folder / "last.pt", weights_only=True)["model"]
+        again, live = run(two_views_cfg, "variant=live", cache=False)
+        without = torch.load(again / "last.pt", weights_only=True)["model"]
+        assert [line["train/loss"] for line in kept] == [line["train/loss"] for line in live]
+        assert all(torch.equal(value, without[key]) for key, value in state.items())
+        assert {"train/loss_ce", "train/loss_ce_strong", "train/loss_strong"} <= kept[0].keys()
+
+    def test_a_data_set_with_one_view_is_refused(self, two_views_cfg, teacher_file, train: Train, capsys):
+        assert train(two_views_cfg, "data.name=one_view") == 2
+        assert capsys.readouterr().err == (
+            "error: distiller.name: 'mlkd' needs a second, strongly augmented view of each image and the data set"
+            " 'one_view' gives one view\n"
+        )
+
+
+class TestMixedImages:
+    MIXUP = "data.mixing={name: mixup, alpha: 1.0}"
+
+    def test_the_teacher_sees_the_same_mixed_images(self, kd_cfg, teacher_file):
+        made = built(kd_cfg, self.MIXUP)
+        assert made.table is None
+        assert made.teacher is None
+        assert made.teacher_note == "runs in every step: images are mixed"
+        distiller = made.trials[0].distiller
+        seen: dict[str, list[torch.Tensor]] = {"student": [], "teacher": []}
+        for name, network in (("student", distiller.student), ("teacher", distiller.teacher)):
+            network.register_forward_pre_hook(lambda module, given, name=name: seen[name].append(given[0].clone()))
+        trainer.dry_run(made)
+        ((student,), (teacher,)) = seen.values()
+        assert torch.equal(student, teacher)
+        plain = built(kd_cfg).dataset
+        assert not torch.isin(student[0].flatten(), plain.train_batch(torch.arange(150), torch.arange(150)).image).all()
+
+    def test_a_run_learns(self, kd_cfg, teacher_file):
+        _, metrics = run(kd_cfg, self.MIXUP)
+        assert metrics[-1]["train/loss"] < metrics[0]["train/loss"]
+
+    @pytest.mark.parametrize(
+        ("words", "line"),
+        [
+            (["data.mixing={name: mixup,alpha: 1}", "distiller={name: la, ce_weight: 0, kd_weight: 1, temperature: 4}"],
+             "data.mixing: 'mixup' gives an image shares of two classes and the method 'la' needs one class an image;"
+             " remove data.mixing or take another method"),
+            (["data.mixing={name: mixup, alpha: 0}"],
+             "command line: data.mixing.alpha: should be greater than 0, found 0"),
+            (["data.mixing={name: mix, alpha: 1}"],
+             "command line: data.mixing.name: should be 'mixup', 'cutmix' or 'cutmix_pick', found 'mix'"),
+            (["data.mixing={name: mixup, alpha: 1, alfa: 1}"],
+             "command line: data.mixing.alfa: unknown key (value 1); did you mean 'alpha'? (allowed: name, alpha,"
+             " probability, candidates)"),
+            (["data.mixing={name: cutmix, alpha: 1, candidates: 2}"],
+             "command line: data.mixing.candidates: cutmix_pick needs a number of 2 or more and the others take none,"
+             " found 2 with 'cutmix'"),
+            (["data.mixing={name: cutmix_pick, alpha: 1}"],
+             "command line: data.mixing.candidates: cutmix_pick needs a number of 2 or more and the others take none,"
+             " found None with 'cutmix_pick'"),
+        ],
+    )  # fmt: skip
+    def test_bad_settings_are_one_clear_line(self, words, line, kd_cfg, teacher_file, train: Train, capsys):
+        assert train(kd_cfg, *words) == 2
+        assert capsys.readouterr().err == f"error: {line}\n"
+
+    def test_mixed_images_and_two_views_are_refused(self, two_views_cfg, teacher_file, train: Train, capsys):
+        assert train(two_views_cfg, self.MIXUP) == 2
+        assert capsys.readouterr().err == (
+            "error: data.mixing: images are mixed in one view and the method 'mlkd' needs two; remove data.mixing or"
+            " take another method\n"
+        )
+
+    def test_picking_needs_a_teacher(self, student_cfg, train: Train, capsys):
+        assert train(student_cfg, "data.mixing={name: cutmix_pick, alpha: 1, candidates: 2}") == 2
+        assert capsys.readouterr().err == (
+            "error: command line: data.mixing.name: cutmix_pick lets the teacher pick, and the configuration has no"
+            " teacher\n"
+        )
+
+
+class TestEnsemble:
+    def test_it_is_one_teacher_with_a_table_and_a_folder_of_its_own(self, ensemble_cfg):
+        made = built(ensemble_cfg)
+        teacher = made.trials[0].distiller.teacher
+        assert isinstance(teacher, Ensemble)
+        assert [member.hidden.out_features for member in teacher.members] == [32, 8]
+        image = torch.zeros(2, 3, 32, 32)
+        both = [network(image).softmax(dim=1) for network in teacher.members]
+        torch.testing.assert_close(teacher(image).softmax(dim=1), (both[0] + both[1]) / 2)
+        made.table.close()
+        folder, metrics = run(ensemble_cfg)
+        assert folder.parent.name == "tiny_net+tiny_net_tiny_net"
+        assert metrics[-1]["train/loss"] < metrics[0]["train/loss"]
+        (session,) = json.loads((folder / "env.json").read_text())["sessions"]
+        assert session["teacher"]["path"].count(".pt") == 2
+
+    def test_what_is_averaged_and_who_is_in_it_have_tables_of_their_own(self, ensemble_cfg, kd_cfg):
+        paths = set()
+        for cfg, *words in (
+            (ensemble_cfg,),
+            (ensemble_cfg, "teacher.average=logits"),
+            (kd_cfg,),
+        ):
+            made = built(cfg, *words)
+            made.table.close()
+            paths.add(made.table.path)
+        assert len(paths) == 3
+
+    def test_every_member_s_accuracy_is_checked(self, ensemble_cfg):
+        text = ensemble_cfg.read_text()
+        ensemble_cfg.write_text(text.replace("checkpoint: second.pt", "checkpoint: second.pt, expected_top1: 99.0"))
+        with pytest.raises(UserError, match=r"^teacher.ensemble.0.expected_top1: .*second.pt reaches"):
+            built(ensemble_cfg)
+
+    def test_features_of_several_networks_are_refused(self, ensemble_cfg, train: Train, capsys):
+        nd = "distiller={name: nd, ce_weight: 1, kd_weight: 1, temperature: 4, nd_weight: 1}"
+        words = ("student={name: resnet8}", "teacher.name=resnet8", nd)
+        text = ensemble_cfg.read_text().replace("name: tiny_net, width: 32", "name: resnet8")
+        ensemble_cfg.write_text(text)
+        assert train(ensemble_cfg, *words) == 2
+        assert "'nd' reads features and 'resnet8' has no forward_features" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("member", "line"),
+        [
+            ("{name: tiny_nut, checkpoint: a.pt}",
+             r"teacher.ensemble.0.name: unknown model 'tiny_nut'; did you mean 'tiny_net'\?"),
+            ("{name: tiny_net}", r"teacher.ensemble.0.checkpoint: missing"),
+            ("{name: tiny_net, wdth: 3, checkpoint: a.pt}", r"teacher.ensemble.0.wdth: unknown key .*'width'"),
+            ("tiny_net", r"teacher.ensemble.0: should be a section"),
+            ("{name: tiny_net, checkpoint: nowhere.pt}", r"teacher.checkpoint: no tiny_net weights at .*nowhere.pt"),
+        ],
+    )  # fmt: skip
+    def test_bad_members_are_one_clear_line(self, member, line, kd_cfg, teacher_file):
+        kd_cfg.write_text(kd_cfg.read_text().replace("teacher.pt}", f"teacher.pt, ensemble: [{member}]}}"))
+        with pytest.raises(UserError, match=line) as error:
+            built(kd_cfg)
+        assert len(str(error.value).splitlines()) == 1
+
+
+class TestAverages:
+    WORDS = ("distiller.ema_decay=0.9", "distiller.average_from=2")
+
+    def test_they_are_evaluated_and_exported_beside_the_student(self, kd_cfg, teacher_file, evaluate_tool, capsys):
+        folder, metrics = run(kd_cfg, *self.WORDS)
+        assert {"student.pt", "ema.pt", "average.pt"} <= {path.name for path in folder.iterdir()}
+        assert {"test/top1", "ema/test/top1", "average/test/top1", "average/test/loss"} <= metrics[0].keys()
+        out = capsys.readouterr().out
+        assert f"  ema {metrics[-1]['ema/test/top1']:.2f}  average {metrics[-1]['average/test/top1']:.2f}" in out
+        for name in ("ema", "average"):
+            assert evaluate_tool([str(folder / f"{name}.pt"), "--json", "--device", "cpu"]) == 0
+            found = json.loads(capsys.readouterr().out)["top1"]
+            assert found == pytest.approx(metrics[-1][f"{name}/test/top1"])
+
+    def test_the_student_trains_as_without_them(self, kd_cfg, teacher_file):
+        folder, _ = run(kd_cfg, *self.WORDS)
+        plain, _ = run(kd_cfg)
+        kept, expected = (torch.load(path / "student.pt", weights_only=True)["model"] for path in (folder, plain))
+        assert all(torch.equal(value, expected[key]) for key, value in kept.items())
+
+
+class TestSolver:
+    DOT = ("solver.name=dot", "solver.delta=0.05")
+
+    def test_a_run_with_two_gradients_learns(self, kd_cfg, teacher_file):
+        _, metrics = run(kd_cfg, *self.DOT)
+        assert metrics[-1]["train/loss"] < metrics[0]["train/loss"]
+
+    @pytest.mark.parametrize(
+        ("distiller", "missing"),
+        [
+            ("{name: la, ce_weight: 0, kd_weight: 1, temperature: 4}", "task"),
+            ("{name: kd, ce_weight: 1, kd_weight: 0, temperature: 4}", "distillation"),
+        ],
+    )
+    def test_it_needs_terms_of_both_kinds(self, distiller, missing, kd_cfg, teacher_file, train: Train, capsys):
+        assert train(kd_cfg, *self.DOT, f"distiller={distiller}") == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: solver.name: dot")
+        assert missing in error
+        assert len(error.splitlines()) == 1
+        assert not list(kd_cfg.parent.rglob("config.yaml"))
+
+    def test_the_rate_follows_the_cosine(self, student_cfg):
+        folder, _ = run(student_cfg, "solver.schedule=cosine", "solver.milestones=[]", "solver.epochs=2")
+        assert [line["lr"] for line in read_metrics(folder)] == pytest.approx([0.05, 0.025])
+        with pytest.raises(
+            UserError, match=r"cannot resume with another configuration \(solver.epochs: was 2, now 4\)"
+        ):
+            run(student_cfg, "solver.schedule=cosine", "solver.milestones=[]", "solver.epochs=4", mode="resume")
+
+    def test_a_cosine_takes_no_milestones(self, student_cfg):
+        with pytest.raises(
+            UserError, match=r"solver.milestones: a cosine schedule takes none, found \[2\]; set it to \[\]"
+        ):
+            config.load(student_cfg, ["solver.schedule=cosine"])
