@@ -24,14 +24,19 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}{near} (see --help)\n")
 
 
-def parser(description: str, examples: str) -> argparse.ArgumentParser:
-    """A parser whose ``--help`` shows ``description`` and ``examples`` as written, with the machine flags."""
-    made = _Parser(
+def plain_parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser whose ``--help`` shows ``description`` and ``examples`` as written."""
+    return _Parser(
         description=description,
         epilog=f"examples:\n{examples}",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=120),
         allow_abbrev=False,
     )
+
+
+def parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """A ``plain_parser`` with the machine flags."""
+    made = plain_parser(description, examples)
     machine = made.add_argument_group("machine (does not change results)")
     machine.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     machine.add_argument("--data-root", type=Path, default=Path("data"), help="folder of the data sets (%(default)s)")
