@@ -2,7 +2,7 @@
 """Images per second of a training step, ours and the plain reference loop's, timed in turn within one run.
 
     python benchmarks/step.py                    everything (about 15 minutes on 2 CPU cores)
-    python benchmarks/step.py --only step        one part: step, trials, data, methods or profile
+    python benchmarks/step.py --only step        one part: step, trials, data or profile
 
 Only ratios within one run count on a shared machine; each is the median over rounds of the ratio within a round.
 The pixels are random: time does not depend on them. "Cached" reads teacher logits from a table that holds them all.
@@ -69,6 +69,7 @@ class Ours:
         )
         if cached:
             fill(made, seeds)
+        self.distiller = made.trials[0].distiller
         self.members = []
         for trial in made.trials:
             stream = own_stream(device)
@@ -79,6 +80,18 @@ class Ours:
                 trial.distiller.train()
             self.members.append((stream, stepper))
         self.images, self.at = BATCH * len(seeds), 0  # a step of all seeds
+
+    @property
+    def extra_parameters(self) -> int:
+        """How many numbers are trained beside the student's."""
+        trained: int = sum(each.numel() for group in self.distiller.param_groups() for each in group["params"])
+        return trained - sum(each.numel() for each in self.distiller.student.parameters())
+
+    @property
+    def state_bytes(self) -> int:
+        """What the method keeps between steps beside the student."""
+        state = self.distiller.training_state()
+        return sum(value.nbytes for key, value in state.items() if not key.startswith("student."))
 
     @staticmethod
     def overrides(cfg: Path, scratch: Path, precision: str, engine: str) -> list[str]:
@@ -149,6 +162,13 @@ def ratio(slow: Sequence[float], fast: Sequence[float], images: float = 1.0) -> 
 def rate(times: Sequence[float], count: int, images: int = BATCH) -> str:
     """Images per second, median over rounds."""
     return f"{images * count / statistics.median(times):,.0f}"
+
+
+def machine(device: torch.device) -> str:
+    """What it is measured on, with versions."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{name}, {torch.get_num_threads()} CPU threads, {versions}"
 
 
 def precisions(device: torch.device) -> list[str]:
@@ -232,24 +252,6 @@ def time_data(scratch: Path, device: torch.device, args: argparse.Namespace) -> 
     return text_table(header, [[*row, f"{ratio(times['reference'], times['ours'], many):.1f}"]])
 
 
-def time_methods(scratch: Path, device: torch.device, args: argparse.Namespace) -> str:
-    """What each method's step costs over KD's, with a live teacher in float32.
-
-    Shapes are static, so an empty queue costs what a full one does.
-    """
-    configs = {load(path).distiller.name: path for path in sorted(CONFIGS.glob(f"*/{PAIRS[0]}.yaml"))}
-    precision = precisions(device)[0]
-    engines = {name: Ours(cfg, scratch, device, precision=precision, cached=False) for name, cfg in configs.items()}
-    times = in_turn(
-        {name: engine.step for name, engine in engines.items()}, rounds=args.rounds, count=args.count, device=device
-    )
-    rows = [
-        [name, f"{1000 * statistics.median(spent) / args.count:.1f}", f"{100 * (ratio(spent, times['kd']) - 1):+.1f} %"]
-        for name, spent in times.items()
-    ]
-    return text_table([f"step on {PAIRS[0]}", "ms", "over kd"], rows)
-
-
 CLASSES = {
     "convolution, backward": ("convolution_backward",),
     "convolution, forward": ("mkldnn_convolution", "cudnn_convolution", "thnn_conv2d", "_slow_conv2d"),
@@ -321,7 +323,6 @@ PARTS = {
     "step": time_pairs,
     "trials": time_trials,
     "data": time_data,
-    "methods": time_methods,
     "profile": time_profile,
 }
 
@@ -335,9 +336,7 @@ def main() -> None:
     args = parser.parse_args()
     device = pick_device(args.device)
     args.count = args.count or (6 if device.type == "cpu" else 50)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    print(f"{name}, {torch.get_num_threads()} CPU threads, {versions}\n", flush=True)
+    print(f"{machine(device)}\n", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         for part, measure in PARTS.items():
             if args.only in (None, part):
