@@ -9,6 +9,7 @@ The pixels are random: time does not depend on them. "Cached" reads teacher logi
 """
 
 import argparse
+import json
 import platform
 import statistics
 import tempfile
@@ -57,8 +58,10 @@ class Ours:
         cached: bool,
         seeds: Sequence[int] = (0,),
         engine: str = "auto",
+        images: int = 4096,
     ) -> None:
-        settings = [load(cfg, self.overrides(cfg, scratch, precision, engine), seed=seed) for seed in seeds]
+        words = [*self.overrides(cfg, scratch, precision, engine), f"data.images={images}"]
+        settings = [load(cfg, words, seed=seed) for seed in seeds]
         made = build(
             settings,
             device,
@@ -69,7 +72,7 @@ class Ours:
         )
         if cached:
             fill(made, seeds)
-        self.distiller = made.trials[0].distiller
+        self.distiller, self.dataset = made.trials[0].distiller, made.dataset
         self.members = []
         for trial in made.trials:
             stream = own_stream(device)
@@ -98,10 +101,13 @@ class Ours:
         config = load(cfg)
         words = ["data.name=random_pixels", f"run.precision={precision}", f"run.engine={engine}"]
         if config.teacher is not None:
-            weights = scratch / f"{config.teacher.name}.pt"
-            if not weights.exists():
-                save_weights(weights, network(config.teacher.name).state_dict())
-            words += [f"teacher.checkpoint={weights}", "teacher.expected_top1=null"]
+            weights = [scratch / f"{member.name}.pt" for member in config.teacher.members]
+            for path, member in zip(weights, config.teacher.members, strict=True):
+                if not path.exists():
+                    save_weights(path, network(member.name).state_dict())
+            further = [{"name": path.stem, "checkpoint": str(path)} for path in weights[1:]]
+            words += [f"teacher.checkpoint={weights[0]}", "teacher.expected_top1=null"]
+            words += [f"teacher.ensemble={json.dumps(further)}"] if further else []
         return words
 
     def step(self) -> None:

@@ -163,10 +163,14 @@ class Config(_Section):
 
     def warnings(self) -> list[str]:
         """Settings that are legal but probably not meant."""
-        late = [milestone for milestone in self.solver.milestones if milestone >= self.solver.epochs]
-        if not late:
-            return []
-        return [f"solver.milestones: {late} lie at or past the last epoch ({self.solver.epochs}) and have no effect"]
+        epochs, found = self.solver.epochs, []
+        late = [milestone for milestone in self.solver.milestones if milestone >= epochs]
+        if late:
+            found.append(f"solver.milestones: {late} lie at or past the last epoch ({epochs}) and have no effect")
+        first = self.distiller.arguments.get("average_from")
+        if first is not None and first > epochs:
+            found.append(f"distiller.average_from: {first} lies past the last epoch ({epochs}), so nothing is averaged")
+        return found
 
 
 def load(
@@ -199,7 +203,8 @@ def load(
     if seed is not None:
         tree["seed"] = seed
         origins[("seed",)] = "--seed"
-    variant = _variant(changed)
+    cosine = _get(tree, ("solver", "schedule")) == "cosine"
+    variant = _variant({key: value for key, value in changed.items() if cosine or key != ("solver", "epochs")})
     if variant:
         tree["variant"] = _shortened(",".join(part for part in (str(tree.get("variant") or ""), variant) if part))
     for module in _as_list(tree.get("imports")):
@@ -372,9 +377,10 @@ def _apply_overrides(tree: dict[str, Any], origins: _Origins, overrides: Sequenc
 def _variant(changed: Mapping[_Key, Any]) -> str:
     """``beta=4,temperature=2``: what overrides changed, as part of a folder name.
 
-    ``seed`` has a level of its own, and ``solver.epochs`` is left out because a run may grow.
+    ``seed`` has a level of its own. The number of epochs is left out where a run may grow: not under a cosine, whose
+    every epoch depends on it.
     """
-    named = {key: value for key, value in changed.items() if key not in {("seed",), ("solver", "epochs"), ("variant",)}}
+    named = {key: value for key, value in changed.items() if key not in {("seed",), ("variant",)}}
     last = [key[-1] for key in named]
     parts = [
         f"{key[-1] if last.count(key[-1]) == 1 else '.'.join(key)}={_value_text(value)}"
@@ -397,6 +403,8 @@ def _value_text(value: Any) -> str:
         return "null"
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
+    if isinstance(value, dict):
+        return "+".join(f"{key}={_value_text(item)}" for key, item in value.items()) or "none"
     if isinstance(value, list):
         return "+".join(_value_text(item) for item in value) or "none"
     return quote(str(value), safe="")
@@ -486,6 +494,10 @@ def _cross_checks(config: Config) -> list[str]:
         problems.append(f"solver.milestones: should be epochs from 1 in rising order, found {list(milestones)}")
     if config.solver.schedule == "cosine" and milestones:
         problems.append(f"solver.milestones: a cosine schedule takes none, found {list(milestones)}; set it to []")
+    if config.teacher is not None and config.teacher.average != "probabilities" and not config.teacher.ensemble:
+        problems.append(
+            f"teacher.average: {config.teacher.average!r} says what to average over teacher.ensemble, which is empty"
+        )
     mixing = config.data.mixing
     if mixing is not None and (mixing.name == "cutmix_pick") != (mixing.candidates is not None):
         problems.append(

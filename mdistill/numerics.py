@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from mdistill.errors import UserError
 
@@ -40,6 +41,11 @@ def computing(precision: Precision | None, device: torch.device) -> Iterator[Non
             yield
     finally:
         torch.backends.cudnn.conv.fp32_precision = before  # type: ignore[attr-defined]
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """``tensor`` in float32, or as it is where it is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def require_precision(precision: Precision, device: torch.device, where: str) -> None:

@@ -55,6 +55,10 @@ def test_alias_becomes_the_canonical_name(student_cfg: Path) -> None:
         (["student.width=8", "teacher.width=64"], "tiny/kd/tiny_net_tiny_net/student.width=8,teacher.width=64/seed0"),
         (["teacher.checkpoint=runs/a/b"], "tiny/kd/tiny_net_tiny_net/checkpoint=runs%2Fa%2Fb/seed0"),
         (["solver.milestones=[1,2]", "solver.epochs=9"], "tiny/kd/tiny_net_tiny_net/milestones=1+2/seed0"),
+        (
+            ["data.mixing={name: mixup, alpha: 1.0}"],
+            "tiny/kd/tiny_net_tiny_net/mixing=name=mixup+alpha=1/seed0",
+        ),
     ],
 )
 def test_run_folder_names_what_overrides_change(kd_cfg: Path, overrides: list[str], folder: str) -> None:

@@ -61,19 +61,18 @@ def test_check_names_each_difference_and_a_run_mends_them(capsys: pytest.Capture
     (root / "vanilla" / "mine.yaml").write_text("by hand")
     assert main(["--check", "--folder", str(root)]) == 1
     assert errors(capsys) == [
+        f"error: {extra}: unexpected, {FACTS} does not have it",
         f"error: {missing}: missing",
         f"error: {changed}: differs from what {FACTS} says",
-        f"error: {extra}: unexpected, {FACTS} does not have it",
     ]
     assert (missing.exists(), extra.exists()) == (False, True)
-    assert main(["--folder", str(root)]) == 0
-    assert capsys.readouterr().out.splitlines()[:-1] == [
-        f"written: {missing}",
-        f"written: {changed}",
-        f"removed: {extra}",
-    ]
+    assert main(["--folder", str(root)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [f"written: {missing}", f"written: {changed}"]
+    assert printed.err == f"error: {extra}: unexpected, {FACTS} does not have it\n"
     assert {path: path.read_text() for path in (changed, missing)} == before
-    assert not extra.exists()
+    assert extra.read_text() == before[missing]
+    extra.unlink()
     assert (root / "vanilla" / "mine.yaml").exists()
     assert main(["--check", "--folder", str(root)]) == 0
 

@@ -57,7 +57,7 @@ def cache(args: argparse.Namespace) -> None:
         download=args.download,
     )
     if made.teacher is None:
-        raise UserError(f"distiller.name: {settings.distiller.name!r} reads no table: the teacher {made.teacher_note}")
+        raise UserError(f"{args.cfg}: this run reads no table: its teacher {made.teacher_note}")
     ids = rows_of_epochs(made.dataset, args.epochs, args.seeds or [settings.seed])
     root, kept = cli.cache_root(args), KEPT[settings.run.teacher_logits]
     with own_stream(made.device):

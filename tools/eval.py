@@ -20,8 +20,8 @@ from mdistill.numerics import Precision, require_precision, set_numerics
 
 DESCRIPTION = """Evaluate a run folder, one of its checkpoints, or any checkpoint of a known network.
 
-A run folder, and a student.pt or last.pt in one, says by itself which network and data it was trained on; for any other
-file name the network with --model."""
+A run folder, and a student.pt, ema.pt, average.pt or last.pt in one, says by itself which network and data it was
+trained on; for any other file name the network with --model."""
 
 EXAMPLES = """  python tools/eval.py runs/cifar100/mcld/resnet32x4_resnet8x4/seed0
   python tools/eval.py runs/cifar100/mcld/resnet32x4_resnet8x4/seed0/last.pt --json

@@ -22,13 +22,13 @@ COMMENT_WIDTH, SECTION_WIDTH = 120, 130  # columns; a section that is longer has
 
 DESCRIPTION = f"""Write the configurations that {FACTS} describes: beside it, in a folder for each method and variant.
 
-What is already as it should be is not touched. In the folders that {FACTS} describes, other configurations are
-removed."""
+What is already as it should be is not touched, and nothing is removed: configurations that {FACTS} does not
+describe are named."""
 
 EXAMPLES = """  python tools/make_configs.py            write
   python tools/make_configs.py --check    write nothing, name each file that differs
 
-exit codes: 0 done, 1 files differ or lie in an unknown folder, 2 bad input"""
+exit codes: 0 done, 1 files differ (--check) or are not described, 2 bad input"""
 
 
 class _Part(BaseModel):
@@ -260,17 +260,14 @@ def make(args: argparse.Namespace) -> None:
     missing = [path for path in wanted if path not in there]
     differing = [path for path in wanted if path in there and path.read_text(encoding="utf-8") != wanted[path]]
     problems = [f"{path}: its folder is neither in folders nor in by_hand of {FACTS}" for path in foreign]
+    problems += [f"{path}: unexpected, {FACTS} does not have it" for path in unexpected]
     if args.check:
         problems += [f"{path}: missing" for path in missing]
         problems += [f"{path}: differs from what {FACTS} says" for path in differing]
-        problems += [f"{path}: unexpected, {FACTS} does not have it" for path in unexpected]
     else:
         for path in (*missing, *differing):
             write_text(path, wanted[path])
             print(f"written: {path}")
-        for path in unexpected:
-            path.unlink()
-            print(f"removed: {path}")
     if problems:
         raise RunFailed("\n".join(problems))
     print(f"{len(wanted)} files are as {root / FACTS} says")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The main job on the embedded data set: a teacher, a student alone, and the student distilled by each method."""
+"""The main job on the embedded data set: a teacher, and one student, alone and distilled by several methods."""
 
 import argparse
 import sys
@@ -18,7 +18,7 @@ from mdistill.reporting.tables import comparison_table
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "quickstart"
 
-DESCRIPTION = """Train a small teacher, then the same small student alone and distilled by each method, on a data set
+DESCRIPTION = """Train a small teacher, then one small student, alone and distilled by several methods, on a data set
 that is generated on the spot. Ends with a table and a picture of the learning curves. Runs that are complete are not
 repeated, and a run that was stopped goes on where it was."""
 

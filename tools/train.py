@@ -15,7 +15,7 @@ DESCRIPTION = """Train a network as a configuration says.
 A configuration is one YAML file plus the file that its `base:` names; together they hold everything that changes the
 result. Change single values with key=value words: solver.lr=0.1 distiller.beta=4. What a run wrote is under
 <output>/<dataset>/<method>/<teacher>_<student>[/<overrides>]/seed<N>/: config.yaml, env.json, metrics.jsonl,
-tensorboard/, last.pt (to resume) and student.pt (the trained network)."""
+tensorboard/, last.pt (to resume) and student.pt (the trained network; averages of it beside it, where asked for)."""
 
 EXAMPLES = """  python tools/train.py --cfg configs/quickstart/vanilla/vgg8.yaml               a teacher, no data needed
   python tools/train.py --cfg configs/cifar100/vanilla/resnet32x4.yaml --download   a CIFAR-100 teacher

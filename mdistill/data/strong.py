@@ -1,8 +1,8 @@
 """The strong view of an image: two operations of Pillow's, drawn at random, and a cutout; on a whole batch at once.
 
-MLKD (Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023) trains on it besides the crop and flip of
-``views.py``, on top of which it is applied. It is RandAugment (Cubuk et al., arXiv:1909.13719) with the pool of
-FixMatch (Sohn et al., arXiv:2001.07685) and Cutout (DeVries, Taylor, arXiv:1708.04552).
+Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023, train on it besides the crop and flip of ``views.py``, on
+top of which it is applied. It is RandAugment (Cubuk et al., arXiv:1909.13719) with the pool of FixMatch (Sohn et al.,
+arXiv:2001.07685) and Cutout (DeVries, Taylor, arXiv:1708.04552).
 
 A strong view is one number from 0 to 2**63 - 1. Everything follows from it by integer arithmetic on the device. It is
 a number of mixed radix, whose parts are, from the one that changes fastest:

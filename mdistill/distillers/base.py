@@ -17,7 +17,7 @@ from mdistill.distillers.functional import standardize
 from mdistill.errors import UserError
 from mdistill.models.averaging import AveragedNetwork, Decay
 from mdistill.models.base import Features
-from mdistill.numerics import Precision, computing
+from mdistill.numerics import Precision, computing, widen
 from mdistill.registry import NonNegative, NonNegativeInt, PositiveInt, Registry
 
 DISTILLERS: Registry["Distiller"] = Registry("method")
@@ -249,27 +249,23 @@ class Distiller(nn.Module, ABC):
     ) -> tuple[Tensor, Features | None]:
         with computing(precision, image.device):
             if not features:
-                return _widen(network(image)), None
-            found = _widen_all(network.forward_features(image))  # type: ignore[operator]
+                return widen(network(image)), None
+            found = _all_wide(network.forward_features(image))  # type: ignore[operator]
         return found.logits, found
 
     def _ask_teacher(self, batch: Batch, student_logits: Tensor) -> tuple[Tensor, Features | None]:
         if batch.teacher_logits is not None and self.needs.teacher != "features":
-            return _widen(batch.teacher_logits), None
+            return widen(batch.teacher_logits), None
         if self.teacher is None:
             return student_logits.new_zeros(len(student_logits), 0), None
         return self._run(self.teacher, batch.image, self.teacher_precision, features=self.needs.teacher == "features")
 
 
-def _widen_all(features: Features) -> Features:
+def _all_wide(features: Features) -> Features:
     return Features(
-        logits=_widen(features.logits),
-        stages=tuple(_widen(stage) for stage in features.stages),
-        preacts=None if features.preacts is None else tuple(_widen(preact) for preact in features.preacts),
-        last_map=_widen(features.last_map),
-        pooled=_widen(features.pooled),
+        logits=widen(features.logits),
+        stages=tuple(widen(stage) for stage in features.stages),
+        preacts=None if features.preacts is None else tuple(widen(preact) for preact in features.preacts),
+        last_map=widen(features.last_map),
+        pooled=widen(features.pooled),
     )
-
-
-def _widen(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()

@@ -133,9 +133,8 @@ def upload(values: npt.NDArray[Any] | Tensor, device: torch.device) -> Tensor:
 def compile_network(network: nn.Module, *, features: bool) -> None:
     """Compile ``network`` in place, its ``forward_features`` when methods read those; its state stays as it is.
 
-    What its forward pass keeps may be read by more than one backward pass, as some solvers do.
+    What its forward pass keeps is good for one backward pass, which may overwrite it.
     """
-    torch._functorch.config.donated_buffer = False  # else the first backward pass may overwrite it
     if features:
         network.forward_features = torch.compile(network.forward_features, dynamic=False)  # type: ignore[assignment, arg-type]
     else:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mdistill.config import Config, TeacherConfig
+from mdistill.config import Config, MemberConfig, TeacherConfig
 from mdistill.data import DATASETS, Batch, DataInfo, Dataset
 from mdistill.data.sampling import derive_seed
 from mdistill.distillers import DISTILLERS, Distiller
@@ -106,8 +106,8 @@ def build_teacher(config: Config, info: DataInfo) -> nn.Module | None:
     if config.teacher is None:
         return None
     members = [
-        build_network(where, member.name, member.arguments, info, seed=config.seed)
-        for where, member in zip(_places(config.teacher), config.teacher.members, strict=True)
+        build_network(section, member.name, member.arguments, info, seed=config.seed)
+        for section, member in _members_of(config.teacher)
     ]
     return members[0] if len(members) == 1 else Ensemble(members, config.teacher.average)
 
@@ -129,6 +129,11 @@ def build_distiller(config: Config, info: DataInfo, teacher: nn.Module | None) -
         raise UserError(
             f"data.mixing: images are mixed in one view and the method {config.distiller.name!r} needs two;"
             " remove data.mixing or take another method"
+        )
+    if needs.teacher == "features" and isinstance(teacher, Ensemble):
+        raise UserError(
+            f"teacher.ensemble: the method {config.distiller.name!r} reads the teacher's features, and several networks"
+            " share none; remove teacher.ensemble or take another method"
         )
     student = build_network("student", config.student.name, config.student.arguments, info, seed=config.seed)
     for section, network, features in (
@@ -175,8 +180,8 @@ def build(
     choose_engine(run.engine, device)
     set_numerics(run.precision, deterministic=run.deterministic)
     sources = [  # before the data: the quickest check first
-        locate(member.checkpoint, checkpoint_root, model=member.name, dataset=config.data.name)
-        for member in (config.teacher.members if config.teacher is not None else ())
+        locate(member.checkpoint, checkpoint_root, model=member.name, dataset=config.data.name, section=section)
+        for section, member in (_members_of(config.teacher) if config.teacher is not None else ())
     ]
     dataset = build_dataset(config, data_root=data_root, download=download)
     info = dataset.info(config.data.batch_size)
@@ -199,6 +204,11 @@ def build(
         distiller = distiller.to(device)
         distiller.student_precision, distiller.teacher_precision = run.precision, teacher_precision
         solver = SOLVERS.build(each.solver.name, distiller.param_groups(), where="solver", **each.solver.arguments)
+        if run.engine == "compile" and solver.backward_passes > 1:
+            raise UserError(
+                "run.engine: what is compiled allows one backward pass a step and the solver"
+                f" {each.solver.name!r} takes {solver.backward_passes}; use auto, eager or graph"
+            )
         _try_solver(solver, distiller, info)
         trials.append(Trial(each, distiller, solver))
     experiment = Experiment(trials, dataset, device, fingerprints, facts)
@@ -215,8 +225,8 @@ def build(
                     where=config.data.name,
                     section=section,
                 )
-                for section, network, member, source, weights in zip(
-                    _places(config.teacher), _members(teacher), config.teacher.members, sources, prints, strict=True
+                for (section, member), network, source, weights in zip(
+                    _members_of(config.teacher), _members(teacher), sources, prints, strict=True
                 )
             ]
             facts["teacher"]["top1"] = measured[0] if len(measured) == 1 else measured
@@ -224,9 +234,10 @@ def build(
     return experiment
 
 
-def _places(teacher: TeacherConfig) -> list[str]:
-    """Where in the configuration each of a teacher's networks stands."""
-    return ["teacher", *(f"teacher.ensemble.{number}" for number in range(len(teacher.ensemble)))]
+def _members_of(teacher: TeacherConfig) -> list[tuple[str, MemberConfig]]:
+    """A teacher's networks, each with where it stands in the configuration."""
+    further = [(f"teacher.ensemble.{number}", member) for number, member in enumerate(teacher.ensemble)]
+    return [("teacher", teacher), *further]
 
 
 def _members(teacher: nn.Module) -> list[nn.Module]:

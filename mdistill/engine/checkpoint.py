@@ -87,13 +87,18 @@ def read(path: Path, config: Config, fingerprints: Mapping[str, str]) -> dict[st
     if not isinstance(state, dict) or not state.keys() >= KEYS or state["format"] != FORMAT:
         raise UserError(f"{path}: not a training state in format {FORMAT}, the one that this version resumes from")
     changed = differences(state["config"], config.resolved())
-    grown = "solver.epochs" in changed and changed["solver.epochs"][1] > changed["solver.epochs"][0]
-    if grown and config.solver.schedule != "cosine":  # whose every epoch depends on their number
+    chosen = differences({}, config.model_dump(mode="json", exclude_defaults=True))
+    changed = {  # a setting that the older version did not know, at its default, changes nothing
+        key: values for key, values in changed.items() if values[0] is not None or key in chosen
+    }
+    grows = config.solver.schedule != "cosine"  # whose every epoch depends on their number
+    if grows and "solver.epochs" in changed and changed["solver.epochs"][1] > changed["solver.epochs"][0]:
         del changed["solver.epochs"]
     if changed:
         listed = "; ".join(f"{key}: was {before!r}, now {after!r}" for key, (before, after) in changed.items())
         raise UserError(
-            f"{path}: cannot resume with another configuration ({listed}); only solver.epochs may grow."
+            f"{path}: cannot resume with another configuration ({listed});"
+            f" {'only solver.epochs may grow' if grows else 'under a cosine schedule not even solver.epochs may grow'}."
             " Undo the change, or start again with --overwrite or another --output"
         )
     for what, old in state["fingerprints"].items():

@@ -19,6 +19,8 @@ class Solver(ABC):
     Builders take the distiller's ``param_groups()``; their keyword-only parameters come from the ``solver:`` section.
     """
 
+    backward_passes = 1  # a step, over one forward pass
+
     def check(self, output: StepOutput) -> None:  # noqa: B027
         """Refuse a method whose steps this solver cannot take, told from the terms of one; by default takes all.
 
@@ -94,6 +96,8 @@ class DOT(Solver):
     the two losses reaches (the same one in every step) has one v, with momentum mu and weight decay. That code leaves
     weight decay out of the first step of a weight that only the distillation reaches; here it is in.
     """
+
+    backward_passes = 2
 
     def __init__(
         self,

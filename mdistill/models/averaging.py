@@ -24,7 +24,7 @@ class AveragedNetwork(nn.Module):
     Args:
         network: the network that is trained.
         decay: of the exponential average; None for the plain one.
-        first_epoch: the average begins in this epoch (from 1); until then it is the network itself.
+        first_epoch: the average begins in this epoch (from 1); until then it is the network itself, up to rounding.
     """
 
     count: Tensor

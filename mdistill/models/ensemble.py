@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mdistill.numerics import widen
+
 Average = Literal["probabilities", "logits"]
 
 
@@ -28,12 +30,8 @@ class Ensemble(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Every member on the same images; averaged in float32 or wider."""
-        logits = [_widen(member(image)) for member in self.members]
+        logits = [widen(member(image)) for member in self.members]
         if self.average == "logits":
             return torch.stack(logits).mean(dim=0)
         log_probs = torch.stack([F.log_softmax(each, dim=1) for each in logits])  # (M, B, C)
         return log_probs.logsumexp(dim=0) - math.log(len(logits))
-
-
-def _widen(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,6 +1,7 @@
 """Where a teacher's weights come from, and whether they are what the configuration says."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from mdistill.files import write_text
 TOLERANCE = 1.0  # points of top-1 between a teacher as measured and as expected
 
 
-def locate(checkpoint: str, root: Path, *, model: str, dataset: str) -> Path:
-    """The file or run folder that ``checkpoint`` means: under ``root``, else as it stands.
+def locate(checkpoint: str, root: Path, *, model: str, dataset: str, section: str = "teacher") -> Path:
+    """The file or run folder that ``checkpoint`` of ``section`` means: under ``root``, else as it stands.
 
     Raises:
         UserError: nothing is there; says both ways to get a teacher.
@@ -26,11 +27,19 @@ def locate(checkpoint: str, root: Path, *, model: str, dataset: str) -> Path:
         f"; or unpack cifar_teachers.tar from the releases of megvii-research/mdistiller into {root}, whose files load"
         " as they are"
     )
+    nothing = f"{section}.checkpoint: no {model} weights at {candidates[0]} (checkpoint root {root})"
+    if re.fullmatch(r"seed\d+", candidates[0].name):
+        raise UserError(f"{nothing}. It is a run folder: do that run first, or give the --checkpoint-root it is under")
     raise UserError(
-        f"teacher.checkpoint: no {model} weights at {candidates[0]} (checkpoint root {root}). Train them with {recipe},"
-        f" then add teacher.checkpoint=runs/{dataset}/vanilla/{model}/seed0"
+        f"{nothing}. Train them with {recipe}, then {_setting(section, 'checkpoint')}"
+        f"runs/{dataset}/vanilla/{model}/seed0"
         f"{released if dataset == 'cifar100' else ', or give the --checkpoint-root that they are under'}"
     )
+
+
+def _setting(section: str, key: str) -> str:
+    """How to set ``key`` of ``section``: by a word, or in the file where it is an entry of a list."""
+    return f"add {section}.{key}=" if section.isidentifier() else f"in the file, set {key} of {section} to "
 
 
 def _is_for(dataset: str, config: Path) -> bool:
@@ -76,7 +85,7 @@ def verify_top1(
     if not abs(top1 - expected) <= TOLERANCE:
         raise UserError(
             f"{section}.expected_top1: {teacher} reaches {top1:.2f} on the test split of {where}, the configuration"
-            f" expects {expected:.2f} (within {TOLERANCE:g}): wrong weights or data? For a teacher of your own set"
-            f" {section}.expected_top1={top1:.2f} (or null to skip this check)"
+            f" expects {expected:.2f} (within {TOLERANCE:g}): wrong weights or data? For a teacher of your own"
+            f" {_setting(section, 'expected_top1')}{top1:.2f} (or null to skip this check)"
         )
     return top1

@@ -60,7 +60,7 @@ class Method:
     graph: str  # whether a step can be captured
     settings: Mapping[str, Any]  # of ``config``; what every method takes is left out where it is off
     config: str  # path of the configuration that they are from, or ""
-    readings: Sequence[tuple[str, str]]  # what of its code it is about, and how that differs from the paper
+    readings: Sequence[tuple[str, str]]  # a name in its code, and how that differs from the paper; one sentence
 
     @property
     def published(self) -> str:
@@ -114,7 +114,7 @@ def text(method: Method, *, readings: bool = False) -> str:
         lines.append(f"  settings  {method.published}")
     if readings:
         lines += [f"  from      {method.config}"] if method.config else []
-        lines += [f"  {place}: {reading}" for place, reading in method.readings]
+        lines += [f"  {place} {reading}" for place, reading in method.readings]
     return "\n".join(lines).replace("`", "")
 
 
@@ -126,7 +126,7 @@ def markdown_section(method: Method) -> str:
     lines += [f"{method.loss}.", ""]
     if method.settings:
         lines += [f"Settings of `{method.config}`: {method.published}.", ""]
-    lines += [f"- `{place}`: {text}" for place, text in method.readings]
+    lines += [f"- `{place}` {text}" for place, text in method.readings]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -195,15 +195,14 @@ def _value(value: Any) -> str:
 
 
 def _readings(builder: type[Distiller]) -> Iterator[tuple[str, str]]:
-    """The paragraphs that begin with "Differs from the paper" of everything public in a method's module, in order."""
+    """The paragraphs that begin with "Differs from the" of everything public in a method's module, in order."""
     module = sys.modules[builder.__module__]
     members = [member for member in vars(module).values() if inspect.isfunction(member) or inspect.isclass(member)]
     members = [member for member in members if member.__module__ == module.__name__ and member.__name__[0] != "_"]
     for member in sorted(members, key=lambda it: inspect.getsourcelines(it)[1]):
         for paragraph in _paragraphs(member):
-            if paragraph.startswith("Differs from the p"):
-                text = re.sub(r"^Differs from the (paper|published code)[:,]? ?", "", paragraph)
-                yield member.__name__, _markdown(text if "paper" in paragraph[:22] else paragraph)
+            if paragraph.startswith("Differs from the"):
+                yield member.__name__, _markdown(f"d{paragraph[1:]}")
 
 
 def _paragraphs(member: Any) -> list[str]:

@@ -332,6 +332,7 @@ RECIPES = {
     "mixup": ("kd", "data.mixing={name: mixup, alpha: 0.8}"),
     "cutmix": ("dist", "data.mixing={name: cutmix, alpha: 1.0, probability: 0.5}"),
     "cutmix_pick": ("kd", "data.mixing={name: cutmix_pick, alpha: 1.0, candidates: 2}"),
+    "ensemble": ("dkd", "teacher.ensemble=[{name: resnet8, checkpoint: resnet8.pt}]"),
     "averages": ("mcld", "distiller.ema_decay=0.9", "distiller.average_from=2"),
     "cosine": ("vanilla", "solver.schedule=cosine"),
     "dot": ("dkd", "solver.name=dot", "solver.delta=0.075"),
@@ -407,15 +408,25 @@ def test_a_replayed_run_resumes_in_the_middle_of_an_epoch(
     assert_same_runs(tmp_path / "eager", tmp_path / "graph")
 
 
-def test_replayed_trials_equal_eager_ones(tmp_path: Path, emulated: Callable[[], Recorder]) -> None:
+@pytest.mark.parametrize(
+    ("method", "words", "captures"),
+    [
+        ("kd", (), 4),  # a step and a teacher batch of each
+        ("mlkd", ("distiller.ema_decay=0.9",), 4),
+        ("dist", ("data.mixing={name: cutmix, alpha: 1.0}", "solver.name=dot", "solver.delta=0.05"), 2),
+    ],
+)
+def test_replayed_trials_equal_eager_ones(
+    method: str, words: tuple[str, ...], captures: int, tmp_path: Path, emulated: Callable[[], Recorder]
+) -> None:
     """Two seeds in turn, each with captures of its own, on one data set and one teacher."""
-    cfg = configuration(tmp_path, "kd")
+    cfg = configuration(tmp_path, method)
     for seed in (0, 1):
-        run(cfg, tmp_path / f"eager{seed}", seeds=(seed,))
+        run(cfg, tmp_path / f"eager{seed}", *words, seeds=(seed,))
     recorder = emulated()
-    run(cfg, tmp_path / "graph", seeds=(0, 1))
-    assert len(recorder.replays) == 4
-    (tmp_path / "graph" / "tiny/kd/resnet8_resnet8/seed1").rename(tmp_path / "graph1")
+    run(cfg, tmp_path / "graph", *words, seeds=(0, 1))
+    assert len(recorder.replays) == captures
+    (tmp_path / "graph" / f"tiny/{method}/resnet8_resnet8/seed1").rename(tmp_path / "graph1")
     for seed, output in ((0, tmp_path / "graph"), (1, tmp_path / "graph1")):
         assert_same_runs(tmp_path / f"eager{seed}", output)
 

@@ -184,7 +184,10 @@ class TestEnsemble:
         text = ensemble_cfg.read_text().replace("name: tiny_net, width: 32", "name: resnet8")
         ensemble_cfg.write_text(text)
         assert train(ensemble_cfg, *words) == 2
-        assert "'nd' reads features and 'resnet8' has no forward_features" in capsys.readouterr().err
+        assert capsys.readouterr().err == (
+            "error: teacher.ensemble: the method 'nd' reads the teacher's features, and several networks share none;"
+            " remove teacher.ensemble or take another method\n"
+        )
 
     @pytest.mark.parametrize(
         ("member", "line"),
@@ -194,7 +197,10 @@ class TestEnsemble:
             ("{name: tiny_net}", r"teacher.ensemble.0.checkpoint: missing"),
             ("{name: tiny_net, wdth: 3, checkpoint: a.pt}", r"teacher.ensemble.0.wdth: unknown key .*'width'"),
             ("tiny_net", r"teacher.ensemble.0: should be a section"),
-            ("{name: tiny_net, checkpoint: nowhere.pt}", r"teacher.checkpoint: no tiny_net weights at .*nowhere.pt"),
+            ("{name: tiny_net, checkpoint: nowhere.pt}",
+             r"teacher.ensemble.0.checkpoint: no tiny_net .*in the file, set checkpoint of teacher.ensemble.0 to"),
+            ("{name: tiny_net, checkpoint: runs/a/seed3}",
+             r"teacher.ensemble.0.checkpoint: .*seed3 .*It is a run folder: do that run first, or give"),
         ],
     )  # fmt: skip
     def test_bad_members_are_one_clear_line(self, member, line, kd_cfg, teacher_file):
@@ -247,16 +253,59 @@ class TestSolver:
         assert len(error.splitlines()) == 1
         assert not list(kd_cfg.parent.rglob("config.yaml"))
 
+    def test_it_is_not_compiled(self, kd_cfg, teacher_file, train: Train, capsys):
+        """A compiled network's backward pass may overwrite what a second one would read."""
+        assert train(kd_cfg, *self.DOT, "run.engine=compile") == 2
+        assert capsys.readouterr().err == (
+            "error: run.engine: what is compiled allows one backward pass a step and the solver 'dot' takes 2;"
+            " use auto, eager or graph\n"
+        )
+
     def test_the_rate_follows_the_cosine(self, student_cfg):
-        folder, _ = run(student_cfg, "solver.schedule=cosine", "solver.milestones=[]", "solver.epochs=2")
+        recipe = student_cfg.with_name("recipe.yaml")
+        text = recipe.read_text().replace("milestones: [2]", "milestones: []")
+        recipe.write_text(text.replace("epochs: 3", "schedule: cosine, epochs: 2"))
+        folder, _ = run(student_cfg)
         assert [line["lr"] for line in read_metrics(folder)] == pytest.approx([0.05, 0.025])
-        with pytest.raises(
-            UserError, match=r"cannot resume with another configuration \(solver.epochs: was 2, now 4\)"
-        ):
-            run(student_cfg, "solver.schedule=cosine", "solver.milestones=[]", "solver.epochs=4", mode="resume")
+        recipe.write_text(text.replace("epochs: 3", "schedule: cosine, epochs: 4"))
+        with pytest.raises(UserError, match=r"was 2, now 4\); under a cosine schedule not even solver.epochs may grow"):
+            run(student_cfg, mode="resume")
+
+    def test_runs_of_different_length_have_folders_of_their_own_under_a_cosine(self, student_cfg):
+        cosine = ["solver.schedule=cosine", "solver.milestones=[]"]
+        folders = {config.load(student_cfg, [*cosine, *more]).run_folder() for more in ([], ["solver.epochs=9"])}
+        assert len(folders) == 2
+        assert config.load(student_cfg, ["solver.epochs=9"]).run_folder() == config.load(student_cfg).run_folder()
 
     def test_a_cosine_takes_no_milestones(self, student_cfg):
         with pytest.raises(
             UserError, match=r"solver.milestones: a cosine schedule takes none, found \[2\]; set it to \[\]"
         ):
             config.load(student_cfg, ["solver.schedule=cosine"])
+
+
+class TestSettings:
+    def test_a_run_that_was_begun_before_a_setting_existed_goes_on(self, student_cfg):
+        folder, _ = run(student_cfg, "solver.epochs=2")
+        state = torch.load(folder / "last.pt", weights_only=True)
+        del state["config"]["solver"]["schedule"]
+        torch.save(state, folder / "last.pt")
+        _, metrics = run(student_cfg, "solver.epochs=3", mode="resume")
+        assert [line["epoch"] for line in metrics] == [1, 2, 3]
+        del state["config"]["solver"]["lr"]
+        torch.save(state, folder / "last.pt")
+        with pytest.raises(UserError, match=r"solver.lr: was None, now 0.05"):
+            run(student_cfg, "solver.epochs=4", mode="resume")
+
+    def test_an_average_that_never_begins_is_warned_of(self, student_cfg, train: Train, capsys):
+        assert train(student_cfg, "distiller.average_from=9", "--dry-run") == 0
+        assert capsys.readouterr().err == (
+            f"warning: {student_cfg}: distiller.average_from: 9 lies past the last epoch (3), so nothing is averaged\n"
+        )
+
+    def test_an_average_of_one_teacher_is_refused(self, kd_cfg, teacher_file, train: Train, capsys):
+        assert train(kd_cfg, "teacher.average=logits") == 2
+        assert capsys.readouterr().err == (
+            "error: command line: teacher.average: 'logits' says what to average over teacher.ensemble,"
+            " which is empty\n"
+        )

@@ -100,7 +100,7 @@ def test_the_tool_lists_all_methods_or_some_whole(capsys):
     some = capsys.readouterr().out
     assert some.startswith("dkd: ce_weight CE + alpha TCKD")
     assert "settings  alpha 1, beta 8, temperature 4, ce_weight 1, warmup_epochs 20" in some
-    assert "nckd_loss: softened by T" in some
+    assert "nckd_loss differs from the paper: softened by T" in some
     assert "\nlabel_revision: " in some
     assert tool.main(["kdd"]) == 2
     assert "unknown method 'kdd'; did you mean" in capsys.readouterr().err
