@@ -290,8 +290,11 @@ def test_a_method_that_reads_features_is_refused_in_one_line(
     cfg: Path, tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(TinyNet, "forward_features", nn.Module.forward, raising=False)
-    line = refused(capsys, tool(altered(cfg, distiller={"name": "reads_features", "ce_weight": 1.0})))
-    assert line.startswith("error: distiller.name: 'reads_features' reads no table: the teacher runs in every step")
+    reader = altered(cfg, distiller={"name": "reads_features", "ce_weight": 1.0})
+    line = refused(capsys, tool(reader))
+    assert line.startswith(
+        f"error: {reader}: this run reads no table: its teacher runs in every step: this method reads"
+    )
     assert not (tmp_path / "runs").exists()
 
 

@@ -106,7 +106,8 @@ class Stepper:
         assert self._ahead is not None
         plan, request = self._ahead.plan, self._ahead.request
         self._pairs[:, :-1].copy_(upload(np.stack([plan.index, plan.view]), self._device))
-        self._feed.begin(upload(self._ahead.columns, self._device))
+        if len(self._ahead.columns):
+            self._feed.begin(upload(self._ahead.columns, self._device))
         self._at.fill_(step * self._batch_size)
         self._epoch.fill_(epoch)
         if self._rows is not None and request is not None:

@@ -28,7 +28,7 @@ def locate(checkpoint: str, root: Path, *, model: str, dataset: str, section: st
         " as they are"
     )
     nothing = f"{section}.checkpoint: no {model} weights at {candidates[0]} (checkpoint root {root})"
-    if re.fullmatch(r"seed\d+", candidates[0].name):
+    if re.fullmatch(r"seed\d+", candidates[0].name) and "vanilla" not in candidates[0].parts:
         raise UserError(f"{nothing}. It is a run folder: do that run first, or give the --checkpoint-root it is under")
     raise UserError(
         f"{nothing}. Train them with {recipe}, then {_setting(section, 'checkpoint')}"
