@@ -80,8 +80,8 @@ def read(path: Path, config: Config, fingerprints: Mapping[str, str]) -> dict[st
     """Read a checkpoint and make sure that it belongs to this run.
 
     Raises:
-        UserError: unreadable or damaged; of another configuration (names the keys; only solver.epochs may have grown),
-            other data or another teacher.
+        UserError: unreadable or damaged; of another configuration (names the keys; only solver.epochs may have grown,
+            and not under a cosine schedule), other data or another teacher.
     """
     state = read_file(path)
     if not isinstance(state, dict) or not state.keys() >= KEYS or state["format"] != FORMAT:

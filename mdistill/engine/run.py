@@ -25,7 +25,10 @@ Mode = Literal["new", "resume", "overwrite"]
 
 
 class RunFolder:
-    """``config.yaml``, ``env.json``, ``metrics.jsonl``, ``tensorboard/``, ``last.pt`` and ``student.pt`` of one run."""
+    """``config.yaml``, ``env.json``, ``metrics.jsonl``, ``tensorboard/``, ``last.pt`` and ``student.pt`` of one run.
+
+    Further students lie beside the first under their names.
+    """
 
     def __init__(self, path: Path, mode: Mode) -> None:
         """Look at ``path`` without changing anything.

@@ -11,7 +11,7 @@ import torch
 from mdistill import config
 from mdistill.data import DATASETS, InMemoryDataset
 from mdistill.engine import build, trainer
-from mdistill.engine.run import RunFolder, read_metrics
+from mdistill.engine.run import Mode, RunFolder, read_metrics
 from mdistill.errors import UserError
 from mdistill.models.ensemble import Ensemble
 
@@ -33,10 +33,10 @@ def built(cfg: Path, *overrides: str, cache: bool = True) -> build.Experiment:
     return build.build([settings], torch.device("cpu"), **roots, cache_root=cfg.parent / "cache" if cache else None)
 
 
-def run(cfg: Path, *overrides: str, mode: str = "new", cache: bool = True) -> tuple[Path, list[dict[str, Any]]]:
+def run(cfg: Path, *overrides: str, mode: Mode = "new", cache: bool = True) -> tuple[Path, list[dict[str, Any]]]:
     made = built(cfg, *overrides, cache=cache)
     folder = cfg.parent / "runs" / made.trials[0].config.run_folder()
-    metrics = trainer.fit(made, [RunFolder(folder, mode)])  # type: ignore[arg-type]
+    metrics = trainer.fit(made, [RunFolder(folder, mode)])
     return folder, metrics[0]
 
 
