@@ -16,7 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from mdistill.config import load
-from mdistill.engine.run import read_metrics
+from mdistill.engine.run_folder import read_metrics
 from mdistill.reporting.tables import paired_table
 
 ROOT = Path(__file__).resolve().parents[1]

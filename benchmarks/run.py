@@ -18,7 +18,7 @@ from pathlib import Path
 from step import CONFIGS, network
 
 from mdistill.config import load
-from mdistill.engine.run import read_metrics
+from mdistill.engine.run_folder import read_metrics
 from mdistill.models.weights import save_weights
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -27,14 +27,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from mdistill.config import Config, load
 from mdistill.data import DataInfo, InMemoryDataset
 from mdistill.data.sampling import epoch_plan
-from mdistill.engine.accelerate import choose_engine, own_stream
 from mdistill.engine.build import Experiment, build, build_network, pick_device
+from mdistill.engine.cuda_graph import choose_engine, own_stream
 from mdistill.engine.metrics import EpochSums
 from mdistill.engine.teacher import rows_of_epochs
 from mdistill.engine.trainer import make_stepper
 from mdistill.errors import UserError
 from mdistill.models.weights import save_weights
-from mdistill.numerics import require_precision
+from mdistill.precision import require_precision
 from mdistill.reporting.tables import text_table
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "cifar100"

@@ -301,7 +301,7 @@ def test_a_method_that_reads_features_is_refused_in_one_line(
 def test_views_that_cannot_be_enumerated_are_refused_in_one_line(
     cfg: Path, tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mdistill.data.views.count", lambda padding, flip: None)
+    monkeypatch.setattr("mdistill.data.augment.count", lambda padding, flip: None)
     line = refused(capsys, tool(cfg))
     assert line == "error: the views of this data set cannot be enumerated: there is no table of them"
     assert not (tmp_path / "runs").exists()

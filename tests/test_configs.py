@@ -13,9 +13,9 @@ from mdistill.config import Config, load
 from mdistill.data import DataInfo
 from mdistill.distillers import DISTILLERS
 from mdistill.engine import build
-from mdistill.engine.solver import SOLVERS
 from mdistill.models import MODELS
 from mdistill.models.names import SHORT_NAMES, pair_file_name
+from mdistill.optim.solvers import SOLVERS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if not path.name.startswith("_"))

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from mdistill import cli, config
 from mdistill.engine import build
-from mdistill.engine.accelerate import own_stream
+from mdistill.engine.cuda_graph import own_stream
 from mdistill.engine.teacher import KEPT, Filler, describe, rows_of_epochs
 from mdistill.engine.teacher_cache import NoRoom, TeacherTable
 from mdistill.errors import RunFailed, UserError

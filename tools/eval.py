@@ -13,10 +13,10 @@ from mdistill import cli, config
 from mdistill.data import DATASETS, Dataset
 from mdistill.engine.build import UNCALIBRATED, build_dataset, build_network, pick_device
 from mdistill.engine.evaluate import evaluate
-from mdistill.engine.run import code_folders
+from mdistill.engine.run_folder import code_folders
 from mdistill.errors import UserError
 from mdistill.models.weights import load_weights
-from mdistill.numerics import Precision, require_precision, set_numerics
+from mdistill.precision import Precision, require_precision, set_numerics
 
 DESCRIPTION = """Evaluate a run folder, one of its checkpoints, or any checkpoint of a known network.
 

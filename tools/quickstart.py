@@ -10,7 +10,7 @@ from pathlib import Path
 from mdistill import cli
 from mdistill.config import Config, load
 from mdistill.engine import build, trainer
-from mdistill.engine.run import RunFolder
+from mdistill.engine.run_folder import RunFolder
 from mdistill.errors import UserError
 from mdistill.reporting.curves import learning_curves
 from mdistill.reporting.runs import RunRecord, read_run

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mdistill import cli, config
 from mdistill.engine import build, trainer
-from mdistill.engine.run import RunFolder, run_mode
+from mdistill.engine.run_folder import RunFolder, run_mode
 
 DESCRIPTION = """Train a network as a configuration says.
 

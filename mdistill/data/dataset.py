@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from mdistill.data import strong, views
+from mdistill.data import augment, randaugment
 from mdistill.data.batch import Batch, DataInfo
 from mdistill.data.sampling import random_words
 from mdistill.errors import UserError
@@ -133,19 +133,19 @@ class InMemoryDataset(Dataset):
         self.num_classes = num_classes
         self.num_samples, self.image_size = train[0].shape[:2]
         self._crops = padding, flip
-        self.num_views = views.count(padding, flip)
-        self.strong_views = self.num_views is not None and self.num_views <= strong.MOST_VIEWS
+        self.num_views = augment.count(padding, flip)
+        self.strong_views = self.num_views is not None and self.num_views <= randaugment.MOST_VIEWS
         self.splits = ("test",)
         self.notes = list(notes)
         self._statistics = tuple(mean), tuple(std)
-        self._normalize = views.Normalization(self.image_size, *self._statistics)
+        self._normalize = augment.Normalization(self.image_size, *self._statistics)
         fits = self.num_samples * (self.image_size + 1) ** 2 < 2**31
-        tables = views.offset_tables(self.image_size, padding, flip)
+        tables = augment.offset_tables(self.image_size, padding, flip)
         self._rows, self._columns = (table.to(torch.int32 if fits else torch.int64) for table in tables)
         self._settings = f"{num_classes} {[*map(float, mean)]} {[*map(float, std)]} {padding} {bool(flip)}"
-        self._train = views.store(train[0])  # (N, S+1, S+1, 3) uint8
+        self._train = augment.store(train[0])  # (N, S+1, S+1, 3) uint8
         self._train_labels = torch.tensor(train[1], dtype=torch.int64)  # (N,)
-        self._strengthen: strong.Strengthen | None = None  # made when it is first asked for
+        self._strengthen: randaugment.Strengthen | None = None  # made when it is first asked for
         self._normalized: Tensor | None = None  # ``_train`` as float32, where that is small enough; made by ``to``
         self._eval = {"test": (torch.tensor(test[0]), torch.tensor(test[1], dtype=torch.int64))}
 
@@ -182,16 +182,16 @@ class InMemoryDataset(Dataset):
     def train_batch(self, index: Tensor, view: Tensor) -> Batch:
         target = self._train_labels.index_select(0, index)
         if self._normalized is not None:
-            image = views.look(self._normalized, index, view, self._rows, self._columns).permute(0, 3, 1, 2)
+            image = augment.look(self._normalized, index, view, self._rows, self._columns).permute(0, 3, 1, 2)
         else:
-            image = self._normalize(views.look(self._train, index, view, self._rows, self._columns))
+            image = self._normalize(augment.look(self._train, index, view, self._rows, self._columns))
         return Batch(image=image, target=target, index=index, view=view)
 
     def strong_image(self, index: Tensor, strong_view: Tensor) -> Tensor:
         if self._strengthen is None:
-            self._strengthen = strong.Strengthen(self.image_size).to(self._train.device)
-        parts = strong.decode(strong_view, views.count(*self._crops))
-        pixels = views.look(self._train, index, parts.view, self._rows, self._columns)
+            self._strengthen = randaugment.Strengthen(self.image_size).to(self._train.device)
+        parts = randaugment.decode(strong_view, augment.count(*self._crops))
+        pixels = augment.look(self._train, index, parts.view, self._rows, self._columns)
         return self._normalize(self._strengthen(pixels, parts))
 
     def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -215,7 +215,7 @@ class InMemoryDataset(Dataset):
 
     def _normalize_once(self) -> Tensor:
         """(N, S+1, S+1, 3) float32: a view only moves pixels, so that each is the same before as after."""
-        normalize = views.Normalization(self.image_size + 1, *self._statistics).to(self._train.device)
+        normalize = augment.Normalization(self.image_size + 1, *self._statistics).to(self._train.device)
         normalized = torch.empty(self._train.shape, device=self._train.device)
         for start in range(0, len(normalized), 4096):
             part = slice(start, start + 4096)

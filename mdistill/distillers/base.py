@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from mdistill.data.batch import Batch, DataInfo
 from mdistill.distillers.functional import standardize
 from mdistill.errors import UserError
-from mdistill.models.averaging import AveragedNetwork, Decay
 from mdistill.models.base import Features
-from mdistill.numerics import Precision, computing, widen
+from mdistill.optim.averaging import AveragedNetwork, Decay
+from mdistill.precision import Precision, computing, widen
 from mdistill.registry import NonNegative, NonNegativeInt, PositiveInt, Registry
 
 DISTILLERS: Registry["Distiller"] = Registry("method")

@@ -15,9 +15,8 @@ from mdistill.config import Config, MemberConfig, TeacherConfig
 from mdistill.data import DATASETS, Batch, DataInfo, Dataset
 from mdistill.data.sampling import derive_seed
 from mdistill.distillers import DISTILLERS, Distiller
-from mdistill.engine.accelerate import choose_engine
+from mdistill.engine.cuda_graph import choose_engine
 from mdistill.engine.evaluate import evaluate
-from mdistill.engine.solver import SOLVERS, Solver
 from mdistill.engine.teacher import KEPT, FrozenTeacher
 from mdistill.engine.teacher_cache import NoRoom, TeacherTable
 from mdistill.errors import UserError
@@ -25,7 +24,8 @@ from mdistill.models import MODELS
 from mdistill.models.ensemble import Ensemble
 from mdistill.models.teachers import locate, verify_top1
 from mdistill.models.weights import fingerprint, load_weights
-from mdistill.numerics import Precision, require_precision, set_numerics
+from mdistill.optim.solvers import SOLVERS, Solver
+from mdistill.precision import Precision, require_precision, set_numerics
 
 UNCALIBRATED = "trained without cross-entropy: the scale of its logits is free and its test loss not comparable"
 

@@ -12,10 +12,10 @@ from mdistill import __version__
 from mdistill.config import Config, differences
 from mdistill.distillers import Distiller
 from mdistill.engine.metrics import EpochSums
-from mdistill.engine.solver import Solver
 from mdistill.errors import RunFailed, UserError
 from mdistill.files import atomic_write
 from mdistill.models.weights import read_file
+from mdistill.optim.solvers import Solver
 
 FORMAT = 1
 KEYS = {"format", "model", "solver", "generators", "progress", "config", "fingerprints", "versions"}

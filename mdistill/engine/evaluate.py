@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mdistill.data import Dataset
-from mdistill.numerics import Precision, computing
+from mdistill.precision import Precision, computing
 
 BATCH = {"cpu": 100, "cuda": 2000}
 """Images a forward pass where nothing else is asked for: a CPU is fastest while activations stay in its caches."""

@@ -17,7 +17,7 @@ from mdistill.data.feed import Feed
 from mdistill.data.mixing import Columns, Mixing
 from mdistill.data.sampling import EpochPlan, epoch_plan
 from mdistill.distillers import Distiller
-from mdistill.engine.accelerate import (
+from mdistill.engine.cuda_graph import (
     Engine,
     Launcher,
     compile_network,

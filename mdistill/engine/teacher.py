@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from mdistill.data import Dataset
 from mdistill.data.sampling import epoch_plan
-from mdistill.engine.accelerate import WARM_UP, Launcher, Record, cuda_graph, upload
-from mdistill.engine.progress import say
+from mdistill.engine.console import say
+from mdistill.engine.cuda_graph import WARM_UP, Launcher, Record, cuda_graph, upload
 from mdistill.engine.teacher_cache import NoRoom, TeacherTable
 from mdistill.errors import RunFailed, UserError
-from mdistill.models.folding import fold_batchnorm
-from mdistill.numerics import Precision, computing
+from mdistill.models.fold_bn import fold_batchnorm
+from mdistill.precision import Precision, computing
 
 BATCH = {"cpu": 64, "cuda": 512}
 """Images a teacher batch. One fixed size, padded when fewer are left, so that an image's logits are always the same."""

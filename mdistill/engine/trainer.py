@@ -14,18 +14,18 @@ from torch import Tensor
 from mdistill.data import Batch
 from mdistill.distillers import Distiller
 from mdistill.engine import checkpoint
-from mdistill.engine.accelerate import Engine, choose_engine, cuda_graph, own_stream, uncompiled
 from mdistill.engine.build import Experiment, Trial
 from mdistill.engine.checkpoint import Progress
+from mdistill.engine.console import StepBar, StopRequest, say
+from mdistill.engine.cuda_graph import Engine, choose_engine, cuda_graph, own_stream, uncompiled
 from mdistill.engine.evaluate import evaluate
 from mdistill.engine.metrics import EpochSums
-from mdistill.engine.progress import StepBar, StopRequest, say
-from mdistill.engine.run import RunFolder, environment, read_metrics
-from mdistill.engine.solver import Solver
+from mdistill.engine.run_folder import RunFolder, environment, read_metrics
 from mdistill.engine.stepper import MakeRows, Stepper
 from mdistill.engine.teacher import KEPT, TeacherRows, describe
 from mdistill.errors import RunFailed, Stopped, UserError
 from mdistill.models.weights import save_weights
+from mdistill.optim.solvers import Solver
 
 
 def train_step(distiller: Distiller, solver: Solver, batch: Batch, epoch: Tensor, sums: EpochSums) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistill.numerics import widen
+from mdistill.precision import widen
 
 Average = Literal["probabilities", "logits"]
 

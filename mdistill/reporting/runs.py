@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mdistill.engine.run import read_metrics
+from mdistill.engine.run_folder import read_metrics
 from mdistill.errors import UserError
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mdistill.data import InMemoryDataset, views
+from mdistill.data import InMemoryDataset, augment
 from mdistill.errors import UserError
 
 from ..host_reads import NoHostReads
@@ -32,7 +32,7 @@ def test_facts(small: InMemoryDataset):
 
 def test_train_batch_is_the_view_of_the_sample(small: InMemoryDataset, small_arrays):
     images, labels = small_arrays["train"]
-    index, view = torch.tensor([3, 56, 3, 0]), torch.tensor([0, 49, views.identity(2, True), 7])
+    index, view = torch.tensor([3, 56, 3, 0]), torch.tensor([0, 49, augment.identity(2, True), 7])
     batch = small.train_batch(index, view)
     assert batch.image.shape == (4, 3, 8, 8)
     assert batch.image.dtype == torch.float32
@@ -105,7 +105,7 @@ def test_held_out_images_become_a_split_and_leave_training(small: InMemoryDatase
     assert (data.num_samples, data.splits, data.size("val"), data.size("test")) == (37, ("val", "test"), 20, 23)
     assert data.info(50).num_samples == data.info(50).batch_size == 37
     assert data.notes == small.notes
-    view = torch.full((37,), views.identity(2, True))
+    view = torch.full((37,), augment.identity(2, True))
     kept = data.train_batch(torch.arange(37), view)
     val_image, val_target = next(data.eval_batches("val", 100))
     both = torch.cat([kept.image, val_image]), torch.cat([kept.target, val_target])

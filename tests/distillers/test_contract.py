@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from mdistill.distillers import DISTILLERS, Distiller
 from mdistill.engine.metrics import EpochSums
-from mdistill.engine.solver import SGD
 from mdistill.engine.trainer import train_step
+from mdistill.optim.solvers import SGD
 
 from ..host_reads import NoHostReads
 from . import examples

@@ -8,9 +8,9 @@ import torch
 from mdistill.distillers.ctkd import GradientReversal, InstanceTemperature, ctkd_loss, curriculum
 from mdistill.distillers.kd import kd_loss
 from mdistill.engine.metrics import EpochSums
-from mdistill.engine.solver import SGD
 from mdistill.engine.trainer import train_step
 from mdistill.errors import UserError
+from mdistill.optim.solvers import SGD
 
 from ..host_reads import NoHostReads
 from . import examples

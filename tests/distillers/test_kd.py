@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from mdistill.distillers.functional import kl_divergence
 from mdistill.distillers.kd import MovingTarget, balanced_divergence, interpolate, js_divergence, kd_loss
 from mdistill.engine.metrics import EpochSums
-from mdistill.engine.solver import SGD
 from mdistill.engine.trainer import train_step
 from mdistill.errors import UserError
+from mdistill.optim.solvers import SGD
 
 from ..host_reads import NoHostReads
 from . import examples, golden

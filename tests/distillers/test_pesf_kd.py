@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from mdistill.distillers.kd import kd_loss
 from mdistill.distillers.pesf_kd import Adapter
-from mdistill.engine.solver import SGD
 from mdistill.errors import UserError
+from mdistill.optim.solvers import SGD
 
 from . import examples
 

@@ -18,12 +18,13 @@ from mdistill import config
 from mdistill.data import DataInfo
 from mdistill.data.sampling import epoch_plan
 from mdistill.distillers import DISTILLERS, Distiller, Needs, Signals
-from mdistill.engine import accelerate, build, solver, stepper, trainer
-from mdistill.engine.accelerate import WARM_UP, Engine, Launcher, choose_engine, compile_network, undo_compile
+from mdistill.engine import build, cuda_graph, stepper, trainer
+from mdistill.engine.cuda_graph import WARM_UP, Engine, Launcher, choose_engine, compile_network, undo_compile
 from mdistill.engine.metrics import EpochSums
-from mdistill.engine.run import RunFolder
+from mdistill.engine.run_folder import RunFolder
 from mdistill.errors import UserError
 from mdistill.models import MODELS
+from mdistill.optim import solvers
 
 from .. import same
 from ..conftest import TinyNet
@@ -346,7 +347,7 @@ def test_a_replayed_recipe_equals_an_eager_one(
     recipe: str, tmp_path: Path, emulated: Callable[[], Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit, stopped in the middle of the second epoch and resumed too; the rate in a tensor, as on CUDA."""
-    monkeypatch.setattr(solver, "_rate", lambda device, value=0.0: torch.tensor(value, dtype=torch.float64))
+    monkeypatch.setattr(solvers, "_rate", lambda device, value=0.0: torch.tensor(value, dtype=torch.float64))
     method, *words = RECIPES[recipe]
     cfg = configuration(tmp_path, method)
     run(cfg, tmp_path / "eager", *words)
@@ -435,7 +436,7 @@ def test_a_replayed_step_reads_the_rate_that_was_set(
     tmp_path: Path, emulated: Callable[[], Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the rate in a tensor, as on CUDA: drops of it come through a capture that was made before them."""
-    monkeypatch.setattr(solver, "_rate", lambda device, value=0.0: torch.tensor(value, dtype=torch.float64))
+    monkeypatch.setattr(solvers, "_rate", lambda device, value=0.0: torch.tensor(value, dtype=torch.float64))
     cfg = configuration(tmp_path, "vanilla")
     rates = ("solver.milestones=[2,3]", "solver.epochs=4")
     run(cfg, tmp_path / "eager", *rates)
@@ -706,7 +707,7 @@ def test_compiling_and_undoing_it_leave_the_state_as_it_is(compilations: list[An
         before, attributes = network(image), set(network.__dict__)
         compile_network(network, features=features)
         assert list(network.state_dict()) == names
-        with accelerate.uncompiled():
+        with cuda_graph.uncompiled():
             assert torch.equal(network(image), before)
         assert len(compilations) == features
         assert torch.equal(network(image), before)

@@ -16,11 +16,11 @@ from mdistill.data.mixing import Mixing
 from mdistill.data.sampling import epoch_plan
 from mdistill.distillers import DISTILLERS
 from mdistill.engine import build, trainer
-from mdistill.engine.accelerate import choose_engine, own_stream
+from mdistill.engine.cuda_graph import choose_engine, own_stream
 from mdistill.engine.metrics import EpochSums
-from mdistill.engine.run import RunFolder
+from mdistill.engine.run_folder import RunFolder
 from mdistill.models import MODELS
-from mdistill.numerics import computing
+from mdistill.precision import computing
 
 from .. import same
 from ..distillers.examples import METHODS, SETTINGS

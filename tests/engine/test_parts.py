@@ -10,8 +10,8 @@ from mdistill.data import DATASETS
 from mdistill.distillers import StepOutput
 from mdistill.engine.evaluate import evaluate
 from mdistill.engine.metrics import EpochSums, NonFiniteLoss
-from mdistill.engine.schedule import learning_rate
-from mdistill.engine.solver import SGD
+from mdistill.optim.schedules import learning_rate
+from mdistill.optim.solvers import SGD
 
 CPU = torch.device("cpu")
 

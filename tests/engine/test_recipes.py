@@ -11,7 +11,7 @@ import torch
 from mdistill import config
 from mdistill.data import DATASETS, InMemoryDataset
 from mdistill.engine import build, trainer
-from mdistill.engine.run import Mode, RunFolder, read_metrics
+from mdistill.engine.run_folder import Mode, RunFolder, read_metrics
 from mdistill.errors import UserError
 from mdistill.models.ensemble import Ensemble
 

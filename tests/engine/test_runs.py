@@ -17,10 +17,10 @@ from mdistill import config
 from mdistill.data import Batch, DataInfo
 from mdistill.distillers import DISTILLERS, Distiller, Needs, Signals
 from mdistill.engine import build, checkpoint, trainer
+from mdistill.engine.console import StopRequest
 from mdistill.engine.evaluate import evaluate
 from mdistill.engine.metrics import EpochSums
-from mdistill.engine.progress import StopRequest
-from mdistill.engine.run import RunFolder
+from mdistill.engine.run_folder import RunFolder
 from mdistill.errors import RunFailed, UserError
 from mdistill.models import MODELS
 from mdistill.models.weights import load_weights

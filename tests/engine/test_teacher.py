@@ -24,7 +24,7 @@ from mdistill.data import DATASETS, Batch, InMemoryDataset
 from mdistill.data.sampling import epoch_plan
 from mdistill.distillers import DISTILLERS, Distiller, Needs, Signals
 from mdistill.engine import build, trainer
-from mdistill.engine.run import RunFolder
+from mdistill.engine.run_folder import RunFolder
 from mdistill.engine.teacher import (
     BATCH,
     KEPT,
@@ -39,7 +39,7 @@ from mdistill.engine.teacher_cache import NoRoom, TeacherTable
 from mdistill.errors import RunFailed, Stopped, UserError
 from mdistill.models import MODELS
 from mdistill.models.base import Features, Network
-from mdistill.numerics import Precision, require_precision
+from mdistill.precision import Precision, require_precision
 
 from ..conftest import TinyNet, tiny
 from ..same import assert_same

@@ -18,9 +18,9 @@ import torch
 from mdistill import config
 from mdistill.data.sampling import epoch_plan
 from mdistill.engine import build, trainer
-from mdistill.engine.accelerate import Engine
+from mdistill.engine.cuda_graph import Engine
 from mdistill.engine.metrics import EpochSums
-from mdistill.engine.run import RunFolder, read_metrics
+from mdistill.engine.run_folder import RunFolder, read_metrics
 from mdistill.models import MODELS
 
 from ..same import assert_same

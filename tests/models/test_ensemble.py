@@ -8,7 +8,7 @@ from torch import nn
 
 from mdistill.models import MODELS
 from mdistill.models.ensemble import Ensemble
-from mdistill.models.folding import fold_batchnorm
+from mdistill.models.fold_bn import fold_batchnorm
 
 
 class Fixed(nn.Module):

@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms import Compose, Normalize, Pad, RandomCrop, RandomHorizontalFlip, ToTensor
 from torchvision.transforms import functional as F
 
-from mdistill.data import views
+from mdistill.data import augment
 from mdistill.data.sampling import epoch_plan
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -28,61 +28,61 @@ def chi_square(counts: np.ndarray) -> float:
 
 
 def test_view_algebra_is_a_bijection_in_the_documented_order():
-    assert views.count(4, True) == 162
-    assert views.count(4, False) == 81
-    assert views.count(0, True) == 2
-    assert views.decode(0, padding=4, flip=True) == (0, 0, 0)
-    assert views.decode(1, padding=4, flip=True) == (0, 0, 1)  # flip changes fastest
-    assert views.decode(2, padding=4, flip=True) == (0, 1, 0)  # then dx
-    assert views.decode(18, padding=4, flip=True) == (1, 0, 0)  # then dy
-    assert views.decode(161, padding=4, flip=True) == (8, 8, 1)
-    assert views.decode(10, padding=4, flip=False) == (1, 1, 0)
+    assert augment.count(4, True) == 162
+    assert augment.count(4, False) == 81
+    assert augment.count(0, True) == 2
+    assert augment.decode(0, padding=4, flip=True) == (0, 0, 0)
+    assert augment.decode(1, padding=4, flip=True) == (0, 0, 1)  # flip changes fastest
+    assert augment.decode(2, padding=4, flip=True) == (0, 1, 0)  # then dx
+    assert augment.decode(18, padding=4, flip=True) == (1, 0, 0)  # then dy
+    assert augment.decode(161, padding=4, flip=True) == (8, 8, 1)
+    assert augment.decode(10, padding=4, flip=False) == (1, 1, 0)
     for padding, flip in [(0, False), (1, True), (4, True), (4, False)]:
-        parts = [views.decode(view, padding=padding, flip=flip) for view in range(views.count(padding, flip))]
-        assert len(set(parts)) == views.count(padding, flip)
-        assert [views.encode(*part, padding=padding, flip=flip) for part in parts] == list(range(len(parts)))
+        parts = [augment.decode(view, padding=padding, flip=flip) for view in range(augment.count(padding, flip))]
+        assert len(set(parts)) == augment.count(padding, flip)
+        assert [augment.encode(*part, padding=padding, flip=flip) for part in parts] == list(range(len(parts)))
 
 
 @pytest.mark.parametrize(("size", "padding", "flip"), [(32, 4, True), (32, 4, False), (8, 2, True), (5, 7, True)])
 def test_every_view_is_torchvisions_to_the_last_bit(size: int, padding: int, flip: bool):
     images = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), dtype=np.uint8)
-    stored = views.store(images)
-    view = torch.arange(views.count(padding, flip))
+    stored = augment.store(images)
+    view = torch.arange(augment.count(padding, flip))
     index = view % len(images)
-    pixels = views.look(stored, index, view, *views.offset_tables(size, padding, flip))
-    found = views.Normalization(size, MEAN, STD)(pixels)
+    pixels = augment.look(stored, index, view, *augment.offset_tables(size, padding, flip))
+    found = augment.Normalization(size, MEAN, STD)(pixels)
     for number in view.tolist():
-        parts = views.decode(number, padding=padding, flip=flip)
+        parts = augment.decode(number, padding=padding, flip=flip)
         expected = torchvision_view(images[number % len(images)], *parts, padding)
         assert torch.equal(found[number], expected), f"view {number}: {parts}"
 
 
 def test_every_grey_level_is_normalised_to_the_last_bit():
     levels = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(16, 16, 3)
-    found = views.Normalization(16, MEAN, STD)(torch.from_numpy(levels)[None])
+    found = augment.Normalization(16, MEAN, STD)(torch.from_numpy(levels)[None])
     assert torch.equal(found[0], torchvision_view(levels, 0, 0, 0, padding=0))
 
 
 def test_the_identity_view_is_the_image():
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     for flip in (True, False):
-        view = torch.full((2,), views.identity(3, flip))
-        pixels = views.look(views.store(images), torch.arange(2), view, *views.offset_tables(8, 3, flip))
+        view = torch.full((2,), augment.identity(3, flip))
+        pixels = augment.look(augment.store(images), torch.arange(2), view, *augment.offset_tables(8, 3, flip))
         assert np.array_equal(pixels.numpy(), images)
 
 
 def test_images_are_channels_last_float32():
-    found = views.Normalization(8, MEAN, STD)(torch.zeros(4, 8, 8, 3, dtype=torch.uint8))
+    found = augment.Normalization(8, MEAN, STD)(torch.zeros(4, 8, 8, 3, dtype=torch.uint8))
     assert found.shape == (4, 3, 8, 8)
     assert found.dtype == torch.float32
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_view_outside_the_table_is_refused():
-    stored = views.store(np.zeros((2, 8, 8, 3), dtype=np.uint8))
-    tables = views.offset_tables(8, 2, True)
+    stored = augment.store(np.zeros((2, 8, 8, 3), dtype=np.uint8))
+    tables = augment.offset_tables(8, 2, True)
     with pytest.raises(IndexError):
-        views.look(stored, torch.tensor([0]), torch.tensor([views.count(2, True)]), *tables)
+        augment.look(stored, torch.tensor([0]), torch.tensor([augment.count(2, True)]), *tables)
 
 
 def test_uniform_views_have_the_distribution_of_random_crop_and_random_flip():
@@ -93,9 +93,9 @@ def test_uniform_views_have_the_distribution_of_random_crop_and_random_flip():
     """
     size, padding = 6, 1
     image = np.arange(1, 3 * size * size + 1, dtype=np.uint8).reshape(size, size, 3)
-    view = torch.arange(views.count(padding, True))
-    tables = views.offset_tables(size, padding, True)
-    pixels = views.look(views.store(image[None]), torch.zeros_like(view), view, *tables)
+    view = torch.arange(augment.count(padding, True))
+    tables = augment.offset_tables(size, padding, True)
+    pixels = augment.look(augment.store(image[None]), torch.zeros_like(view), view, *tables)
     numbers = {pixels[number].numpy().tobytes(): number for number in view.tolist()}
     assert len(numbers) == len(view)
     transform = Compose([RandomCrop(size, padding=padding), RandomHorizontalFlip()])

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
-from mdistill.data import strong
+from mdistill.data import randaugment
 from mdistill.data.sampling import random_words
 
 from ..host_reads import NoHostReads
 
-NAMES = [operation.name for operation in strong.OPERATIONS]
+NAMES = [operation.name for operation in randaugment.OPERATIONS]
 LEVELS = [
     0,
     1,
@@ -31,7 +31,7 @@ LEVELS = [
 ]  # both ends and both sides of each whole number
 IDENTITY = 5
 
-strengthener = cache(strong.Strengthen)
+strengthener = cache(randaugment.Strengthen)
 
 
 @pytest.fixture(autouse=True)
@@ -81,12 +81,12 @@ def cut_out(picture: Image.Image, side: int, x: int, y: int) -> Image.Image:
 def expected(image: np.ndarray, operations: list[int], levels: list[int], cutout: list[int]) -> np.ndarray:
     picture = Image.fromarray(image)
     for operation, level in zip(operations, levels, strict=True):
-        _, low, high = strong.OPERATIONS[operation]
+        _, low, high = randaugment.OPERATIONS[operation]
         picture = apply_pillow(picture, NAMES[operation], low + (high - low) * (level + 0.5) / 1024)
     return np.asarray(cut_out(picture, *cutout))
 
 
-def assert_equals_pillow(images: np.ndarray, parts: strong.StrongView):
+def assert_equals_pillow(images: np.ndarray, parts: randaugment.StrongView):
     """Images (B, S, S, 3): all of them at once against one after the other."""
     found = strengthener(images.shape[1])(torch.from_numpy(images), parts)
     assert found.dtype == torch.uint8
@@ -99,13 +99,13 @@ def assert_equals_pillow(images: np.ndarray, parts: strong.StrongView):
         assert np.array_equal(found[number].numpy(), expected(image, *drawn)), f"image {number}: {drawn}"
 
 
-def random_parts(operation: torch.Tensor, level: torch.Tensor) -> strong.StrongView:
+def random_parts(operation: torch.Tensor, level: torch.Tensor) -> randaugment.StrongView:
     """Both (2, B); the cutout at random."""
     cutout = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, operation.shape[1])))
-    return strong.StrongView(torch.zeros_like(cutout[0]), operation, level, *cutout)
+    return randaugment.StrongView(torch.zeros_like(cutout[0]), operation, level, *cutout)
 
 
-def parts_of(name: str, levels: list[int]) -> strong.StrongView:
+def parts_of(name: str, levels: list[int]) -> randaugment.StrongView:
     """One operation at these levels, by turns in the first round and in the second."""
     level = torch.tensor(levels)
     first = torch.arange(len(levels)) % 2 == 0
@@ -152,7 +152,7 @@ def chi_square(counts: np.ndarray) -> float:
 
 
 def test_the_pool_is_the_published_one():
-    assert [tuple(operation) for operation in strong.OPERATIONS] == [
+    assert [tuple(operation) for operation in randaugment.OPERATIONS] == [
         ("autocontrast", 0, 0),
         ("brightness", 0.05, 0.95),
         ("color", 0.05, 0.95),
@@ -168,7 +168,7 @@ def test_the_pool_is_the_published_one():
         ("translate_x", -0.3, 0.3),
         ("translate_y", -0.3, 0.3),
     ]
-    assert strong.NUMBER["identity"] == IDENTITY
+    assert randaugment.NUMBER["identity"] == IDENTITY
 
 
 @pytest.mark.parametrize("size", [32, 8])
@@ -240,14 +240,14 @@ def test_equalize_is_pillows_where_values_overflow():
 def test_words_are_pillows_two_operations_and_cutout(size: int, count: int):
     word = uniform_words(count)
     images = np.concatenate([noise(count - count // 2, size), clouds(count // 2, size)])
-    assert_equals_pillow(images, strong.decode(word, 162))
+    assert_equals_pillow(images, randaugment.decode(word, 162))
 
 
 def test_a_cutout_of_every_side_and_place_is_pillows():
     side, place = torch.arange(256), torch.arange(256)
     other = (place * 37 + 11) % 256
     identity = torch.full((2, 512), IDENTITY)
-    parts = strong.StrongView(
+    parts = randaugment.StrongView(
         torch.zeros(512, dtype=torch.int64),
         identity,
         identity,
@@ -267,7 +267,7 @@ def test_decode_inverts_what_was_written_by_hand(num_views: int):
         (num_views // 2, [7, 2], [1, 1000], 3, 200, 77),
         (0, [0, 13], [1023, 0], 255, 0, 128),
     ]
-    parts = strong.decode(torch.tensor([encode(num_views, *case) for case in cases]), num_views)
+    parts = randaugment.decode(torch.tensor([encode(num_views, *case) for case in cases]), num_views)
     for number, (view, operations, levels, side, x, y) in enumerate(cases):
         assert parts.view[number] == view
         assert parts.operation[:, number].tolist() == operations
@@ -287,38 +287,38 @@ def test_the_parts_stand_in_the_documented_order():
         ("side", None, 256),
         ("x", None, 256),
     ]:
-        parts = strong.decode(torch.tensor([0, place, (radix - 1) * place, radix * place]), 162)
+        parts = randaugment.decode(torch.tensor([0, place, (radix - 1) * place, radix * place]), 162)
         part = getattr(parts, name) if turn is None else getattr(parts, name)[turn]
         assert part.tolist() == [0, 1, radix - 1, 0]
         place *= radix
-    left = strong.remainders(162)
+    left = randaugment.remainders(162)
     assert left == -(-(2**63) // place)
     word = torch.tensor([0, (left - 1) * place, (left // 2 + 1) * place, 2**63 - 1])
-    assert strong.decode(word, 162).y.tolist() == [0, 255, 128, 255]
+    assert randaugment.decode(word, 162).y.tolist() == [0, 255, 128, 255]
 
 
 def test_every_row_is_reached_with_as_many_views_as_are_allowed():
-    assert strong.decode(torch.tensor([2**63 - 1]), strong.MOST_VIEWS).y == 255
-    assert strong.remainders(strong.MOST_VIEWS) == 257
-    assert strong.remainders(strong.MOST_VIEWS + 1) == 256  # the last of them would hardly ever come
+    assert randaugment.decode(torch.tensor([2**63 - 1]), randaugment.MOST_VIEWS).y == 255
+    assert randaugment.remainders(randaugment.MOST_VIEWS) == 257
+    assert randaugment.remainders(randaugment.MOST_VIEWS + 1) == 256  # the last of them would hardly ever come
 
 
 def test_the_view_is_the_word_modulo_the_number_of_views():
     word = uniform_words(1000)
     for num_views in (1, 81, 162):
-        assert torch.equal(strong.decode(word, num_views).view, word % num_views)
+        assert torch.equal(randaugment.decode(word, num_views).view, word % num_views)
 
 
-@pytest.mark.parametrize("num_views", [0, -1, strong.MOST_VIEWS + 1])
+@pytest.mark.parametrize("num_views", [0, -1, randaugment.MOST_VIEWS + 1])
 def test_too_many_or_no_views_are_refused(num_views: int):
-    with pytest.raises(ValueError, match=rf"from 1 to {strong.MOST_VIEWS} .*found {num_views}"):
-        strong.decode(torch.zeros(1, dtype=torch.int64), num_views)
+    with pytest.raises(ValueError, match=rf"from 1 to {randaugment.MOST_VIEWS} .*found {num_views}"):
+        randaugment.decode(torch.zeros(1, dtype=torch.int64), num_views)
 
 
 @pytest.mark.parametrize("num_views", [1, 162])
 def test_all_that_is_drawn_is_uniform(num_views: int):
     """Pearson's statistic exceeds these bounds with probability 0.001: 13, 195, 255 and 1023 degrees of freedom."""
-    parts = strong.decode(uniform_words(200_000), num_views)
+    parts = randaugment.decode(uniform_words(200_000), num_views)
     first, second = parts.operation.numpy()
     assert chi_square(np.bincount(first, minlength=14)) < 34.5
     assert chi_square(np.bincount(second, minlength=14)) < 34.5
@@ -327,7 +327,7 @@ def test_all_that_is_drawn_is_uniform(num_views: int):
         assert chi_square(np.bincount(level, minlength=1024)) < 1168.5
     for place in (parts.side, parts.x):
         assert chi_square(np.bincount(place, minlength=256)) < 330.5
-    left = strong.remainders(num_views)
+    left = randaugment.remainders(num_views)
     share = np.bincount(np.arange(left) * 256 // left, minlength=256)
     assert share.max() - share.min() <= 1
     drawn, mean = np.bincount(parts.y, minlength=256), 200_000 * share / left
@@ -336,26 +336,26 @@ def test_all_that_is_drawn_is_uniform(num_views: int):
 
 
 def test_magnitudes_are_the_middles_of_equal_parts_of_the_range():
-    for number, (_, low, high) in enumerate(strong.OPERATIONS):
-        values = [strong.magnitude(number, level) for level in range(strong.LEVELS)]
-        edges = np.linspace(low, high, strong.LEVELS + 1)
+    for number, (_, low, high) in enumerate(randaugment.OPERATIONS):
+        values = [randaugment.magnitude(number, level) for level in range(randaugment.LEVELS)]
+        edges = np.linspace(low, high, randaugment.LEVELS + 1)
         assert np.allclose(values, (edges[1:] + edges[:-1]) / 2, rtol=0, atol=1e-12)
 
 
 def test_the_image_of_a_pair_does_not_depend_on_the_rest_of_the_batch():
     images, word = torch.from_numpy(clouds(64, 16)), uniform_words(64)
     strengthen = strengthener(16)
-    together = strengthen(images, strong.decode(word, 162))
-    assert torch.equal(strengthen(images, strong.decode(word, 162)), together)
+    together = strengthen(images, randaugment.decode(word, 162))
+    assert torch.equal(strengthen(images, randaugment.decode(word, 162)), together)
     order = torch.arange(63, -1, -1)
-    assert torch.equal(strengthen(images[order], strong.decode(word[order], 162)), together[order])
+    assert torch.equal(strengthen(images[order], randaugment.decode(word[order], 162)), together[order])
     for number in range(64):
         one = slice(number, number + 1)
-        assert torch.equal(strengthen(images[one], strong.decode(word[one], 162)), together[one])
+        assert torch.equal(strengthen(images[one], randaugment.decode(word[one], 162)), together[one])
 
 
 def test_pixels_are_read_and_not_written_whatever_their_strides():
-    images, parts = torch.from_numpy(noise(8, 16)), strong.decode(uniform_words(8), 162)
+    images, parts = torch.from_numpy(noise(8, 16)), randaugment.decode(uniform_words(8), 162)
     strengthen = strengthener(16)
     found = strengthen(images, parts)
     assert torch.equal(images, torch.from_numpy(noise(8, 16)))
@@ -365,27 +365,27 @@ def test_pixels_are_read_and_not_written_whatever_their_strides():
 
 def test_no_global_generator_is_drawn_from():
     before = torch.get_rng_state()
-    strengthener(8)(torch.from_numpy(noise(4, 8)), strong.decode(uniform_words(4), 162))
+    strengthener(8)(torch.from_numpy(noise(4, 8)), randaugment.decode(uniform_words(4), 162))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_host_reads_nothing():
     images, word, strengthen = torch.from_numpy(noise(16, 32)), uniform_words(16), strengthener(32)
     with NoHostReads():
-        strengthen(images, strong.decode(word, 162))
+        strengthen(images, randaugment.decode(word, 162))
 
 
 @pytest.mark.gpu
 def test_cuda_gives_the_same_pixels_eagerly_and_captured():
     images, word = torch.from_numpy(clouds(512, 32)), uniform_words(1024)
-    on_cpu, on_cuda = strong.Strengthen(32), strong.Strengthen(32).to("cuda")
-    found = on_cpu(images, strong.decode(word[:512], 162))
-    other = on_cpu(images, strong.decode(word[512:], 162))
+    on_cpu, on_cuda = randaugment.Strengthen(32), randaugment.Strengthen(32).to("cuda")
+    found = on_cpu(images, randaugment.decode(word[:512], 162))
+    other = on_cpu(images, randaugment.decode(word[512:], 162))
     pixels, static = images.cuda(), word[:512].cuda()
-    assert torch.equal(on_cuda(pixels, strong.decode(static, 162)).cpu(), found)
+    assert torch.equal(on_cuda(pixels, randaugment.decode(static, 162)).cpu(), found)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = on_cuda(pixels, strong.decode(static, 162))
+        result = on_cuda(pixels, randaugment.decode(static, 162))
     static.copy_(word[512:])
     graph.replay()
     assert torch.equal(result.cpu(), other)

@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mdistill import config, numerics
+from mdistill import config
+from mdistill import precision as numerics
 from mdistill.data import Batch
 from mdistill.distillers import DISTILLERS, Distiller, Needs, Signals
 from mdistill.engine import build, trainer
-from mdistill.engine.accelerate import Engine
+from mdistill.engine.cuda_graph import Engine
 from mdistill.engine.evaluate import evaluate
 from mdistill.engine.metrics import EpochSums
-from mdistill.engine.run import read_metrics
+from mdistill.engine.run_folder import read_metrics
 from mdistill.errors import UserError
 from mdistill.models import MODELS
 from mdistill.models.base import Features
-from mdistill.numerics import Precision, computing, require_precision, set_numerics
+from mdistill.precision import Precision, computing, require_precision, set_numerics
 
 CPU = torch.device("cpu")
 CONVOLUTIONS = torch.backends.cudnn.conv

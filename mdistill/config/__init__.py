@@ -16,11 +16,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, Va
 from mdistill.data import DATASETS
 from mdistill.data.mixing import Mixing
 from mdistill.distillers import DISTILLERS
-from mdistill.engine.schedule import Schedule, learning_rate
-from mdistill.engine.solver import SOLVERS
 from mdistill.errors import UserError, suggestion
 from mdistill.models import MODELS
-from mdistill.numerics import Precision
+from mdistill.optim.schedules import Schedule, learning_rate
+from mdistill.optim.solvers import SOLVERS
+from mdistill.precision import Precision
 from mdistill.registry import NonNegativeInt, Positive, PositiveInt, Registry, problem_lines
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?\.?inf|\.?nan", re.IGNORECASE)

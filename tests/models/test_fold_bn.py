@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from mdistill.models import MODELS, Features, Network
-from mdistill.models.folding import MAX_DECISIONS, fold_batchnorm
+from mdistill.models.fold_bn import MAX_DECISIONS, fold_batchnorm
 
 ZOO = [name for name in MODELS.names() if MODELS.get(name).__module__.startswith("mdistill.")]  # not other tests' own
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from mdistill.distillers import StepOutput
-from mdistill.engine import solver as module
-from mdistill.engine.accelerate import WARM_UP, Launcher
-from mdistill.engine.solver import DOT, SGD, SOLVERS, Solver
+from mdistill.engine.cuda_graph import WARM_UP, Launcher
 from mdistill.errors import UserError
+from mdistill.optim import solvers as module
+from mdistill.optim.solvers import DOT, SGD, SOLVERS, Solver
 
 from ..conftest import TinyNet
 from ..host_reads import NoHostReads
