@@ -1,8 +1,10 @@
 # make quickstart   set up and run the main job on the embedded data set (no GPU, no downloads of data)
 # make test         set up and run every test
+# make test-fast    set up and run the tests that take no seconds each, in at most 90 seconds
 # make lint         set up, then ruff and mypy
 # make setup        only set up: .venv with everything in it
 # make format       let ruff format and mend what it can
+# make docs         set up and build the guide into site/
 # make bench        time a training step against the loop in common use (6 minutes)
 # make clean        remove what setup made
 
@@ -11,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart test lint format bench clean
+.PHONY: setup quickstart test test-fast lint format bench clean
 
 setup: $(STAMP)
 
@@ -27,6 +29,9 @@ quickstart: setup
 test: setup
 	$(BIN)/python -m pytest
 
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,8 +41,16 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+.PHONY: docs
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
 bench: setup
 	$(BIN)/python benchmarks/step.py
 
 clean:
-	rm -rf $(VENV) *.egg-info
+	rm -rf $(VENV) site *.egg-info

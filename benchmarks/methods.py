@@ -38,7 +38,7 @@ from mdistill.reporting.tables import text_table
 STUDENT = "resnet8x4"
 BASELINE = "kd"
 IMAGES = 50_000
-"""In the training set, as in CIFAR-100: what some methods keep grows with it."""
+"""In the training set, as in CIFAR-100: what some methods keep grows with ours."""
 
 
 def configurations(names: Sequence[str]) -> dict[str, Path]:
@@ -48,7 +48,7 @@ def configurations(names: Sequence[str]) -> dict[str, Path]:
         UserError: there is no such folder, or it has neither.
     """
     found = {}
-    for folder in sorted(path for path in CONFIGS.iterdir() if path.is_dir()):
+    for folder in sorted(path for path in CONFIGS.iterdir() if path.is_dir() and not path.name.startswith("_")):
         files = [folder / f"{PAIRS[0]}.yaml", folder / f"{STUDENT}.yaml"]
         if there := [path for path in files if path.exists()]:
             found[folder.name] = there[0]
@@ -68,44 +68,45 @@ def plain(path: Path) -> bool:
 
 def turns(one: Ours, other: Ours, device: torch.device, *, rounds: int, count: int) -> tuple[list[float], list[float]]:
     """Seconds of ``count`` steps of each, in turn, after a warm-up of both."""
-    for it in (one, other):
-        seconds(it.step, 2 if device.type == "cpu" else 20, device)
+    for each in (one, other):
+        seconds(each.step, 2 if device.type == "cpu" else 20, device)
     pairs = []
     for number in range(rounds):
         order = (one, other) if number % 2 == 0 else (other, one)
-        spent = {id(it): seconds(it.step, count, device) for it in order}
+        spent = {id(each): seconds(each.step, count, device) for each in order}
         pairs.append((spent[id(one)], spent[id(other)]))
     first, second = zip(*pairs, strict=True)
     return list(first), list(second)
 
 
-def losses(it: Ours) -> Callable[[], None]:
-    """A step without networks: both say again what they said of one batch of images."""
-    distiller = it.distiller
+def losses(ours: Ours) -> Callable[[], None]:
+    """A step without networks: both repeat what they computed of one batch of images."""
+    distiller = ours.distiller
     index = torch.arange(BATCH, device=next(distiller.student.parameters()).device)
-    batch = it.dataset.train_batch(index, index)
+    batch = ours.dataset.train_batch(index, index)
     batch = dataclasses.replace(batch, strong_image=batch.image, strong_view=batch.view)
-    run, said = distiller._run, {}
+    run, outputs = distiller._run, {}
 
-    def again(network: nn.Module, image: Tensor, precision: Any, *, features: bool) -> tuple[Tensor, Features | None]:
-        if network not in said:
+    def repeat(network: nn.Module, image: Tensor, precision: Any, *, features: bool) -> tuple[Tensor, Features | None]:
+        if network not in outputs:
             with torch.no_grad():
-                said[network] = run(network, image, precision, features=features)
-        logits, found = said[network]
+                outputs[network] = run(network, image, precision, features=features)
+        logits, known = outputs[network]
         if network is not distiller.student:
-            return logits, found
-        if found is None:
+            return logits, known
+        if known is None:
             return logits.clone().requires_grad_(), None
-        fresh = {field.name: _fresh(getattr(found, field.name)) for field in dataclasses.fields(found)}
+        fresh = {field.name: _fresh(getattr(known, field.name)) for field in dataclasses.fields(known)}
         return fresh["logits"], Features(**fresh)
 
-    distiller._run = again  # type: ignore[method-assign]
+    distiller._run = repeat  # type: ignore[method-assign]
     epoch = torch.ones((), dtype=torch.int64, device=index.device)
 
     def step() -> None:
-        distiller(batch, epoch).total.backward()
+        output = distiller(batch, epoch)
+        output.total.backward()
         with torch.no_grad():
-            distiller.finish_step()
+            distiller.after_step(output.signals)
 
     return step
 
@@ -123,13 +124,13 @@ def milliseconds(step: Callable[[], None], device: torch.device) -> float:
     return min(1000 * seconds(step, 10, device) / 10 for _ in range(20))
 
 
-def peak_memory(it: Ours, device: torch.device) -> float:
+def peak_memory(ours: Ours, device: torch.device) -> float:
     """MiB that a few steps need on the device at once; 0 on a CPU."""
     if device.type != "cuda":
         return 0.0
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    seconds(it.step, 6, device)
+    seconds(ours.step, 6, device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
@@ -155,12 +156,12 @@ def main() -> None:
         )
         plain_losses = milliseconds(losses(spare), device)
         for name, path in configurations(args.folders).items():
-            it = Ours(path, scratch, device, precision=precision, cached=False, images=IMAGES)
-            peak = peak_memory(it, device) - needed  # before anything is captured, as for the baseline
-            base, spent = turns(baseline, it, device, rounds=args.rounds, count=args.count)
+            ours = Ours(path, scratch, device, precision=precision, cached=False, images=IMAGES)
+            peak = peak_memory(ours, device) - needed  # before anything is captured, as for the baseline
+            base, spent = turns(baseline, ours, device, rounds=args.rounds, count=args.count)
             ratios = [100 * (b / a - 1) for a, b in zip(base, spent, strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4)
-            extra = milliseconds(losses(it), device) - plain_losses
+            extra = milliseconds(losses(ours), device) - plain_losses
             row = [
                 name,
                 f"{1000 * statistics.median(spent) / args.count:.0f}",
@@ -168,8 +169,8 @@ def main() -> None:
                 f"{(high - low) / 2:.1f} %",
                 f"{extra:+.2f}",
                 f"{100 * extra / (1000 * statistics.median(base) / args.count):+.2f} %",
-                f"{it.extra_parameters:,}",
-                f"{it.state_bytes / 2**20:.1f}",
+                f"{ours.extra_parameters:,}",
+                f"{ours.state_bytes / 2**20:.1f}",
             ]
             if device.type == "cuda":
                 row.append(f"{peak:+.1f}")

@@ -4,8 +4,8 @@
     python benchmarks/run.py --epochs 240                        CIFAR-100's size (for a GPU)
     python benchmarks/run.py --epochs 2 --images 4096            a short one (for a CPU)
 
-Runs tools/cache_teacher.py, then tools/train.py, on random pixels with a teacher of random weights: time depends on
-neither. The rows that the epochs read are computed first and their time is given on its own.
+Runs tools/cache.py, then tools/train.py, on random pixels with a teacher of random weights: time depends on
+neither. The logits that the epochs read are computed first and their time is given on its own.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> None:
         words += args.overrides
         tools = ROOT / "tools"
         started = time.perf_counter()
-        fill = [sys.executable, str(tools / "cache_teacher.py"), "--epochs", str(args.epochs), "--seeds", args.seeds]
+        fill = [sys.executable, str(tools / "cache.py"), "--epochs", str(args.epochs), "--seeds", args.seeds]
         subprocess.run([*fill, *words], check=True, cwd=ROOT / "benchmarks")
         filled = time.perf_counter() - started
         before = torch_alone()

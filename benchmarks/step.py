@@ -5,7 +5,7 @@
     python benchmarks/step.py --only step        one part: step, trials, data or profile
 
 Only ratios within one run count on a shared machine; each is the median over rounds of the ratio within a round.
-The pixels are random: time does not depend on them. "Cached" reads teacher logits from a table that holds them all.
+The pixels are random: time does not depend on them. "Cached" reads teacher logits from a cache that holds them all.
 """
 
 import argparse
@@ -27,11 +27,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from mdistill.config import Config, load
 from mdistill.data import DataInfo, InMemoryDataset
 from mdistill.data.sampling import epoch_plan
+from mdistill.engine.active_trial import ActiveTrial
 from mdistill.engine.build import Experiment, build, build_network, pick_device
-from mdistill.engine.cuda_graph import choose_engine, own_stream
-from mdistill.engine.metrics import EpochSums
-from mdistill.engine.teacher import rows_of_epochs
-from mdistill.engine.trainer import make_stepper
+from mdistill.engine.teacher import entries_of_epochs
+from mdistill.engine.trainer import train_step
 from mdistill.errors import UserError
 from mdistill.models.weights import save_weights
 from mdistill.precision import require_precision
@@ -62,27 +61,19 @@ class Ours:
     ) -> None:
         words = [*self.overrides(cfg, scratch, precision, engine), f"data.images={images}"]
         settings = [load(cfg, words, seed=seed) for seed in seeds]
-        made = build(
+        experiment = build(
             settings,
             device,
             data_root=scratch,
             checkpoint_root=scratch,
             output_root=scratch,
-            cache_root=scratch / "tables" if cached else None,
+            cache_root=scratch / "cache" if cached else None,
         )
         if cached:
-            fill(made, seeds)
-        self.distiller, self.dataset = made.trials[0].distiller, made.dataset
-        self.members = []
-        for trial in made.trials:
-            stream = own_stream(device)
-            with stream:
-                sums = EpochSums(device)
-                stepper = make_stepper(made, trial, sums, choose_engine(settings[0].run.engine, device))
-                trial.solver.set_lr(trial.config.solver.lr)
-                trial.distiller.train()
-            self.members.append((stream, stepper))
-        self.images, self.at = BATCH * len(seeds), 0  # a step of all seeds
+            fill(experiment, seeds)
+        self.distiller, self.dataset = experiment.trials[0].distiller, experiment.dataset
+        self.trials = [ActiveTrial(experiment, trial, train_step) for trial in experiment.trials]
+        self.images, self.position = BATCH * len(seeds), 0  # a step of all seeds
 
     @property
     def extra_parameters(self) -> int:
@@ -93,8 +84,8 @@ class Ours:
     @property
     def state_bytes(self) -> int:
         """What the method keeps between steps beside the student."""
-        state = self.distiller.training_state()
-        return sum(value.nbytes for key, value in state.items() if not key.startswith("student."))
+        state = self.distiller.state_dict()
+        return sum(value.nbytes for key, value in state.items() if not key.startswith(("student.", "teacher.")))
 
     @staticmethod
     def overrides(cfg: Path, scratch: Path, precision: str, engine: str) -> list[str]:
@@ -112,12 +103,13 @@ class Ours:
 
     def step(self) -> None:
         """One step of each seed on the next batch of its first epoch, over and over."""
-        for stream, stepper in self.members:
-            with stream:
-                if self.at % stepper.steps == 0:
-                    stepper.begin(1, 0)
-                stepper.step(self.at % stepper.steps)
-        self.at += 1
+        for trial in self.trials:
+            with trial.stream:
+                step = self.position % trial.loader.steps
+                if step == 0:
+                    trial.begin_epoch(1)
+                trial.step(trial.loader.fetch(step))
+        self.position += 1
 
 
 def network(name: str) -> nn.Module:
@@ -125,13 +117,13 @@ def network(name: str) -> nn.Module:
     return build_network("student", name, {}, INFO, seed=0).to(memory_format=torch.contiguous_format)
 
 
-def fill(made: Experiment, seeds: Sequence[int]) -> None:
+def fill(experiment: Experiment, seeds: Sequence[int]) -> None:
     """Write random logits where the first epoch of each seed reads."""
-    assert made.table is not None
-    ids = rows_of_epochs(made.dataset, 1, seeds)
-    ids = ids[made.table.missing(ids)]
-    logits = torch.randn(len(ids), made.table.classes, generator=torch.Generator().manual_seed(0))
-    made.table.write(ids, logits.to(made.table.dtype), np.zeros(len(ids), dtype=np.bool_))
+    assert experiment.cache is not None
+    ids = entries_of_epochs(experiment.dataset, 1, seeds)
+    ids = ids[experiment.cache.missing(ids)]
+    logits = torch.randn(len(ids), experiment.cache.classes, generator=torch.Generator().manual_seed(0))
+    experiment.cache.write(ids, logits.to(experiment.cache.dtype), np.zeros(len(ids), dtype=np.bool_))
 
 
 def seconds(step: Callable[[], None], count: int, device: torch.device) -> float:
@@ -146,7 +138,7 @@ def seconds(step: Callable[[], None], count: int, device: torch.device) -> float
     return time.perf_counter() - started
 
 
-def in_turn(
+def alternate(
     steps: dict[str, Callable[[], None]], *, rounds: int, count: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds of ``count`` steps of each entry, round by round, after one warm-up round."""
@@ -208,7 +200,7 @@ def time_pairs(scratch: Path, device: torch.device, args: argparse.Namespace) ->
             for precision in precisions(device):
                 name = f"{'cached' if cached else 'live'} {precision}"
                 steps[name] = Ours(cfg, scratch, device, precision=precision, cached=cached).step
-        times = in_turn(steps, rounds=args.rounds, count=args.count, device=device)
+        times = alternate(steps, rounds=args.rounds, count=args.count, device=device)
         slow = BATCH * args.count / statistics.median(times["reference"])
         if device.type == "cpu" and pair == PAIRS[0] and slow < VOID_BELOW:
             print(f"void: the reference did {slow:.0f} images/s, below {VOID_BELOW:.0f}: other work is using the cores")
@@ -227,7 +219,7 @@ def time_trials(scratch: Path, device: torch.device, args: argparse.Namespace) -
             count: Ours(cfg, scratch, device, precision=precision, cached=True, seeds=range(count)) for count in (1, 3)
         }
         steps = {f"{count}": it.step for count, it in makers.items()}
-        times = in_turn(steps, rounds=args.rounds, count=args.count, device=device)
+        times = alternate(steps, rounds=args.rounds, count=args.count, device=device)
         for count, it in makers.items():
             share = ratio(times["1"], times[f"{count}"], count)
             rows.append([f"{count}", precision, rate(times[f"{count}"], args.count, it.images), f"{share:.2f}"])
@@ -247,7 +239,7 @@ def time_data(scratch: Path, device: torch.device, args: argparse.Namespace) -> 
         for _ in range(many):
             data.train_batch(index, view)
 
-    times = in_turn(
+    times = alternate(
         {"reference": lambda: (next(batches), None)[1], "ours": ours},
         rounds=args.rounds,
         count=count,
@@ -286,6 +278,8 @@ def time_profile(scratch: Path, device: torch.device, args: argparse.Namespace) 
             seconds(ours.step, args.count, device)
         spent = dict.fromkeys([*CLASSES, "everything else"], 0.0)
         for event in profile.key_averages():
+            if event.device_type != torch.profiler.DeviceType.CPU:
+                continue  # a kernel, whose time the operation that launched it has too
             micro = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
             found = [name for name, parts in CLASSES.items() if any(_fits(event.key, part) for part in parts)]
             spent[found[0] if found else "everything else"] += micro / 1e3 / args.count

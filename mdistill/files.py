@@ -1,11 +1,15 @@
-"""Writing files so that a crash, a kill or a full disk never costs the old one."""
+"""Writing files so that a crash, a kill or a full disk never costs the old one, and locking a folder."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mdistill.errors import RunFailed
+from mdistill.errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 
 @contextmanager
@@ -21,7 +25,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as written:
+        with open(temporary, "r+b") as written:  # Windows flushes no file that is open for reading alone
             os.fsync(written.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
@@ -36,3 +40,28 @@ def write_text(path: Path, text: str) -> None:
     """Replace ``path`` with ``text`` (UTF-8), all or nothing."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def lock_folder(folder: Path, what: str) -> "BaseFileLock":
+    """Make ``folder`` if it is not there and lock its ``.lock`` for this process, without waiting.
+
+    The lock ends with ``release()``, and with the process however that ends. A ``.lock`` that is a symbolic link is
+    refused.
+
+    Args:
+        what: what the folder is, for messages.
+
+    Raises:
+        UserError: another process has it, or it cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock", blocking=False, thread_local=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{what} {folder} is in use by another running process") from None
+    except OSError as error:
+        raise UserError(f"{what} {folder} cannot be written: {error}") from None
+    return lock

@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from mdistill.cli.eval import main as eval_main
+from mdistill.cli.train import main as train_main
 from mdistill.data import DATASETS, InMemoryDataset
 from mdistill.models import MODELS
+from mdistill.models.base import Features
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,7 +49,7 @@ def tiny(root: Path, download: bool, *, images: int = 150, classes: int = 10) ->
 
 
 class TinyNet(nn.Module):
-    """Four-by-four pooling, BatchNorm and two linear layers: milliseconds a step, buffers included."""
+    """Four-by-four pooling, BatchNorm and two linear layers: milliseconds a step, buffers and features included."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
@@ -55,8 +58,15 @@ class TinyNet(nn.Module):
         self.classifier = nn.Linear(width, num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = nn.functional.adaptive_avg_pool2d(self.bn(x), 4).flatten(1)
-        return self.classifier(torch.tanh(self.hidden(x)))
+        return self.forward_features(x).logits
+
+    def forward_features(self, x: torch.Tensor) -> Features:
+        stem = nn.functional.adaptive_avg_pool2d(self.bn(x), 4)
+        preact = self.hidden(stem.flatten(1))
+        pooled = torch.tanh(preact)
+        last_map = pooled[:, :, None, None]
+        preacts = (stem, preact[:, :, None, None])
+        return Features(self.classifier(pooled), (stem, last_map), preacts, last_map, pooled)
 
 
 @MODELS.register("tiny_net")
@@ -105,6 +115,14 @@ def teacher_file(tmp_path: Path) -> Path:
     return path
 
 
+def refused(capsys: pytest.CaptureFixture[str], code: int, expected: int = 2) -> str:
+    """The one line that a command printed when it refused."""
+    assert code == expected
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
 def load_tool(name: str) -> ModuleType:
     """A file of ``tools/`` as a module."""
     path = ROOT / f"{name}.py"
@@ -119,17 +137,16 @@ def load_tool(name: str) -> ModuleType:
 
 @pytest.fixture
 def train(tmp_path: Path) -> Callable[..., int]:
-    """``tools/train.py`` in this process: output under tmp_path/runs, checkpoints under tmp_path, on the CPU."""
-    main = load_tool("tools/train").main
+    """``mdistill train`` in this process: output under tmp_path/runs, checkpoints under tmp_path, on the CPU."""
 
-    def call(cfg: Path, *words: str) -> int:
+    def call(cfg: Path, *arguments: str) -> int:
         flags = ["--device", "cpu", "--output", str(tmp_path / "runs"), "--checkpoint-root", str(tmp_path)]
-        return main(["--cfg", str(cfg), *flags, *words])
+        return train_main(["--cfg", str(cfg), *flags, *arguments])
 
     return call
 
 
 @pytest.fixture
 def evaluate_tool() -> Callable[[Sequence[str]], int]:
-    """``tools/eval.py`` in this process."""
-    return load_tool("tools/eval").main
+    """``mdistill eval`` in this process."""
+    return eval_main

@@ -1,12 +1,17 @@
 """An emulator of a CUDA graph for the CPU: records what a function does to which memory, and does just that again."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from mdistill.engine import active_trial, cuda_graph
+from mdistill.engine.cuda_graph import Engine
 
 from .host_reads import NoHostReads
 
@@ -30,7 +35,7 @@ class Replay:
 
 
 class Recorder:
-    """Stands in for ``cuda_graph()``: everything that Python does while it records is frozen, as in a real graph.
+    """Stands in for ``capture_graph``: everything that Python does while it records is frozen, as in a real graph.
 
     A function that cannot be captured, because the host would read a value, makes the recording fail.
 
@@ -47,6 +52,17 @@ class Recorder:
             function()
         self.replays.append(replay)
         return replay
+
+
+@contextmanager
+def emulated() -> Iterator[Recorder]:
+    """Within, runs on the CPU capture their steps and teacher batches, by this recorder; all that fails is an error."""
+    recorder = Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_graph, "capture_graph", recorder)
+        patch.setattr(active_trial, "choose_engine", lambda *_: Engine("graph", "emulated", captures=True))
+        patch.setattr(cuda_graph, "print_line", pytest.fail)
+        yield recorder
 
 
 class _Recording(TorchDispatchMode):

@@ -1,11 +1,14 @@
 import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from mdistill.errors import RunFailed
-from mdistill.files import atomic_write, write_text
+from mdistill.errors import RunFailed, UserError
+from mdistill.files import atomic_write, lock_folder, write_text
 
 
 def test_replaces_whole_content(tmp_path: Path) -> None:
@@ -58,3 +61,47 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_locked_folder_is_refused_until_it_is_released(tmp_path: Path) -> None:
+    lock = lock_folder(tmp_path / "run", "output folder")
+    with pytest.raises(UserError, match=r"output folder .*run is in use by another running process"):
+        lock_folder(tmp_path / "run", "output folder")
+    lock.release()
+    lock_folder(tmp_path / "run", "output folder").release()
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from mdistill.files import lock_folder\n"
+        "lock = lock_folder(Path(sys.argv[1]), 'folder'); print('locked', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"locked\n"
+        with pytest.raises(UserError, match="in use by another running process"):
+            lock_folder(tmp_path, "folder")
+        holder.kill()
+    lock_folder(tmp_path, "folder").release()
+
+
+def test_a_lock_that_is_a_link_is_refused_and_its_target_unharmed(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(precious)
+    with pytest.raises(UserError, match=r"output folder .*run cannot be written"):
+        lock_folder(tmp_path / "run", "output folder")
+    assert precious.read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(UserError, match=r"output folder .*run cannot be written"):
+        lock_folder(tmp_path / "file" / "run", "output folder")

@@ -1,8 +1,6 @@
 """Precision: what runs in it, what stays float32, and that nothing else changes."""
 
-import itertools
 import os
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,19 +12,20 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mdistill import config
 from mdistill import precision as numerics
 from mdistill.data import Batch
 from mdistill.distillers import DISTILLERS, Distiller, Needs, Signals
 from mdistill.engine import build, trainer
-from mdistill.engine.cuda_graph import Engine
+from mdistill.engine.active_trial import ActiveTrial
 from mdistill.engine.evaluate import evaluate
-from mdistill.engine.metrics import EpochSums
+from mdistill.engine.metrics import RunningMetrics
 from mdistill.engine.run_folder import read_metrics
 from mdistill.errors import UserError
 from mdistill.models import MODELS
 from mdistill.models.base import Features
 from mdistill.precision import Precision, computing, require_precision, set_numerics
+
+from . import runs
 
 CPU = torch.device("cpu")
 CONVOLUTIONS = torch.backends.cudnn.conv
@@ -37,7 +36,7 @@ units = pytest.mark.skipif(not numerics._cpu_has_bf16(), reason="needs a process
 
 @DISTILLERS.register("feature_matching")
 class FeatureMatching(Distiller):
-    """A method that reads features of both networks; it keeps what it was given."""
+    """A method that reads features of both networks; it remembers what it was given."""
 
     needs = Needs(teacher="features")
 
@@ -87,11 +86,6 @@ def conv_cfg(tmp_path: Path) -> Callable[[str], Path]:
     return write
 
 
-def built(cfg: Path, *overrides: str) -> build.Experiment:
-    roots = {"data_root": cfg.parent, "checkpoint_root": cfg.parent, "output_root": cfg.parent}
-    return build.build([config.load(cfg, overrides)], CPU, **roots)
-
-
 class DTypes(TorchDispatchMode):
     """Notes the types of the floating-point tensors that each operation is given and gives."""
 
@@ -103,40 +97,23 @@ class DTypes(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        found = {
+        dtypes = {
             value.dtype
             for value in pytree.tree_leaves((args, kwargs, result))
             if isinstance(value, Tensor) and value.is_floating_point()
         }
-        self.of.setdefault(func.overloadpacket.__name__, set()).update(found)
+        self.of.setdefault(func.overloadpacket.__name__, set()).update(dtypes)
         return result
 
 
-def step(made: build.Experiment) -> tuple[DTypes, EpochSums]:
+def step(experiment: build.Experiment) -> tuple[DTypes, RunningMetrics]:
     """Two training steps of the first trial, the second one watched."""
-    trial, sums = made.trials[0], EpochSums(CPU)
-    stepper = trainer.make_stepper(made, trial, sums, Engine("eager", "for the test"))
-    trial.solver.set_lr(0.05)
-    trial.distiller.train()
-    stepper.begin(1, 0)
-    stepper.step(0)
+    trial = ActiveTrial(experiment, experiment.trials[0], trainer.train_step)
+    trial.begin_epoch(1)
+    trial.step(trial.loader.fetch(0))
     with DTypes() as seen:
-        stepper.step(1)
-    return seen, sums
-
-
-def stop(*, after: int, call: Callable[[], int]) -> None:
-    """Have ``call`` stopped by SIGTERM in its training step number ``after``."""
-    train_step, count = trainer.train_step, itertools.count(1)
-
-    def counted(*args: Any) -> None:
-        if next(count) == after:
-            os.kill(os.getpid(), signal.SIGTERM)
-        train_step(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "train_step", counted)
-        assert call() == 75
+        trial.step(trial.loader.fetch(1))
+    return seen, trial.metrics
 
 
 # --- computing ---
@@ -216,7 +193,7 @@ def test_a_gpu_that_only_emulates_bf16_is_refused(has: bool, refused: bool, monk
 
 
 @pytest.mark.parametrize(
-    ("words", "key"),
+    ("overrides", "key"),
     [
         (["run.precision=bf16"], "run.precision"),
         (["run.precision=bf16", "run.teacher_precision=fp32"], "run.precision"),
@@ -226,7 +203,7 @@ def test_a_gpu_that_only_emulates_bf16_is_refused(has: bool, refused: bool, monk
     ],
 )
 def test_a_processor_without_bf16_refuses_it_before_anything_is_written(
-    words: list[str],
+    overrides: list[str],
     key: str,
     train: Train,
     kd_cfg: Path,
@@ -237,7 +214,7 @@ def test_a_processor_without_bf16_refuses_it_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(numerics, "_cpu_has_bf16", lambda: False)
     before = sorted(tmp_path.rglob("*"))
-    assert train(kd_cfg, *words) == 2
+    assert train(kd_cfg, *overrides) == 2
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert line.startswith(f"error: {key}: bf16 needs a processor with bfloat16 units")
@@ -249,7 +226,7 @@ def test_a_processor_without_bf16_refuses_it_before_anything_is_written(
 
 
 @pytest.mark.parametrize(
-    ("words", "student", "teacher"),
+    ("overrides", "student", "teacher"),
     [
         ([], "tf32", "tf32"),
         (["run.precision=fp32"], "fp32", "fp32"),
@@ -259,7 +236,7 @@ def test_a_processor_without_bf16_refuses_it_before_anything_is_written(
     ],
 )
 def test_a_teacher_has_the_student_s_precision_unless_it_has_its_own(
-    words: list[str],
+    overrides: list[str],
     student: str,
     teacher: str,
     kd_cfg: Path,
@@ -267,19 +244,19 @@ def test_a_teacher_has_the_student_s_precision_unless_it_has_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(numerics, "_cpu_has_bf16", lambda: True)
-    made = built(kd_cfg, *words)
-    distiller = made.trials[0].distiller
+    experiment = runs.experiment(kd_cfg, *overrides)
+    distiller = experiment.trials[0].distiller
     assert (distiller.student_precision, distiller.teacher_precision) == (student, teacher)
-    assert made.teacher is not None
-    own = {"tf32": "fp32"}.get(teacher, teacher)  # which are the same on a CPU, and share a table
-    assert made.teacher.precision == made.teacher.identity()["precision"] == own
+    assert experiment.teacher is not None
+    own = {"tf32": "fp32"}.get(teacher, teacher)  # which are the same on a CPU, and share a cache
+    assert experiment.teacher.precision == experiment.teacher.identity()["precision"] == own
 
 
-def test_the_precision_is_said(
+def test_the_precision_is_printed(
     train: Train, student_cfg: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert train(student_cfg, "run.precision=fp32") == 0
-    assert "engine: eager (the CPU's); precision fp32" in capsys.readouterr().out
+    assert "engine: eager (CPU); precision fp32" in capsys.readouterr().out
 
 
 # --- bfloat16 ---
@@ -291,11 +268,13 @@ WIDE, NARROW = {torch.float32}, {torch.bfloat16}
 @pytest.mark.parametrize("standardize", [False, True])
 def test_bf16_is_for_networks_alone(standardize: bool, conv_cfg: Callable[[str], Path]) -> None:
     """Convolutions there and back are narrow; logits, losses, gradients of weights, weights and momentum are not."""
-    made = built(conv_cfg("kd"), "run.precision=bf16", f"distiller.standardize_logits={str(standardize).lower()}")
-    trial = made.trials[0]
+    experiment = runs.experiment(
+        conv_cfg("kd"), "run.precision=bf16", f"distiller.standardize_logits={str(standardize).lower()}"
+    )
+    trial = experiment.trials[0]
     outputs: list[Any] = []
     trial.distiller.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    seen, sums = step(made)
+    seen, metrics = step(experiment)
     assert seen.of["convolution"] == NARROW
     assert seen.of["convolution_backward"] == NARROW
     for name in ("_log_softmax", "nll_loss_forward", "_log_softmax_backward_data", "_fused_sgd_"):
@@ -303,15 +282,16 @@ def test_bf16_is_for_networks_alone(standardize: bool, conv_cfg: Callable[[str],
     for output in outputs:
         assert output.logits.dtype == torch.float32
         assert {term.dtype for term in output.terms.values()} == WIDE
-    state = trial.distiller.training_state().values()
-    assert {value.dtype for value in state if value.is_floating_point()} == WIDE
+    state = trial.distiller.state_dict()
+    own = [value for name, value in state.items() if not name.startswith("teacher.")]
+    assert {value.dtype for value in own if value.is_floating_point()} == WIDE
     assert {parameter.grad.dtype for parameter in trial.distiller.student.parameters()} == WIDE
     momentum = [entry["momentum_buffer"] for entry in trial.solver.state_dict()["state"].values()]
     assert momentum
     assert {value.dtype for value in momentum} == WIDE
-    assert (sums.terms.dtype, sums.read(1).images) == (torch.float64, 32)
-    assert made.teacher is not None
-    assert made.teacher(torch.zeros(1, 3, 32, 32)).dtype == torch.float32
+    assert (metrics.totals.dtype, metrics.read(1).images) == (torch.float64, 32)
+    assert experiment.teacher is not None
+    assert experiment.teacher(torch.zeros(1, 3, 32, 32)).dtype == torch.float32
 
 
 @units
@@ -319,36 +299,36 @@ def test_bf16_is_for_networks_alone(standardize: bool, conv_cfg: Callable[[str],
 def test_student_and_teacher_each_run_in_their_own_precision(
     student: str, teacher: str, conv_cfg: Callable[[str], Path]
 ) -> None:
-    made = built(conv_cfg("kd"), f"run.precision={student}", f"run.teacher_precision={teacher}")
+    experiment = runs.experiment(conv_cfg("kd"), f"run.precision={student}", f"run.teacher_precision={teacher}")
     types = {"fp32": WIDE, "bf16": NARROW}
     image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     batch = Batch(image, torch.tensor([1, 2]), torch.tensor([0, 1]), torch.tensor([0, 0]))
-    distiller = made.trials[0].distiller.eval()
+    distiller = experiment.trials[0].distiller.eval()
     assert distiller.teacher is not None
-    assert made.teacher is not None
-    found: dict[str, set[torch.dtype]] = {"student": set(), "teacher": set()}
+    assert experiment.teacher is not None
+    types_of: dict[str, set[torch.dtype]] = {"student": set(), "teacher": set()}
     networks = (("student", distiller.student), ("teacher", distiller.teacher))
     for name, network in networks:
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
                 module.register_forward_hook(
-                    lambda module, inputs, output, name=name: found[name].add(output.dtype)  # type: ignore[misc]
+                    lambda module, inputs, output, name=name: types_of[name].add(output.dtype)  # type: ignore[misc]
                 )
     output = distiller(batch, torch.tensor(1))  # here the method's own teacher, as no logits came with the batch
-    assert found == {"student": types[student], "teacher": types[teacher]}
+    assert types_of == {"student": types[student], "teacher": types[teacher]}
     assert output.logits.dtype == torch.float32
     with DTypes() as seen:
-        made.teacher(image)
+        experiment.teacher(image)
     assert seen.of["convolution"] == types[teacher]
 
 
 @units
 def test_evaluation_is_in_the_student_s_precision(conv_cfg: Callable[[str], Path]) -> None:
-    made = built(conv_cfg("kd"), "run.precision=bf16")
-    student = made.trials[0].distiller.student
+    experiment = runs.experiment(conv_cfg("kd"), "run.precision=bf16")
+    student = experiment.trials[0].distiller.student
     for precision, types in (("bf16", NARROW), ("fp32", WIDE), (None, WIDE)):
         with DTypes() as seen:
-            result = evaluate(student, made.dataset, "test", batch_size=30, precision=precision)
+            result = evaluate(student, experiment.dataset, "test", batch_size=30, precision=precision)
         assert seen.of["convolution"] == types
         assert seen.of["_log_softmax"] == WIDE
         assert 0 < result.loss < 10
@@ -358,10 +338,11 @@ def test_evaluation_is_in_the_student_s_precision(conv_cfg: Callable[[str], Path
 def test_a_bf16_run_learns_and_resumes_bit_for_bit(
     train: Train, kd_cfg: Path, teacher_file: Path, tmp_path: Path
 ) -> None:
-    words = ("run.precision=bf16", "solver.epochs=4")
-    assert train(kd_cfg, *words, "--output", str(tmp_path / "whole")) == 0
-    stop(after=5, call=lambda: train(kd_cfg, *words))
-    assert train(kd_cfg, *words, "--resume") == 0
+    overrides = ("run.precision=bf16", "solver.epochs=4")
+    assert train(kd_cfg, *overrides, "--output", str(tmp_path / "whole")) == 0
+    with runs.stopping(5):
+        assert train(kd_cfg, *overrides) == 75
+    assert train(kd_cfg, *overrides, "--resume") == 0
     (whole,), (parts,) = ((tmp_path / name).rglob("last.pt") for name in ("whole", "runs"))
     left, right = (torch.load(path, weights_only=True) for path in (whole, parts))
     assert left["model"].keys() == right["model"].keys()
@@ -390,11 +371,11 @@ def test_bf16_is_close_to_fp32_and_not_it(kd_cfg: Path, teacher_file: Path, tmp_
 @pytest.mark.parametrize("teacher", ["bf16", "fp32"])
 def test_features_under_bf16(teacher: Literal["bf16", "fp32"], conv_cfg: Callable[[str], Path]) -> None:
     """A method that reads features gets them and the logits in float32, whatever the networks ran in."""
-    made = built(conv_cfg("feature_matching"), "run.precision=bf16", f"run.teacher_precision={teacher}")
-    assert made.teacher is None
-    assert made.teacher_note.startswith("runs in every step")
-    seen, sums = step(made)
-    distiller = made.trials[0].distiller
+    experiment = runs.experiment(conv_cfg("feature_matching"), "run.precision=bf16", f"run.teacher_precision={teacher}")
+    assert experiment.teacher is None
+    assert experiment.teacher_note.startswith("runs in every step")
+    seen, metrics = step(experiment)
+    distiller = experiment.trials[0].distiller
     assert isinstance(distiller, FeatureMatching)
     signals = distiller.signals
     assert isinstance(signals.student_features, Features)
@@ -405,7 +386,7 @@ def test_features_under_bf16(teacher: Literal["bf16", "fp32"], conv_cfg: Callabl
     assert seen.of["convolution"] == (NARROW if teacher == "bf16" else NARROW | WIDE)
     assert seen.of["convolution_backward"] == NARROW
     assert seen.of["_fused_sgd_"] == WIDE
-    assert sums.read(1).terms.keys() == {"ce", "pooled"}
+    assert metrics.read(1).terms.keys() == {"ce", "pooled"}
 
 
 @units
@@ -423,8 +404,8 @@ def test_a_run_on_features_under_bf16_learns(
 
 @units
 def test_a_caller_s_autocast_does_not_reach_the_losses(conv_cfg: Callable[[str], Path]) -> None:
-    made = built(conv_cfg("kd"), "run.precision=fp32")
-    distiller = made.trials[0].distiller
+    experiment = runs.experiment(conv_cfg("kd"), "run.precision=fp32")
+    distiller = experiment.trials[0].distiller
     distiller.student_precision = distiller.teacher_precision = None
     image = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     batch = Batch(image, torch.arange(4), torch.arange(4), torch.zeros(4, dtype=torch.int64))

@@ -1,56 +1,127 @@
-"""The README's examples run as they stand."""
+"""The README and the guide: their examples run as they stand, and what they name exists."""
 
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from mdistill.data.batch import DataInfo
+
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-
-
-def files() -> dict[str, str]:
-    """Every Python or YAML block that starts with a comment naming its file."""
-    named = {}
-    for block in [*blocks("python"), *blocks("yaml")]:
-        match = re.match(r"# (my_\S+\.(?:py|yaml))\n", block)
-        if match:
-            named[match[1]] = block
-    return named
-
-
-def test_examples_are_there_and_short() -> None:
-    assert set(files()) == {"my_method.py", "my_network.py", "my_data.py", "my_teacher.yaml", "my_student.yaml"}
-    assert all(len(text.strip().splitlines()) <= 21 for text in files().values())
-
-
-def test_own_method_network_and_data_work_like_built_in_ones(tmp_path: Path) -> None:
-    for name, text in files().items():
-        (tmp_path / name).write_text(text)
-    student = "runs/my_data/my_method/my_network_my_network/seed0"
-    out = ""
-    for words in (["train", "--cfg", "my_teacher.yaml"], ["train", "--cfg", "my_student.yaml"], ["eval", student]):
-        command = [sys.executable, str(ROOT / "tools" / f"{words[0]}.py"), *words[1:], "--device", "cpu"]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        assert result.returncode == 0, result.stderr
-        out += result.stdout
-    assert (tmp_path / student / "student.pt").is_file()
-    assert "my_network  test" in out
-
-
-@pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"(?:configs|tools|benchmarks|tests)/[\w/.]+\.(?:py|yaml)", README)))
+README = ROOT / "README.md"
+PAGES = sorted([README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")])
+TEXT = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+PENDING = re.compile(
+    r"tools/cache\.py|results/published\.csv|mdistill/(cli|config)/.*|mdistill/data/loader\.py|mdistill/distributed\.py"
+    r"|mdistill/engine/logit_cache\.py|configs/cifar100/(_pairs/|\w+/_method\.yaml).*"
 )
-def test_files_that_the_readme_names_exist(path: str) -> None:
-    assert (ROOT / path).is_file()
+NEW_CONTRACT = pytest.mark.skipif(
+    "labels" not in DataInfo.__dataclass_fields__, reason="needs the contract that the pages describe"
+)
 
 
-def test_make_targets_that_the_readme_names_exist() -> None:
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    assert {"quickstart", "test"} <= set(re.findall(r"^make (\w+)", README, flags=re.MULTILINE)) <= targets
+def examples() -> dict[str, str]:
+    """Every Python or YAML block that starts with a comment naming its file."""
+    blocks = (block for text in TEXT.values() for block in re.findall(r"```(?:python|yaml)\n(.*?)```", text, re.DOTALL))
+    return {match[1]: block for block in blocks if (match := re.match(r"# (my_\S+\.(?:py|yaml))\n", block))}
+
+
+def write_examples(folder: Path) -> None:
+    for name, text in examples().items():
+        (folder / name).write_text(text.replace("base: configs/", f"base: {ROOT}/configs/"))
+
+
+def run(folder: Path, tool: str, arguments: Sequence[str]) -> str:
+    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *arguments]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= 130
+
+
+def test_the_examples_are_there_and_the_readme_method_has_12_lines() -> None:
+    modules = {f"my_{name}.py" for name in ("method", "features", "network", "data", "stream")}
+    assert examples().keys() == modules | {"my_method.yaml", "my_teacher.yaml", "my_student.yaml"}
+    assert "# my_method.py" in TEXT["README.md"]
+    assert len(examples()["my_method.py"].strip().splitlines()) <= 12
+
+
+@pytest.mark.slow
+def test_own_method_network_and_data_work_like_built_in_ones(tmp_path: Path) -> None:
+    write_examples(tmp_path)
+    student = "runs/my_data/my_method/my_network_my_network/seed0"
+    for config in ("my_teacher.yaml", "my_student.yaml"):
+        run(tmp_path, "train", ["--cfg", config, "--device", "cpu"])
+    assert "my_network  test" in run(tmp_path, "eval", [student, "--device", "cpu"])
+    assert (tmp_path / student / "student.pt").is_file()
+
+
+@pytest.mark.slow
+@NEW_CONTRACT
+def test_the_readme_configuration_is_complete(tmp_path: Path) -> None:
+    write_examples(tmp_path)
+    config = run(tmp_path, "train", ["--cfg", "my_method.yaml", "--print-config"])
+    assert "distiller: {name: my_method, " in config
+    assert "weight: 0.5" in config
+
+
+@pytest.mark.slow
+@NEW_CONTRACT
+def test_own_features_modules_state_and_draws_work_on_streamed_images(tmp_path: Path) -> None:
+    write_examples(tmp_path)
+    solver = "{name: sgd, epochs: 1, lr: 0.05, milestones: [], gamma: 0.1, momentum: 0.9, weight_decay: 5e-4}"
+    common = f"imports: [my_features, my_stream]\ndata: {{name: my_stream, batch_size: 96}}\nsolver: {solver}\n"
+    teacher = "teacher: {name: resnet14, checkpoint: runs/my_stream/vanilla/resnet14/seed0}\n"
+    (tmp_path / "first.yaml").write_text(
+        f"{common}student: {{name: resnet14}}\ndistiller: {{name: vanilla, ce_weight: 1.0}}\n"
+    )
+    (tmp_path / "second.yaml").write_text(
+        f"{common}{teacher}student: {{name: resnet8}}\ndistiller: {{name: my_features, ce_weight: 1.0, weight: 1.0}}\n"
+    )
+    for config in ("first.yaml", "second.yaml"):
+        run(tmp_path, "train", ["--cfg", config, "--device", "cpu"])
+    assert (tmp_path / "runs/my_stream/my_features/resnet14_resnet8/seed0/student.pt").is_file()
+
+
+def named_paths() -> list[str]:
+    """Every path of the project that a page names; those with <placeholders> or * are patterns, not paths."""
+    rooms = "configs|tools|benchmarks|tests|mdistill|results|docs"
+    text = re.sub(r"runs/\S+", "", "\n".join(TEXT.values()))
+    paths = re.findall(rf"(?<![\w/.<])(?:{rooms})/[\w/.]*(?![\w/.]*[<*])", text)
+    return sorted({path.rstrip(".") for path in paths})
+
+
+@pytest.mark.parametrize("path", named_paths())
+def test_what_the_pages_name_exists(path: str) -> None:
+    if PENDING.fullmatch(path) and not (ROOT / path).exists():
+        pytest.skip("comes with another part of this version")
+    assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_links_between_pages_lead_somewhere(page: str) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([\w-]+))?\)", TEXT[page]):
+        path = ((ROOT / page).parent / target).resolve() if target else ROOT / page
+        assert path.exists(), f"{page} links to {target}, which does not exist"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{page} links to {target}#{anchor}; {target} has {sorted(anchors)}"
+
+
+def test_the_guide_names_each_of_its_pages() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    assert set(re.findall(r"(\w+\.md)", nav)) == {page.name for page in (ROOT / "docs").glob("*.md")}
+
+
+def test_make_targets_that_the_pages_name_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", "\n".join(TEXT.values()), re.MULTILINE))
+    assert {"quickstart", "test"} <= named
+    assert named <= targets

@@ -1,96 +1,9 @@
 #!/usr/bin/env python3
-"""The main job on the embedded data set: a teacher, and one student, alone and distilled by several methods."""
+"""The main job on the embedded data set: `mdistill quickstart`."""
 
-import argparse
 import sys
-import time
-from collections.abc import Sequence
-from pathlib import Path
 
-from mdistill import cli
-from mdistill.config import Config, load
-from mdistill.engine import build, trainer
-from mdistill.engine.run_folder import RunFolder
-from mdistill.errors import UserError
-from mdistill.reporting.curves import learning_curves
-from mdistill.reporting.runs import RunRecord, read_run
-from mdistill.reporting.tables import comparison_table
-
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "quickstart"
-
-DESCRIPTION = """Train a small teacher, then one small student, alone and distilled by several methods, on a data set
-that is generated on the spot. Ends with a table and a picture of the learning curves. Runs that are complete are not
-repeated, and a run that was stopped goes on where it was."""
-
-EXAMPLES = """  python tools/quickstart.py
-  python tools/quickstart.py --output /tmp/try --seed 1"""
-
-NEXT = """what to try next:
-  python tools/eval.py {student}
-  python tools/train.py --cfg {config} --output {output} --checkpoint-root {output} distiller.standardize_logits=true
-  tensorboard --logdir {output}
-  real data: python tools/train.py --cfg configs/cifar100/vanilla/resnet8x4.yaml --download"""
-
-
-def parse(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = cli.parser(DESCRIPTION, EXAMPLES)
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder of the runs (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the students; the teacher's is 0 (%(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="start again instead of going on")
-    return parser.parse_args(words)
-
-
-def plan(seed: int) -> list[tuple[Path, Config]]:
-    """The teacher's configuration first, then the student alone, then each method's."""
-    found = [(path, load(path)) for path in sorted(CONFIGS.rglob("*.yaml")) if not path.name.startswith("_")]
-    teachers = {config.teacher.name for _, config in found if config.teacher}
-    alone = [(path, config) for path, config in found if config.teacher is None]
-    distilled = [(path, load(path, seed=seed)) for path, config in found if config.teacher is not None]
-    first = [(path, config) for path, config in alone if config.student.name in teachers]
-    students = [(path, load(path, seed=seed)) for path, config in alone if config.student.name not in teachers]
-    return [*first, *students, *distilled]
-
-
-def train_one(config: Config, args: argparse.Namespace) -> RunRecord:
-    label = config.student.name if config.teacher is None else f"{config.student.name} + {config.distiller.name}"
-    folder = RunFolder(args.output / config.run_folder(), "overwrite" if args.overwrite else "resume")
-    made = build.build(
-        [config],
-        build.pick_device(args.device),
-        data_root=args.data_root,
-        checkpoint_root=args.output,
-        output_root=args.output,
-        cache_root=args.output / "teacher_cache",
-        download=args.download,
-    )
-    trainer.fit(made, [folder])
-    parameters = sum(parameter.numel() for parameter in made.trials[0].distiller.student.parameters())
-    return read_run(folder.path, label, parameters)
-
-
-def quickstart(args: argparse.Namespace) -> None:
-    started = time.perf_counter()
-    runs = plan(args.seed)
-    if len(runs) < 3:
-        raise UserError(f"{CONFIGS} holds {len(runs)} configurations; the quickstart needs a teacher and two students")
-    records = []
-    for number, (path, config) in enumerate(runs, start=1):
-        print(f"[{number}/{len(runs)}] {path.relative_to(CONFIGS.parents[1])}", flush=True)
-        records.append(train_one(config, args))
-    picture = args.output / "curves.png"
-    learning_curves(records, picture, title="one student, alone and distilled (embedded data)")
-    teacher, *_ = records
-    print(f"\n{comparison_table(records)}\n")
-    print(f"{teacher.label} is the teacher; top-1 and top-5 are of the last epoch, in percent, on the test split")
-    print(f"runs: {args.output}   learning curves: {picture}   {time.perf_counter() - started:.0f} s in all\n")
-    last_path, last = runs[-1]
-    student = args.output / last.run_folder()
-    print(NEXT.format(student=student, config=last_path.relative_to(CONFIGS.parents[1]), output=args.output))
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    return cli.run(quickstart, parse(words))
-
+from mdistill.cli.quickstart import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -64,7 +64,7 @@ def store(images: npt.NDArray[np.uint8]) -> Tensor:
     return stored
 
 
-def look(stored: Tensor, index: Tensor, view: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def crop_and_flip(stored: Tensor, index: Tensor, view: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """View ``view[b]`` of image ``index[b]``: one gather, static shapes, no read by the host.
 
     Shapes: (N, S+1, S+1, 3) uint8, (B,) int64, (B,) int64, tables of ``offset_tables`` (int64, or int32 if all pixels

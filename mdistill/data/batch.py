@@ -1,6 +1,6 @@
-"""What a batch is. Letters: B batch, C classes, H and W height and width."""
+"""What a batch is. Letters: B batch, C classes, H and W height and width, N training samples."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
@@ -16,18 +16,18 @@ class Batch:
     target: Tensor  # (B,) int64, class of each image; of mixed images (B, C) float32, the share of each class
     index: Tensor  # (B,) int64, which training sample
     view: Tensor  # (B,) int64, which augmentation of it
-    teacher_logits: Tensor | None = None  # (B, C), when the engine already has them; the teacher then does not run
+    teacher_logits: Tensor | None = None  # (B, C), where they are known; the teacher then does not run
     strong_image: Tensor | None = None  # (B, 3, H, W), a second, strongly augmented view, when a method asks for two
     strong_view: Tensor | None = None  # (B,) int64, which one
     partner: Tensor | None = None  # (B,) int64, the sample that each image is mixed with
-    mix: Tensor | None = None  # (B,) float32, the share of ``index``; that of ``partner`` is the rest
-    kept: int | None = None  # how many to train on, those of which the teacher is least certain; None: all
+    lam: Tensor | None = None  # (B,) float32, the share of ``index`` in a mixed image; ``partner`` has the rest
+    keep: int | None = None  # train on this many images, those of which the teacher is least certain; None: on all
 
     def select(self, rows: Tensor, *, teacher_logits: Tensor) -> "Batch":
-        """Only the images ``rows``, (K,) int64, with their (K, C) ``teacher_logits``."""
-        taken = {field.name: getattr(self, field.name) for field in fields(self)}
-        taken = {name: value.index_select(0, rows) for name, value in taken.items() if isinstance(value, Tensor)}
-        return Batch(**{**taken, "teacher_logits": teacher_logits})
+        """Only the images ``rows`` (K,) int64, with their ``teacher_logits`` (K, C)."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        chosen = {name: value.index_select(0, rows) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(Batch(**chosen), teacher_logits=teacher_logits)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -40,3 +40,5 @@ class DataInfo:
     num_views: int | None  # how many augmentations an image has; None where they cannot be enumerated
     batch_size: int  # the largest batch that a step will see
     strong_views: bool = False  # whether it has a second, strongly augmented view of an image
+    labels: Tensor | None = None  # (N,) int64 on the CPU, the class of every training sample
+    class_names: tuple[str, ...] = ()  # of each class, where they are known

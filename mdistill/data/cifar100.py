@@ -66,7 +66,7 @@ def cifar100(root: Path, download: bool) -> InMemoryDataset:
             f" give --download, or unpack {URL} so that they are there"
         )
     notes: list[str] = []
-    _read_meta(folder / "meta", notes)
+    class_names = _read_class_names(folder / "meta", notes)
     train = _read_split(folder / "train", notes)
     test = _read_split(folder / "test", notes)
     shared = _shared_images(train[0], test[0])
@@ -77,7 +77,9 @@ def cifar100(root: Path, download: bool) -> InMemoryDataset:
         )
     if shared:
         notes.append(f"cifar100: {shared} test images are also training images, pixel for pixel")
-    return InMemoryDataset(train, test, num_classes=NUM_CLASSES, mean=MEAN, std=STD, notes=notes)
+    return InMemoryDataset(
+        train, test, num_classes=NUM_CLASSES, mean=MEAN, std=STD, notes=notes, class_names=class_names
+    )
 
 
 def _find(root: Path) -> Path:
@@ -109,12 +111,13 @@ def _read_split(path: Path, notes: list[str]) -> Split:
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), np.asarray(labels, dtype=np.int64)
 
 
-def _read_meta(path: Path, notes: list[str]) -> None:
-    """Check that ``meta`` names the 100 classes."""
+def _read_class_names(path: Path, notes: list[str]) -> list[str]:
+    """The names of the 100 classes, which ``meta`` holds."""
     names = _load(path, notes).get("fine_label_names")
     if not isinstance(names, list) or len(names) != NUM_CLASSES:
         found = f"{len(names)}" if isinstance(names, list) else f"{type(names).__name__}"
         raise UserError(f"{path}: 'fine_label_names' must be a list of {NUM_CLASSES} names, found {found}")
+    return [str(name) for name in names]
 
 
 def _load(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -35,7 +35,9 @@ class Dataset(ABC):
     image_size: int  # pixels, height and width
     num_views: int | None  # views of an image; None where they cannot be enumerated
     splits: tuple[str, ...]  # what is evaluated: ("test",), or ("val", "test") with a hold-out
-    notes: list[str]  # facts about the data that a run prints and records
+    notes: list[str]  # what a run prints and records about the data
+    labels: Tensor | None = None  # (N,) int64 on the CPU, the class of every training sample
+    class_names: tuple[str, ...] = ()  # of each class, where they are known
     strong_views = False  # whether there is a second, strongly augmented view of an image: ``strong_image``
 
     def info(self, batch_size: int) -> DataInfo:
@@ -47,6 +49,8 @@ class Dataset(ABC):
             num_views=self.num_views,
             batch_size=min(batch_size, self.num_samples),
             strong_views=self.strong_views,
+            labels=self.labels,
+            class_names=self.class_names,
         )
 
     @abstractmethod
@@ -63,12 +67,16 @@ class Dataset(ABC):
             UserError: ``count`` is negative or leaves no training image.
         """
 
-    @abstractmethod
     def train_batch(self, index: Tensor, view: Tensor) -> Batch:
-        """View ``view[b]`` of training sample ``index[b]``; both (B,) int64 on the device.
+        """View ``view[b]`` of training sample ``index[b]``, of a data set whose pixels are on the device.
 
         The image is a pure function of (index, view): no randomness, no read by the host, static shapes.
+
+        Args:
+            index: (B,) int64, on the device.
+            view: (B,) int64, on the device.
         """
+        raise NotImplementedError(f"{type(self).__name__} holds no pixels on the device")
 
     def strong_image(self, index: Tensor, strong_view: Tensor) -> Tensor:
         """The strongly augmented view ``strong_view[b]``, from 0 to 2**63 - 1, of training sample ``index[b]``.
@@ -90,12 +98,44 @@ class Dataset(ABC):
         """SHA-256, in hexadecimal, of all that decides the images and labels that are trained on and evaluated."""
 
 
+class StreamedDataset(Dataset):
+    """Images that are read while training goes on: the host decodes and crops, the device does the rest.
+
+    Both halves are pure functions of (index, view), so that neither the number of workers nor the step at which a run
+    resumes changes a bit.
+    """
+
+    num_views: int | None = None
+
+    @abstractmethod
+    def read(self, index: npt.NDArray[np.int64], view: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        """The cropped pixels of a batch, on the host; called in a thread, ahead of the step.
+
+        Args:
+            index: (B,) int64, which training samples.
+            view: (B,) int64, from 0 to 2**63 - 1, which augmentation of each.
+
+        Returns:
+            (B, S, S, 3) uint8.
+        """
+
+    @abstractmethod
+    def finish_batch(self, pixels: Tensor, index: Tensor, view: Tensor) -> Batch:
+        """The batch, on the device: flipped and normalised. Static shapes, no read by the host.
+
+        Args:
+            pixels: (B, S, S, 3) uint8, what ``read`` gave.
+            index: (B,) int64.
+            view: (B,) int64.
+        """
+
+
 NORMALIZED_BYTES = 2**30
-"""Training images are kept normalised where they take no more than this (CIFAR-100: 0.65 GB), else as uint8 alone."""
+"""Training images are held normalised where they take no more than this (CIFAR-100: 0.65 GB), else as uint8 alone."""
 
 
 class InMemoryDataset(Dataset):
-    """Small images, held as one uint8 tensor for each split on the device; cropped, mirrored and normalised there.
+    """Small images, held as one uint8 tensor for each split on the device; cropped, flipped and normalised there.
 
     Normalising is done once where there is room (``NORMALIZED_BYTES``), with the same result to the last bit.
 
@@ -107,7 +147,8 @@ class InMemoryDataset(Dataset):
         std: of the three channels, on the same scale.
         padding: zero pixels on each side before an S by S crop is taken; 0 takes the image itself.
         flip: mirror half of the views left to right.
-        notes: facts about the data that a run prints and records.
+        notes: what a run prints and records about the data.
+        class_names: of each class, where they are known.
 
     Raises:
         UserError: the arrays do not fit this description; says which and what was found.
@@ -124,6 +165,7 @@ class InMemoryDataset(Dataset):
         padding: int = 4,
         flip: bool = True,
         notes: Sequence[str] = (),
+        class_names: Sequence[str] = (),
     ) -> None:
         _check_settings(num_classes, mean, std, padding)
         _check_split("train", *train, num_classes)
@@ -144,7 +186,9 @@ class InMemoryDataset(Dataset):
         self._rows, self._columns = (table.to(torch.int32 if fits else torch.int64) for table in tables)
         self._settings = f"{num_classes} {[*map(float, mean)]} {[*map(float, std)]} {padding} {bool(flip)}"
         self._train = augment.store(train[0])  # (N, S+1, S+1, 3) uint8
-        self._train_labels = torch.tensor(train[1], dtype=torch.int64)  # (N,)
+        self.labels = torch.tensor(train[1], dtype=torch.int64)
+        self.class_names = tuple(class_names)
+        self._train_labels = self.labels  # (N,), on the device
         self._strengthen: randaugment.Strengthen | None = None  # made when it is first asked for
         self._normalized: Tensor | None = None  # ``_train`` as float32, where that is small enough; made by ``to``
         self._eval = {"test": (torch.tensor(test[0]), torch.tensor(test[1], dtype=torch.int64))}
@@ -166,15 +210,16 @@ class InMemoryDataset(Dataset):
             )
         if "val" in self._eval:
             raise UserError(f"data.holdout: {self.size('val')} training images are already held out")
-        held, kept = _held_out(self._train_labels.cpu().numpy(), count)
-        held, kept = held.to(self._train.device), kept.to(self._train.device)
+        held, remaining = _held_out(self._train_labels.cpu().numpy(), count)
+        held, remaining = held.to(self._train.device), remaining.to(self._train.device)
         size = self.image_size
         other = copy.copy(self)
-        other.num_samples = len(kept)
+        other.num_samples = len(remaining)
         other.splits = ("val", *self.splits)
         other.notes = list(self.notes)
-        other._train, other._train_labels = self._train[kept], self._train_labels[kept]
-        other._normalized = None if self._normalized is None else self._normalized[kept]
+        other._train, other._train_labels = self._train[remaining], self._train_labels[remaining]
+        other.labels = other._train_labels.cpu()
+        other._normalized = None if self._normalized is None else self._normalized[remaining]
         val = self._train[held][:, :size, :size].contiguous(), self._train_labels[held]
         other._eval = {"val": val, **self._eval}
         return other
@@ -182,16 +227,16 @@ class InMemoryDataset(Dataset):
     def train_batch(self, index: Tensor, view: Tensor) -> Batch:
         target = self._train_labels.index_select(0, index)
         if self._normalized is not None:
-            image = augment.look(self._normalized, index, view, self._rows, self._columns).permute(0, 3, 1, 2)
+            image = augment.crop_and_flip(self._normalized, index, view, self._rows, self._columns).permute(0, 3, 1, 2)
         else:
-            image = self._normalize(augment.look(self._train, index, view, self._rows, self._columns))
+            image = self._normalize(augment.crop_and_flip(self._train, index, view, self._rows, self._columns))
         return Batch(image=image, target=target, index=index, view=view)
 
     def strong_image(self, index: Tensor, strong_view: Tensor) -> Tensor:
         if self._strengthen is None:
             self._strengthen = randaugment.Strengthen(self.image_size).to(self._train.device)
         parts = randaugment.decode(strong_view, augment.count(*self._crops))
-        pixels = augment.look(self._train, index, parts.view, self._rows, self._columns)
+        pixels = augment.crop_and_flip(self._train, index, parts.view, self._rows, self._columns)
         return self._normalize(self._strengthen(pixels, parts))
 
     def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -229,7 +274,7 @@ class InMemoryDataset(Dataset):
 
 
 def _held_out(labels: npt.NDArray[np.int64], count: int) -> tuple[Tensor, Tensor]:
-    """Which samples are held out and which are kept, both ascending.
+    """Which samples are held out and which remain, both ascending.
 
     The samples are shuffled, then one of each class is taken in turn until there are ``count``.
     """

@@ -6,8 +6,8 @@ arXiv:1905.04899.
 CutMixPick: Wang, Lohit, Jones, Fu, "What Makes a 'Good' Data Augmentation in Knowledge Distillation", arXiv:2012.02909.
 
 Who is mixed with whom, and how, is drawn on the host from (seed, epoch) like order and views, so a mixed image too is a
-pure function of what a batch says of it. Each image has a share and a box of its own, where the published code draws
-one for a whole batch; the partner is any sample of the epoch, each of them once, where the published code shuffles the
+pure function of what a batch says of it. Each image has a share (lam) and a box of its own, where the published code
+draws one for a whole batch; the partner is any sample of the epoch, each of them once, where that code shuffles the
 batch.
 """
 
@@ -18,12 +18,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mdistill.data.batch import Batch
 from mdistill.data.sampling import random_words
 
 Columns = npt.NDArray[np.int64]
-DRAWS = 7  # words for each image and candidate: partner, its view, two for the share, place of the box (2), whether
+DRAWS = 7  # words for each image and candidate: partner, its view, two for lam, place of the box (2), whether
 
 
 @dataclass(frozen=True)
@@ -31,24 +32,22 @@ class Mixing:
     """How images are mixed."""
 
     name: Literal["mixup", "cutmix", "cutmix_pick"]
-    alpha: float  # of Beta(alpha, alpha), which the share of an image is drawn from; 1 is uniform
+    alpha: float  # of Beta(alpha, alpha), which lam is drawn from; 1 is uniform
     probability: float = 1.0  # that an image is mixed at all
-    candidates: int = (
-        1  # mixed images for each that is trained on: those of which the teacher is least certain are kept
-    )
+    candidates: int = 1  # mixed images for each that is trained on: those that the teacher is least certain of
 
     @property
     def rows(self) -> int:
         """How many numbers ``plan`` gives for each image."""
-        return self.candidates * len(ROWS)
+        return self.candidates * len(COLUMNS)
 
 
-ROWS = ("partner", "view", "share", "top", "bottom", "left", "right")
-"""What is planned of each candidate: partner and its view, the share's bits, the box (rows top to bottom - 1)."""
+COLUMNS = ("partner", "view", "lam", "top", "bottom", "left", "right")
+"""What is planned for each candidate: partner and its view, lam's bits, the box (pixel rows top to bottom - 1)."""
 
 
 def plan(mixing: Mixing, seed: int, epoch: int, num_samples: int, num_views: int | None, image_size: int) -> Columns:
-    """The mixing of an epoch, for its images in order: (candidates * 7, N) int64, the ``ROWS`` of each candidate."""
+    """The mixing of an epoch, for its images in order: (candidates * 7, N) int64, the ``COLUMNS`` of each candidate."""
     words = random_words(seed, "mixing", epoch, mixing.candidates * DRAWS * num_samples)
     drawn = words.reshape(mixing.candidates, DRAWS, num_samples)
     return np.concatenate([_plan_one(mixing, each, num_views, image_size) for each in drawn])
@@ -57,18 +56,18 @@ def plan(mixing: Mixing, seed: int, epoch: int, num_samples: int, num_views: int
 def _plan_one(mixing: Mixing, words: npt.NDArray[np.uint64], num_views: int | None, size: int) -> Columns:
     partner = np.argsort(words[0], kind="stable")
     view = words[1] % np.uint64(num_views) if num_views is not None else words[1] >> np.uint64(1)
-    share = symmetric_beta(mixing.alpha, uniform(words[2]), uniform(words[3]))  # (N,)
+    lam = symmetric_beta(mixing.alpha, uniform(words[2]), uniform(words[3]))  # (N,)
     mixed = uniform(words[6]) < mixing.probability
     if mixing.name == "mixup":
-        share = np.where(mixed, share, 1.0)
-        box = np.zeros((4, len(share)), dtype=np.int64)
+        lam = np.where(mixed, lam, 1.0)
+        box = np.zeros((4, len(lam)), dtype=np.int64)
     else:
-        side = np.where(mixed, (size * np.sqrt(1 - share)).astype(np.int64), 0)
+        side = np.where(mixed, (size * np.sqrt(1 - lam)).astype(np.int64), 0)
         middle = (words[4:6] % np.uint64(size)).astype(np.int64)  # (2, N)
         low, high = np.clip(middle - side // 2, 0, size), np.clip(middle + side // 2, 0, size)
-        share = 1 - (high - low).prod(axis=0) / size**2
+        lam = 1 - (high - low).prod(axis=0) / size**2
         box = np.stack([low[0], high[0], low[1], high[1]])
-    return np.concatenate([np.stack([partner, view.astype(np.int64), share.view(np.int64)]), box])
+    return np.concatenate([np.stack([partner, view.astype(np.int64), lam.view(np.int64)]), box])
 
 
 def uniform(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
@@ -91,26 +90,26 @@ def symmetric_beta(
     return np.asarray(0.5 + 0.5 * cosine / np.sqrt(cosine**2 + 1 / radius))
 
 
-def labels(target: Tensor, partner_target: Tensor, share: Tensor, num_classes: int) -> Tensor:
-    """share of the one class and the rest of the other: (B,), (B,) int64, (B,) float32 -> (B, C) float32."""
+def labels(target: Tensor, partner_target: Tensor, lam: Tensor, num_classes: int) -> Tensor:
+    """lam of the one class and the rest of the other: (B,), (B,) int64, (B,) float32 -> (B, C) float32."""
     classes = torch.arange(num_classes, device=target.device)
     own, other = (target[:, None] == classes), (partner_target[:, None] == classes)
-    return own * share[:, None] + other * (1 - share)[:, None]
+    return own * lam[:, None] + other * (1 - lam)[:, None]
 
 
 def mix(mixing: Mixing, batch: Batch, partner: Batch, columns: Tensor, num_classes: int) -> Batch:
     """``batch`` mixed with ``partner``, image by image.
 
-    Shapes: columns (7, B) int64, the ``ROWS`` of one candidate; the images (B, 3, S, S).
+    Shapes: columns (7, B) int64, the ``COLUMNS`` of one candidate; the images (B, 3, S, S).
     """
-    share = columns[2].view(torch.float64).float()
+    lam = columns[2].view(torch.float64).float()
     if mixing.name == "mixup":
-        weight = share[:, None, None, None]
+        weight = lam[:, None, None, None]
         image = weight * batch.image + (1 - weight) * partner.image
     else:
         image = torch.where(inside(columns[3:], batch.image.shape[-1]), partner.image, batch.image)
-    target = labels(batch.target, partner.target, share, num_classes)
-    return Batch(image, target, batch.index, batch.view, partner=partner.index, mix=share)
+    target = labels(batch.target, partner.target, lam, num_classes)
+    return Batch(image, target, batch.index, batch.view, partner=partner.index, lam=lam)
 
 
 def inside(box: Tensor, size: int) -> Tensor:
@@ -121,11 +120,24 @@ def inside(box: Tensor, size: int) -> Tensor:
     return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
-def together(candidates: list[Batch], kept: int) -> Batch:
-    """Several batches as one, of which the teacher is to pick ``kept`` images."""
+def together(candidates: list[Batch], keep: int) -> Batch:
+    """Several batches as one, of which the ``keep`` images that the teacher is least certain of are trained on."""
 
     def joined(field: str) -> Tensor:
         return torch.cat([getattr(each, field) for each in candidates])
 
-    names = ("image", "target", "index", "view", "partner", "mix")
-    return Batch(**{name: joined(name) for name in names}, kept=kept)
+    names = ("image", "target", "index", "view", "partner", "lam")
+    return Batch(**{name: joined(name) for name in names}, keep=keep)
+
+
+def least_certain(batch: Batch, teacher_logits: Tensor) -> Batch:
+    """The ``batch.keep`` images whose prediction by the teacher has the highest entropy, in their order.
+
+    Args:
+        teacher_logits: (B, C), of all images of ``batch``; those of the chosen images join the result.
+    """
+    assert batch.keep is not None
+    log_probs = F.log_softmax(teacher_logits, dim=1)
+    entropy = -(log_probs.exp() * log_probs).sum(dim=1)
+    chosen = entropy.topk(batch.keep).indices.sort().values
+    return batch.select(chosen, teacher_logits=teacher_logits.index_select(0, chosen))

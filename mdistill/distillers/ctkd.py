@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mdistill.data.batch import DataInfo
 from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
+from mdistill.distillers.functional import kl_divergence_per_sample
 from mdistill.errors import UserError
 from mdistill.registry import NonNegative, Positive, PositiveInt
 
@@ -20,26 +21,40 @@ from mdistill.registry import NonNegative, Positive, PositiveInt
 def ctkd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Tensor) -> Tensor:
     """tau^2 KL(p^t || p^s) at one temperature for all samples or one for each: arXiv:2211.16231, Eq. (1).
 
-    Symbols: q^s = ``student_logits``, q^t = ``teacher_logits``, tau = ``temperature``.
-    Shapes: (B, C), (B, C), () or (B,) -> (), the mean over B. The gradient reaches tau too.
+    The gradient reaches tau too.
 
     Differs from the paper: the mean over the samples in place of their sum, as in the published code.
+
+    Args:
+        student_logits: (B, C), q^s.
+        teacher_logits: (B, C), q^t.
+        temperature: () or (B,), tau.
+
+    Returns:
+        (), the mean over B.
     """
     tau = temperature.reshape(-1, 1)  # (1, 1) or (B, 1)
     teacher_log_probs = F.log_softmax(teacher_logits / tau, dim=1)
     student_log_probs = F.log_softmax(student_logits / tau, dim=1)
-    divergence = F.kl_div(student_log_probs, teacher_log_probs, log_target=True, reduction="none").sum(dim=1)
-    return (tau.squeeze(1).square() * divergence).mean()
+    return (tau.squeeze(1).square() * kl_divergence_per_sample(teacher_log_probs, student_log_probs)).mean()
 
 
 def curriculum(epoch: Tensor, *, minimum: float, maximum: float, epochs: int) -> Tensor:
     """lambda = min + (max - min) (1 + cos((1 + way) pi)) / 2, way = min(E, E_loops) / E_loops: Eq. (11).
 
-    Symbols: E = ``epoch``, counted from 1; E_loops = ``epochs``; lambda_min, lambda_max = ``minimum``, ``maximum``.
-    Rises from near the minimum to the maximum, which it reaches in epoch E_loops. Shapes: () -> ().
+    Rises from near the minimum to the maximum, which it reaches in epoch E_loops.
 
     Differs from the paper: nothing. The published code falls from 0 to -1 instead and leaves out the minus sign of the
     reversal, which is the same.
+
+    Args:
+        epoch: (), E, counted from 1.
+        minimum: lambda_min.
+        maximum: lambda_max.
+        epochs: E_loops.
+
+    Returns:
+        ().
     """
     way = (epoch / epochs).clamp(max=1.0)
     return minimum + (maximum - minimum) * (1 + torch.cos((1 + way) * math.pi)) / 2
@@ -76,9 +91,9 @@ class GlobalTemperature(nn.Module):
 class InstanceTemperature(nn.Module):
     """One number for each sample from both networks' predictions by two layers: the paper's Instance-T.
 
-    It reads the probabilities of both, each row in the teacher's order from the likeliest class down, so that it sees
-    the shapes of the distributions and not which class is which. It sends no gradient back to the logits: the student
-    never learns to please it. The last layer begins at 0, hence with one temperature for all.
+    It reads the probabilities of both networks, each row in the teacher's order from the likeliest class down, so that
+    it sees the shapes of the distributions and not which class is which. It sends no gradient back to the logits: the
+    student never learns to please it. The last layer begins at 0, hence with one temperature for all.
 
     Differs from the paper, which says no more than that two layers read both predictions: order and beginning follow a
     public copy of the code, not checked against the authors'; LayerNorm in place of its BatchNorm, which would mix the

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mdistill.data.batch import DataInfo
 from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
-from mdistill.distillers.functional import class_shares, standardize
+from mdistill.distillers.functional import class_probs, standardize
 from mdistill.errors import UserError
 from mdistill.models.base import Network
 from mdistill.registry import NonNegative, Positive
@@ -23,11 +23,17 @@ def binary_kl_norm_loss(auxiliary_logits: Tensor, teacher_logits: Tensor, *, tem
 
     Paper: arXiv:2411.08937v2, BinaryKL-Norm. It equals tau^2 sum of ln cosh((z_k - z^t_k) / (2 tau)): quadratic near
     z = z^t, linear far from it, with gradient at most tau / 2 in each logit.
-    Symbols: z = ``auxiliary_logits``, z^t = ``teacher_logits``, tau = ``temperature``.
-    Shapes: (B, C), (B, C) -> (), the mean over B.
 
     Differs from the paper: on log-probabilities, where the published code keeps the sigmoid off 0 and 1 by 1e-8 and so
     has no gradient where two logits are more than 18 tau apart.
+
+    Args:
+        auxiliary_logits: (B, C), z.
+        teacher_logits: (B, C), z^t.
+        temperature: tau.
+
+    Returns:
+        (), the mean over B.
     """
     gap = (auxiliary_logits - teacher_logits) / temperature
     per_class = -0.5 * (F.logsigmoid(gap) + F.logsigmoid(-gap)) - math.log(2)
@@ -37,10 +43,15 @@ def binary_kl_norm_loss(auxiliary_logits: Tensor, teacher_logits: Tensor, *, tem
 def main_gradient(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """Gradient of the main head's cross-entropy with respect to the pooled features: (p - y) W / B.
 
-    Symbols: logits of p = ``logits``, y = ``target``, as one-hot rows where it holds classes, W = ``weight``.
-    Shapes: (B, C), (B,) or (B, C), (C, D) -> (B, D).
+    Args:
+        logits: (B, C), of p.
+        target: (B,) int64, classes, or (B, C), class probabilities: y.
+        weight: (C, D), W.
+
+    Returns:
+        (B, D).
     """
-    error = logits.softmax(dim=1) - class_shares(target, logits)
+    error = logits.softmax(dim=1) - class_probs(target, logits)
     return error @ weight / len(logits)
 
 
@@ -48,7 +59,7 @@ class Align(torch.autograd.Function):
     """Passes features on; on the way back it takes from their gradient g what runs against a reference r.
 
     g - min(0, <g, r>) / <r, r> r, over the batch as one vector: gradient surgery (Yu et al., arXiv:2001.06782) on g
-    alone. (B, D), (B, D) -> (B, D).
+    alone. Features (B, D), r (B, D) -> (B, D).
     """
 
     @staticmethod

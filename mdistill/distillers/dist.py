@@ -16,9 +16,16 @@ EPSILON = 1e-8  # of the published code: a constant row correlates with nothing
 
 
 def pearson_distance(left: Tensor, right: Tensor) -> Tensor:
-    """1 - the mean over rows of Pearson's correlation of the two rows: (N, M), (N, M) -> ().
+    """1 - the mean over rows of Pearson's correlation of the two rows.
 
     A row that is constant in either counts as uncorrelated: it adds 1, with gradient 0.
+
+    Args:
+        left: (N, M).
+        right: (N, M).
+
+    Returns:
+        ().
     """
     left = left - left.mean(dim=1, keepdim=True)
     right = right - right.mean(dim=1, keepdim=True)
@@ -31,10 +38,16 @@ def inter_class_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperat
     """Inter-class relation: tau^2 times the mean over samples of d_p(Y^s_i, Y^t_i). arXiv:2205.10536, Sec. 4.
 
     Y are the softened probabilities, d_p = 1 - Pearson's correlation, Y_i the C probabilities of sample i.
-    Symbols: logits of Y^s = ``student_logits``, of Y^t = ``teacher_logits``; tau = ``temperature``.
-    Shapes: (B, C), (B, C) -> ().
 
     Differs from the paper: the factor tau^2 and an epsilon under the fraction, as in the published code.
+
+    Args:
+        student_logits: (B, C), of Y^s.
+        teacher_logits: (B, C), of Y^t.
+        temperature: tau.
+
+    Returns:
+        ().
     """
     student, teacher = (student_logits / temperature).softmax(dim=1), (teacher_logits / temperature).softmax(dim=1)
     return temperature**2 * pearson_distance(student, teacher)
@@ -45,10 +58,16 @@ def intra_class_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperat
 
     Y_:j are the B probabilities that a batch has for class j; the rest as in ``inter_class_loss``. In a batch of 1
     nothing correlates: the term is the constant tau^2.
-    Symbols: logits of Y^s = ``student_logits``, of Y^t = ``teacher_logits``; tau = ``temperature``.
-    Shapes: (B, C), (B, C) -> ().
 
     Differs from the paper: the factor tau^2 and an epsilon under the fraction, as in the published code.
+
+    Args:
+        student_logits: (B, C), of Y^s.
+        teacher_logits: (B, C), of Y^t.
+        temperature: tau.
+
+    Returns:
+        ().
     """
     student, teacher = (student_logits / temperature).softmax(dim=1), (teacher_logits / temperature).softmax(dim=1)
     return temperature**2 * pearson_distance(student.T, teacher.T)
@@ -59,10 +78,17 @@ def dist_loss(
 ) -> Tensor:
     """beta L_inter + gamma L_intra: arXiv:2205.10536, Sec. 4, without its cross-entropy.
 
-    Symbols: beta, gamma = ``beta``, ``gamma``; the others as in the two terms.
-    Shapes: (B, C), (B, C) -> ().
-
     Differs from the paper: nothing beyond what the two terms say.
+
+    Args:
+        student_logits: (B, C), of Y^s.
+        teacher_logits: (B, C), of Y^t.
+        beta: weight of the inter-class term.
+        gamma: weight of the intra-class term.
+        temperature: tau of both.
+
+    Returns:
+        ().
     """
     inter = inter_class_loss(student_logits, teacher_logits, temperature=temperature)
     return beta * inter + gamma * intra_class_loss(student_logits, teacher_logits, temperature=temperature)

@@ -18,10 +18,17 @@ def tckd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *,
     """Target-class term: T^2 KL(b^T || b^S), where b = {p_t, 1 - p_t} and t is the true class.
 
     Paper: arXiv:2203.08679v2, Sec. 3.1, Eqs. (5) and (6).
-    Symbols: z^S = ``student_logits``, z^T = ``teacher_logits``, t = ``target``, T = ``temperature``.
-    Shapes: (B, C), (B, C), (B,) -> (), the mean over B.
 
     Differs from the paper: softened by T and multiplied by T^2, as its experiments are; on log-probabilities.
+
+    Args:
+        student_logits: (B, C), z^S.
+        teacher_logits: (B, C), z^T.
+        target: (B,) int64, the true class t.
+        temperature: T.
+
+    Returns:
+        (), the mean over B.
     """
     teacher_log_probs = binary_log_probs(F.log_softmax(teacher_logits / temperature, dim=1), target)  # (B, 2)
     student_log_probs = binary_log_probs(F.log_softmax(student_logits / temperature, dim=1), target)  # (B, 2)
@@ -32,10 +39,17 @@ def nckd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *,
     """Non-target term: T^2 KL(q^T || q^S), where q (p-hat there) is the softmax over all classes but the true one.
 
     Paper: arXiv:2203.08679v2, Sec. 3.1, Eqs. (2), (5) and (6).
-    Symbols: z^S = ``student_logits``, z^T = ``teacher_logits``, t = ``target``, T = ``temperature``.
-    Shapes: (B, C), (B, C), (B,) -> (), the mean over B.
 
     Differs from the paper: softened by T and multiplied by T^2, as its experiments are; on log-probabilities.
+
+    Args:
+        student_logits: (B, C), z^S.
+        teacher_logits: (B, C), z^T.
+        target: (B,) int64, the true class t.
+        temperature: T.
+
+    Returns:
+        (), the mean over B.
     """
     keep = ~class_mask(target, student_logits.shape[1])
     teacher_log_probs = masked_log_softmax(teacher_logits / temperature, keep)
@@ -48,10 +62,18 @@ def dkd_loss(
 ) -> Tensor:
     """alpha TCKD + beta NCKD: arXiv:2203.08679v2, Eq. (7).
 
-    Symbols: alpha, beta = ``alpha``, ``beta``; the others as in ``tckd_loss`` and ``nckd_loss``.
-    Shapes: (B, C), (B, C), (B,) -> ().
-
     Differs from the paper: nothing beyond what the two terms say; without cross-entropy.
+
+    Args:
+        student_logits: (B, C), z^S.
+        teacher_logits: (B, C), z^T.
+        target: (B,) int64, the true class t.
+        alpha: weight of TCKD.
+        beta: weight of NCKD.
+        temperature: T of both.
+
+    Returns:
+        (), the mean over B.
     """
     return alpha * tckd_loss(student_logits, teacher_logits, target, temperature=temperature) + beta * nckd_loss(
         student_logits, teacher_logits, target, temperature=temperature

@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+GAMMA = 0x9E3779B97F4A7C15  # the odd step between the states of SplitMix64
+MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of its output function, between shifts by 30, 27 and 31
+
 
 def standardize(logits: Tensor) -> Tensor:
     """Z-score over classes: (z - mean) / (1e-7 + std), std unbiased.
@@ -11,7 +14,11 @@ def standardize(logits: Tensor) -> Tensor:
     Sun et al., "Logit Standardization in Knowledge Distillation", arXiv:2403.01427, Eq. (11), with the 1e-7 of the
     published code. Finite, with a finite gradient, for a constant row too.
 
-    Shapes: (B, C) -> (B, C); a width of 0 passes through.
+    Args:
+        logits: (B, C); a width of 0 passes through.
+
+    Returns:
+        (B, C).
     """
     if logits.shape[1] == 0:
         return logits
@@ -20,11 +27,23 @@ def standardize(logits: Tensor) -> Tensor:
 
 
 def kl_divergence(teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
-    """KL(teacher || student) summed over classes, averaged over the batch: (B, C), (B, C) -> ().
+    """KL(teacher || student) summed over classes, averaged over the batch.
 
     Log-probabilities in, so that nothing underflows to log(0). A class whose two entries are 0 adds nothing.
+
+    Args:
+        teacher_log_probs: (B, C).
+        student_log_probs: (B, C).
+
+    Returns:
+        ().
     """
     return F.kl_div(student_log_probs, teacher_log_probs, log_target=True, reduction="batchmean")
+
+
+def kl_divergence_per_sample(teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
+    """``kl_divergence`` of each sample: (B, C), (B, C) -> (B,)."""
+    return F.kl_div(student_log_probs, teacher_log_probs, log_target=True, reduction="none").sum(dim=1)
 
 
 def class_mask(classes: Tensor, num_classes: int) -> Tensor:
@@ -32,15 +51,22 @@ def class_mask(classes: Tensor, num_classes: int) -> Tensor:
     return classes[:, None] == torch.arange(num_classes, device=classes.device)
 
 
-def class_shares(target: Tensor, like: Tensor) -> Tensor:
-    """Labels as shares of classes in the shape and type of the logits ``like``: (B,) int64 or (B, C) -> (B, C)."""
+def class_probs(target: Tensor, like: Tensor) -> Tensor:
+    """Labels as class probabilities, in the shape and type of the logits ``like``: (B,) int64 or (B, C) -> (B, C)."""
     return (class_mask(target, like.shape[1]) if target.ndim == 1 else target).to(like.dtype)
 
 
 def binary_log_probs(log_probs: Tensor, classes: Tensor) -> Tensor:
-    """log {p_c, 1 - p_c} of each row's class c in ``classes``: (B, C), (B,) -> (B, 2); needs C >= 2.
+    """log {p_c, 1 - p_c} of each row's class c.
 
     The second is a log-sum over the other classes: 1 - p_c would round to 0 where the network is certain.
+
+    Args:
+        log_probs: (B, C), C at least 2.
+        classes: (B,) int64, c.
+
+    Returns:
+        (B, 2).
     """
     this = log_probs.gather(1, classes[:, None])  # (B, 1)
     others = log_probs.masked_fill(class_mask(classes, log_probs.shape[1]), -torch.inf)
@@ -48,12 +74,74 @@ def binary_log_probs(log_probs: Tensor, classes: Tensor) -> Tensor:
 
 
 def masked_log_softmax(logits: Tensor, keep: Tensor) -> Tensor:
-    """log-softmax over the classes that ``keep`` marks; 0 elsewhere: (B, C), (B, C) bool -> (B, C).
+    """log-softmax over the classes that ``keep`` marks; 0 elsewhere.
 
     A row that keeps nothing is 0 with gradient 0: it is left whole inside the softmax, whose result is then discarded.
+
+    Args:
+        logits: (B, C).
+        keep: (B, C) bool.
+
+    Returns:
+        (B, C).
     """
     dropped = ~keep & keep.any(dim=1, keepdim=True)
     return F.log_softmax(logits.masked_fill(dropped, -torch.inf), dim=1).masked_fill(~keep, 0.0)
+
+
+def uniform(seed: int, epoch: Tensor, index: Tensor, count: int, *, stream: int = 0) -> Tensor:
+    """Numbers for draws within a step, each a pure function of (seed, stream, epoch, index, position).
+
+    A counter-based hash in place of a generator: no state, no read on the host, the same bits on every device, however
+    samples are batched, ordered or sharded. Every part of the key goes through the output function of SplitMix64
+    (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014), one after the other; the 24
+    highest bits of the last word make the number.
+
+    Args:
+        seed: of the run, ``signals.seed``.
+        epoch: () integer, ``signals.epoch``.
+        index: (B,) int64, which training sample, ``signals.index``.
+        count: how many numbers for each sample.
+        stream: tells the draws of one method apart: equal keys in other streams give other numbers.
+
+    Returns:
+        (B, count) float32 in [0, 1), on the device of ``index``.
+    """
+    key = _mix_int(_mix_int(seed) + GAMMA * stream)
+    word = _mix(_step(epoch.to(index.device, torch.int64)) + _signed(key))  # ()
+    word = _mix(_step(index) + word)  # (B,)
+    position = torch.arange(1, count + 1, device=index.device)
+    word = _mix(word[:, None] + _step(position))  # (B, count)
+    return _shift(word, 40).to(torch.float32) * 2.0**-24
+
+
+def _step(counter: Tensor) -> Tensor:
+    return counter * _signed(GAMMA)  # int64 products and sums wrap around, as the hash asks
+
+
+def _mix(word: Tensor) -> Tensor:
+    """The output function of SplitMix64 on int64 words."""
+    word = (word ^ _shift(word, 30)) * _signed(MULTIPLIERS[0])
+    word = (word ^ _shift(word, 27)) * _signed(MULTIPLIERS[1])
+    return word ^ _shift(word, 31)
+
+
+def _shift(word: Tensor, bits: int) -> Tensor:
+    """To the right, zeros coming in, where int64's own shift copies the sign."""
+    return torch.bitwise_and(word >> bits, 2 ** (64 - bits) - 1)
+
+
+def _mix_int(word: int) -> int:
+    """``_mix`` of a Python integer, modulo 2**64."""
+    word %= 2**64
+    word = (word ^ (word >> 30)) * MULTIPLIERS[0] % 2**64
+    word = (word ^ (word >> 27)) * MULTIPLIERS[1] % 2**64
+    return word ^ (word >> 31)
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit ``word``."""
+    return word - 2**64 if word >= 2**63 else word
 
 
 def _std(centred: Tensor) -> Tensor:

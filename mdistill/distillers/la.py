@@ -14,9 +14,16 @@ from mdistill.registry import NonNegative, Positive
 
 
 def swap(logits: Tensor, target: Tensor) -> Tensor:
-    """Each row's largest entry and that of its true class change places: (B, C), (B,) -> (B, C).
+    """Each row's largest entry and that of its true class change places.
 
     A row whose true class is the largest already stays as it is; of equal maxima the first counts.
+
+    Args:
+        logits: (B, C).
+        target: (B,) int64, the true class.
+
+    Returns:
+        (B, C).
     """
     of_target = logits.gather(1, target[:, None])
     largest, predicted = logits.max(dim=1, keepdim=True)
@@ -28,10 +35,18 @@ def la_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, t
 
     Paper: arXiv:1911.07471, the probability shift of its knowledge adjustment. Swapping logits and swapping softened
     probabilities is the same.
-    Symbols: T = ``temperature``. Shapes: (B, C), (B, C), (B,) -> (), the mean over B.
 
     Differs from the paper: without its second idea, a temperature for each sample; KL with the factor T^2, as in KD.
     This is what Sun et al., arXiv:2408.07703v2, compare with under the name LA.
+
+    Args:
+        student_logits: (B, C), of p^s.
+        teacher_logits: (B, C), of p^t before the swap.
+        target: (B,) int64, the true class.
+        temperature: T.
+
+    Returns:
+        (), the mean over B.
     """
     return kd_loss(student_logits, swap(teacher_logits, target), temperature=temperature)
 

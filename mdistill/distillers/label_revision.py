@@ -21,8 +21,14 @@ def revise(teacher_logits: Tensor, target: Tensor, *, eta: float) -> Tensor:
     """Revised labels p = beta p^t + (1 - beta) y, with beta = eta / (max p^t - p^t_true + 1).
 
     Paper: arXiv:2404.03693, label revision. For eta < 1 the true class leads: 1 - beta > beta (max p^t - p^t_true).
-    Symbols: p^t = softmax of ``teacher_logits``, y = one-hot ``target``, eta = ``eta``.
-    Shapes: (B, C), (B,) -> (B, C), each row a distribution.
+
+    Args:
+        teacher_logits: (B, C), of p^t.
+        target: (B,) int64, the true class, one-hot in y.
+        eta: below 1.
+
+    Returns:
+        (B, C), each row a distribution.
     """
     probs = F.softmax(teacher_logits, dim=1)
     gap = probs.amax(dim=1, keepdim=True) - probs.gather(1, target[:, None])  # (B, 1)
@@ -31,19 +37,47 @@ def revise(teacher_logits: Tensor, target: Tensor, *, eta: float) -> Tensor:
 
 
 def right_ce_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy with the labels over the samples that the teacher gets right: (B, C), (B, C), (B,) -> ()."""
+    """Cross-entropy with the labels over the samples that the teacher gets right.
+
+    Args:
+        student_logits: (B, C).
+        teacher_logits: (B, C).
+        target: (B,) int64, the true class.
+
+    Returns:
+        (), 0 when there is no such sample.
+    """
     cross_entropy = F.cross_entropy(student_logits, target, reduction="none")
     return _mean_where(_teacher_is_right(teacher_logits, target), cross_entropy)
 
 
 def right_logit_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-    """Mean square of z^s - z^t over the samples that the teacher gets right: (B, C), (B, C), (B,) -> ()."""
+    """Mean square of z^s - z^t over the samples that the teacher gets right.
+
+    Args:
+        student_logits: (B, C), z^s.
+        teacher_logits: (B, C), z^t.
+        target: (B,) int64, the true class.
+
+    Returns:
+        (), 0 when there is no such sample.
+    """
     square = (student_logits - teacher_logits).square().mean(dim=1)
     return _mean_where(_teacher_is_right(teacher_logits, target), square)
 
 
 def revised_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, eta: float) -> Tensor:
-    """Mean square of p^s minus ``revise`` over the samples that the teacher gets wrong: (B, C), (B, C), (B,) -> ()."""
+    """Mean square of p^s minus ``revise`` over the samples that the teacher gets wrong.
+
+    Args:
+        student_logits: (B, C), of p^s.
+        teacher_logits: (B, C), of p^t.
+        target: (B,) int64, the true class.
+        eta: of ``revise``.
+
+    Returns:
+        (), 0 when there is no such sample.
+    """
     gap = F.softmax(student_logits, dim=1) - revise(teacher_logits, target, eta=eta)
     return _mean_where(~_teacher_is_right(teacher_logits, target), gap.square().mean(dim=1))
 
@@ -54,12 +88,21 @@ def label_revision_loss(
     """CE + lambda1 logit matching where the teacher is right, lambda2 revised labels where it is wrong.
 
     Paper: arXiv:2404.03693, label revision; the three terms are averaged over their own samples, 0 when there are none.
-    Symbols: lambda1, lambda2, eta = ``lambda1``, ``lambda2``, ``eta``; the others as in ``revise``.
-    Shapes: (B, C), (B, C), (B,) -> ().
 
     Differs from the paper: without its data selection, for which every sample's influence is needed; the other samples
     here are those that the teacher gets right. Which terms there are, and that they are mean squares over B and C, is
     read from the code published with Sun et al., arXiv:2408.07703v2.
+
+    Args:
+        student_logits: (B, C).
+        teacher_logits: (B, C).
+        target: (B,) int64, the true class.
+        lambda1: weight of logit matching.
+        lambda2: weight of the revised labels.
+        eta: of ``revise``.
+
+    Returns:
+        ().
     """
     logits = student_logits, teacher_logits, target
     matching = lambda1 * right_logit_loss(*logits) + lambda2 * revised_loss(*logits, eta=eta)

@@ -20,7 +20,12 @@ def perception(logits: Tensor) -> Tensor:
     """h_ij = (z_ij - U_j) / sqrt(V_j + 1e-5), U_j and V_j mean and variance of class j over the batch.
 
     Paper: arXiv:2310.03669, the perception. V_j is the biased variance. A batch of 1 gives 0, with gradient 0.
-    Shapes: (B, C) -> (B, C).
+
+    Args:
+        logits: (B, C), z.
+
+    Returns:
+        (B, C).
     """
     centred = logits - logits.mean(dim=0)
     return centred * (centred.square().mean(dim=0) + EPSILON).rsqrt()
@@ -29,11 +34,16 @@ def perception(logits: Tensor) -> Tensor:
 def luminet_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
     """tau^2 KL(softmax(h^t / tau) || softmax(h^s / tau)), h the perception of each network: arXiv:2310.03669.
 
-    Symbols: z^s = ``student_logits``, z^t = ``teacher_logits``, tau = ``temperature``.
-    Shapes: (B, C), (B, C) -> (), the mean over B.
-
     Differs from the paper: the factor. The published code has alpha^2, set for each pair, where tau^2 and the weight
     stand here: ``luminet_weight`` = (alpha / tau)^2 gives its loss.
+
+    Args:
+        student_logits: (B, C), z^s.
+        teacher_logits: (B, C), z^t.
+        temperature: tau.
+
+    Returns:
+        (), the mean over B.
     """
     teacher_log_probs = F.log_softmax(perception(teacher_logits) / temperature, dim=1)
     student_log_probs = F.log_softmax(perception(student_logits) / temperature, dim=1)

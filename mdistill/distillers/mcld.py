@@ -4,7 +4,7 @@ The teacher's logits are keys and the student's are queries of three contrastive
 the classes and compared by dot product at a temperature, as in momentum contrast (He et al., arXiv:1911.05722), whose
 settings the paper takes over.
 
-Letters: B batch, C classes, K slots of the queue.
+Letters: B batch, C classes, K positions of the queue.
 """
 
 from typing import Any
@@ -26,7 +26,16 @@ def normalize(logits: Tensor) -> Tensor:
 
 
 def similarity(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
-    """S_ij = q_i . k_j / tau, student row i against teacher row j: (B, C), (B, C) -> (B, B); the paper's Eq. (5)."""
+    """S_ij = q_i . k_j / tau, of all pairs: arXiv:2411.10693v1, Eq. (5).
+
+    Args:
+        student_logits: (B, C), whose normalised rows are q.
+        teacher_logits: (B, C), whose normalised rows are k.
+        temperature: tau.
+
+    Returns:
+        (B, B), student row i against teacher row j.
+    """
     return normalize(student_logits) @ normalize(teacher_logits).T / temperature
 
 
@@ -42,15 +51,24 @@ def instance_loss(
 ) -> Tensor:
     """Instance-wise term: which of K + 1 teacher rows is mine? arXiv:2411.10693v1, Eqs. (2) to (4).
 
-    Cross-entropy with the positive q_i . k_i / tau at position 0 and the negatives q_i . queue / tau behind it. Slots
-    not yet filled, and slots with an older copy of sample i itself (the paper's dictionary excludes it), are -inf.
+    Cross-entropy with the positive q_i . k_i / tau in front and the negatives q_i . queue / tau behind it. Positions of
+    the queue that are not yet filled, or hold an older copy of sample i itself (the paper's dictionary excludes it),
+    are -inf.
 
-    Symbols: q_i, k_i = normalised rows of ``student_logits``, ``teacher_logits``; tau = ``temperature``; the queue's
-    keys = ``queue``, normalised already, of samples ``queue_index``, of which the first ``queue_filled`` count.
-    Shapes: (B, C), (B, C), (B,), (K, C), (K,), () -> (), the mean over B.
+    Differs from the paper: our interpretation of v1, not checked against its authors' code. That rows are L2-normalised
+    follows momentum contrast, whose settings the paper takes over.
 
-    Differs from the paper: a reading of v1, not checked against its authors' code. That rows are L2-normalised follows
-    momentum contrast, whose settings the paper takes over.
+    Args:
+        student_logits: (B, C), whose normalised rows are q.
+        teacher_logits: (B, C), whose normalised rows are k.
+        index: (B,) int64, which sample each row belongs to.
+        queue: (K, C), the queue's keys, normalised already.
+        queue_index: (K,) int64, which sample each key belongs to.
+        queue_filled: (), how many positions, from the first, count.
+        temperature: tau.
+
+    Returns:
+        (), the mean over B.
     """
     queries, keys = normalize(student_logits), normalize(teacher_logits)
     positive = (queries * keys).sum(dim=1, keepdim=True) / temperature  # (B, 1)
@@ -66,10 +84,15 @@ def sample_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: 
 
     Cross-entropy of S_ij = q_i . k_j / tau with label i.
 
-    Symbols: q, k = normalised rows of ``student_logits``, ``teacher_logits``; tau = ``temperature``; b = B.
-    Shapes: (B, C), (B, C) -> (), the mean over B.
+    Differs from the paper: the similarity is the normalised one of Eqs. (2) to (4), as interpreted there.
 
-    Differs from the paper: the similarity is the normalised one of Eqs. (2) to (4), as read there.
+    Args:
+        student_logits: (B, C), whose normalised rows are q; B is the paper's b.
+        teacher_logits: (B, C), whose normalised rows are k.
+        temperature: tau.
+
+    Returns:
+        (), the mean over B.
     """
     sim_BB = similarity(student_logits, teacher_logits, temperature=temperature)
     return F.cross_entropy(sim_BB, torch.arange(len(sim_BB), device=sim_BB.device))
@@ -81,13 +104,18 @@ def category_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor
     The supervised contrastive loss on S without its diagonal: for each i that has other samples of its class, minus the
     mean over those j of log(exp S_ij / sum over a != i of exp S_ia); the mean over such i, 0 when there is none.
 
-    Symbols: q, k = normalised rows of ``student_logits``, ``teacher_logits``; tau = ``temperature``; classes =
-    ``target``.
-    Shapes: (B, C), (B, C), (B,) -> ().
+    Differs from the paper: our interpretation of v1, not checked against its authors' code: Khosla et al.,
+    arXiv:2004.11362, Eq. (2), whose denominator holds positives and negatives alike. One with that positive and the
+    negatives alone is equally possible.
 
-    Differs from the paper: a reading of v1, not checked against its authors' code: Khosla et al., arXiv:2004.11362,
-    Eq. (2), whose denominator holds positives and negatives alike. One with that positive and the negatives alone is
-    equally open.
+    Args:
+        student_logits: (B, C), whose normalised rows are q.
+        teacher_logits: (B, C), whose normalised rows are k.
+        target: (B,) int64, the true class.
+        temperature: tau.
+
+    Returns:
+        ().
     """
     sim_BB = similarity(student_logits, teacher_logits, temperature=temperature)
     others_BB = ~torch.eye(len(target), dtype=torch.bool, device=target.device)
@@ -111,9 +139,20 @@ def mcld_loss(
 ) -> Tensor:
     """Instance-wise + sample-wise + category-wise, each with weight 1: arXiv:2411.10693v1, Eq. (9).
 
-    Symbols and shapes: those of ``instance_loss``, ``sample_loss`` and ``category_loss``; -> ().
-
     Differs from the paper: nothing beyond what the three terms say; without cross-entropy.
+
+    Args:
+        student_logits: (B, C), whose normalised rows are q.
+        teacher_logits: (B, C), whose normalised rows are k.
+        target: (B,) int64, the true class.
+        index: (B,) int64, which sample each row belongs to.
+        queue: (K, C), the queue's keys, normalised already.
+        queue_index: (K,) int64, which sample each key belongs to.
+        queue_filled: (), how many positions, from the first, count.
+        temperature: tau of all three.
+
+    Returns:
+        ().
     """
     return (
         instance_loss(student_logits, teacher_logits, index, queue, queue_index, queue_filled, temperature=temperature)
@@ -133,17 +172,16 @@ class Queue(nn.Module):
     def __init__(self, size: int, num_classes: int) -> None:
         super().__init__()
         self.register_buffer("keys", torch.zeros(size, num_classes))  # (K, C)
-        self.register_buffer("index", torch.full((size,), -1))  # (K,) int64, whose row each slot holds; -1 nobody's
-        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))  # the slot to write next
-        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))  # how many slots hold a row
+        self.register_buffer("index", torch.full((size,), -1))  # (K,) int64, of which sample; -1: of none
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))  # the position to write next
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))  # how many positions hold a key
 
-    @torch.no_grad()
     def push(self, keys: Tensor, index: Tensor) -> None:
-        """Write (B, C) rows and their (B,) samples over the oldest slots; B is at most K."""
+        """Write ``keys`` (B, C) and their samples ``index`` (B,) over the oldest positions; B is at most K."""
         size = len(self.keys)
-        slots = (self.pointer + torch.arange(len(index), device=index.device)) % size
-        self.keys.index_copy_(0, slots, keys.to(self.keys.dtype))
-        self.index.index_copy_(0, slots, index)
+        positions = (self.pointer + torch.arange(len(index), device=index.device)) % size
+        self.keys.index_copy_(0, positions, keys.to(self.keys.dtype))
+        self.index.index_copy_(0, positions, index)
         self.pointer.add_(len(index)).remainder_(size)
         self.filled.add_(len(index)).clamp_(max=size)
 
@@ -156,7 +194,7 @@ class MCLD(Distiller):
 
     Args:
         temperature: tau of the three similarities.
-        queue_size: K, slots of the queue, at least the batch size; None for the number of training samples.
+        queue_size: K, positions of the queue, at least the batch size; None for the number of training samples.
         instance: False switches the instance-wise term, and its queue, off.
         sample: False switches the sample-wise term off.
         category: False switches the category-wise term off.
@@ -181,7 +219,6 @@ class MCLD(Distiller):
         self.require_a_term(instance=instance, sample=sample, category=category)
         self.temperature, self.sample, self.category = temperature, sample, category
         self.queue = Queue(_checked_size(queue_size, data), data.num_classes) if instance else None
-        self._arrivals: tuple[Tensor, Tensor] | None = None  # this step's keys (B, C) and samples (B,)
 
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
         """``instance``, ``sample`` and ``category``, whichever is on."""
@@ -190,19 +227,16 @@ class MCLD(Distiller):
         if self.queue is not None:
             queue = self.queue.keys, self.queue.index, self.queue.filled
             terms["instance"] = instance_loss(*logits, signals.index, *queue, temperature=tau)
-            if self.training and torch.is_grad_enabled():
-                self._arrivals = normalize(signals.teacher_logits).detach(), signals.index
         if self.sample:
             terms["sample"] = sample_loss(*logits, temperature=tau)
         if self.category:
             terms["category"] = category_loss(*logits, signals.target, temperature=tau)
         return terms
 
-    def after_step(self) -> None:
-        """The batch joins the queue, once its loss has gone backward."""
-        if self.queue is not None and self._arrivals is not None:
-            self.queue.push(*self._arrivals)
-            self._arrivals = None
+    def after_step(self, signals: Signals) -> None:
+        """The batch, of all processes, joins the queue."""
+        if self.queue is not None:
+            self.queue.push(normalize(self.gather(signals.teacher_logits)), self.gather(signals.index))
 
 
 def _checked_size(queue_size: int | None, data: DataInfo) -> int:

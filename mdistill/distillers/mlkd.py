@@ -16,16 +16,23 @@ from mdistill.distillers.kd import kd_loss
 from mdistill.registry import NonNegative, Positive
 
 OWN_VIEW = 3
-"""How many temperatures the strong term of the published code reads the strong view at; at the others, the weak one."""
+"""How many temperatures of the published strong term are for the strong view; the others are for the weak one."""
 
 
 def instance_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperatures: Sequence[float]) -> Tensor:
     """Instance level: sum over k of T_k^2 KL(p^tea_k || p^stu_k).
 
-    Paper: CVPR 2023, instance-level alignment. Symbols: p_k = softmax of the logits at T_k, one of ``temperatures``.
-    Shapes: (B, C), (B, C) -> (), the mean over B.
+    Paper: CVPR 2023, instance-level alignment; p_k is the softmax of the logits at T_k.
 
     Differs from the paper: the mean over samples in place of their sum, and the factor T_k^2, as in the published code.
+
+    Args:
+        student_logits: (B, C), of p^stu.
+        teacher_logits: (B, C), of p^tea.
+        temperatures: T_k.
+
+    Returns:
+        (), the mean over B.
     """
     total = student_logits.new_zeros(())
     for temperature in temperatures:
@@ -36,8 +43,17 @@ def instance_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature
 def batch_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperatures: Sequence[float]) -> Tensor:
     """Batch level: (1 / B) sum over k of |G^tea_k - G^stu_k|^2, with G_k = p_k p_k^T, (B, B).
 
-    Paper: CVPR 2023, batch-level alignment. Symbols: p_k, (B, C), as in ``instance_loss``; | | the Frobenius norm.
-    Shapes: (B, C), (B, C) -> (). Differs from the paper: nothing.
+    Paper: CVPR 2023, batch-level alignment; p_k, (B, C), as in ``instance_loss``; | | is the Frobenius norm.
+
+    Differs from the paper: nothing.
+
+    Args:
+        student_logits: (B, C), of p^stu.
+        teacher_logits: (B, C), of p^tea.
+        temperatures: T_k.
+
+    Returns:
+        ().
     """
     total = student_logits.new_zeros(())
     for temperature in temperatures:
@@ -49,8 +65,17 @@ def batch_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperatures: 
 def class_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperatures: Sequence[float]) -> Tensor:
     """Class level: (1 / C) sum over k of |M^tea_k - M^stu_k|^2, with M_k = p_k^T p_k, (C, C).
 
-    Paper: CVPR 2023, class-level alignment. Symbols: p_k, (B, C), as in ``instance_loss``; | | the Frobenius norm.
-    Shapes: (B, C), (B, C) -> (). Differs from the paper: nothing.
+    Paper: CVPR 2023, class-level alignment; p_k, (B, C), as in ``instance_loss``; | | is the Frobenius norm.
+
+    Differs from the paper: nothing.
+
+    Args:
+        student_logits: (B, C), of p^stu.
+        teacher_logits: (B, C), of p^tea.
+        temperatures: T_k.
+
+    Returns:
+        ().
     """
     total = student_logits.new_zeros(())
     for temperature in temperatures:
@@ -59,18 +84,23 @@ def class_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperatures: 
     return total / student_logits.shape[1]
 
 
-def uncertain_shares(teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Which share of the samples, and of the classes, has a teacher's confidence of at most the median.
+def uncertain_fractions(teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Which fraction of the samples, and of the classes, has a teacher's confidence of at most the median.
 
     A sample's confidence is its largest probability, a class's is the sum of its probabilities over the batch, both
-    unsoftened. With an even number of them, and no ties at the median, the share is 1/2.
-    Shapes: (B, C) -> (), ().
+    unsoftened. With an even number of them, and no ties at the median, the fraction is 1/2.
 
     Differs from the paper, which has no such factor: the published code means to keep the uncertain samples and
     classes, but masks terms that are averages already, so that the masks' means multiply these.
+
+    Args:
+        teacher_logits: (B, C).
+
+    Returns:
+        (), (): of the samples, of the classes.
     """
     probs = F.softmax(teacher_logits, dim=1)
-    return _share_up_to_median(probs.amax(dim=1)), _share_up_to_median(probs.sum(dim=0))
+    return _fraction_up_to_median(probs.amax(dim=1)), _fraction_up_to_median(probs.sum(dim=0))
 
 
 def levels(
@@ -83,7 +113,15 @@ def levels(
 ) -> dict[str, Tensor]:
     """``instance``, ``class`` and ``batch`` of one view; the first of standardised logits, where there are any.
 
-    Shapes: four times (B, C) -> () each.
+    Args:
+        student_logits: (B, C), standardised where that is asked for.
+        teacher_logits: (B, C), the same.
+        raw_student_logits: (B, C).
+        raw_teacher_logits: (B, C).
+        temperatures: T_k.
+
+    Returns:
+        () each.
     """
     raw = raw_student_logits, raw_teacher_logits
     return {
@@ -101,16 +139,25 @@ def weak_view_terms(
     *,
     temperatures: Sequence[float],
 ) -> dict[str, Tensor]:
-    """``instance``, ``class`` and ``batch`` of one view, each times its ``uncertain_shares``; all before the weight.
+    """``instance``, ``class`` and ``batch`` of one view, each times its ``uncertain_fractions``, before the weight.
 
     Standardised logits, where there are any, go to the instance level alone (Sun et al., arXiv:2403.01427, in its
-    published code); the other levels and the shares read the raw ones.
-    Shapes: four times (B, C) -> () each.
+    published code); the other levels and the fractions are of the raw ones.
+
+    Args:
+        student_logits: (B, C), standardised where that is asked for.
+        teacher_logits: (B, C), the same.
+        raw_student_logits: (B, C).
+        raw_teacher_logits: (B, C).
+        temperatures: T_k.
+
+    Returns:
+        () each.
     """
-    samples, classes = uncertain_shares(raw_teacher_logits)
-    shares = {"instance": samples, "class": classes, "batch": samples}
+    samples, classes = uncertain_fractions(raw_teacher_logits)
+    fractions = {"instance": samples, "class": classes, "batch": samples}
     terms = levels(student_logits, teacher_logits, raw_student_logits, raw_teacher_logits, temperatures=temperatures)
-    return {name: shares[name] * term for name, term in terms.items()}
+    return {name: fractions[name] * term for name, term in terms.items()}
 
 
 def strong_view_loss(
@@ -123,10 +170,18 @@ def strong_view_loss(
 ) -> Tensor:
     """The instance level of the strong view at the first three temperatures, and of the weak view at the others.
 
-    Shapes: four times (B, C) -> (), the mean over B.
-
     Differs from the paper, which knows no such exchange of views: it is in the published code, as is that the class and
     batch levels of the strong view are computed and not added.
+
+    Args:
+        student_logits: (B, C), of the weak view.
+        teacher_logits: (B, C), of the weak view.
+        strong_student_logits: (B, C), of the strong view.
+        strong_teacher_logits: (B, C), of the strong view.
+        temperatures: T_k.
+
+    Returns:
+        (), the mean over B.
     """
     own = instance_loss(strong_student_logits, strong_teacher_logits, temperatures=temperatures[:OWN_VIEW])
     return own + instance_loss(student_logits, teacher_logits, temperatures=temperatures[OWN_VIEW:])
@@ -141,14 +196,14 @@ class MLKD(Distiller):
     the sum of both views'. Standardised logits, if asked for, reach the instance level alone.
 
     Differs from the paper: "published" is the effective loss of the published code: ``weak_view_terms`` and
-    ``strong_view_loss``. "paper" is a reading of the equations, which name no views: every level at every temperature
-    of both views, each of its own, without factors.
+    ``strong_view_loss``. "paper" is our interpretation of the equations, which name no views: every level at every
+    temperature of both views, each of its own, without factors.
 
     Args:
         kd_weight: weight of all levels; 0 leaves them out.
         temperature: the first of the K temperatures.
         extra_temperatures: the others.
-        reading: "published" or "paper".
+        variant: "published" or "paper".
     """
 
     needs = Needs(teacher="logits", views=2, labels="none")
@@ -162,12 +217,12 @@ class MLKD(Distiller):
         kd_weight: NonNegative,
         temperature: Positive,
         extra_temperatures: list[Positive],
-        reading: Literal["published", "paper"],
+        variant: Literal["published", "paper"],
         **shared: Any,
     ) -> None:
         super().__init__(student, teacher, data, **shared)
         self.require_a_term(kd_weight=kd_weight)
-        self.kd_weight, self.temperatures, self.reading = kd_weight, (temperature, *extra_temperatures), reading
+        self.kd_weight, self.temperatures, self.variant = kd_weight, (temperature, *extra_temperatures), variant
 
     def task(self, signals: Signals) -> dict[str, Tensor]:
         """``ce`` and ``ce_strong``, on the raw logits of each view."""
@@ -176,7 +231,7 @@ class MLKD(Distiller):
         return {**super().task(signals), **strong}
 
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
-        """As published ``instance``, ``class``, ``batch`` and ``strong``; of the paper these three for each view."""
+        """Published: ``instance``, ``class``, ``batch`` and ``strong``; of the paper: the first three for each view."""
         strong = signals.strong
         if self.kd_weight == 0:
             return {}
@@ -185,7 +240,7 @@ class MLKD(Distiller):
             (view.student_logits, view.teacher_logits, view.raw_student_logits, view.raw_teacher_logits)
             for view in (signals, strong)
         )
-        if self.reading == "published":
+        if self.variant == "published":
             terms = weak_view_terms(*weak_logits, temperatures=self.temperatures)
             instances = *weak_logits[:2], *strong_logits[:2]
             terms["strong"] = strong_view_loss(*instances, temperatures=self.temperatures)
@@ -196,7 +251,7 @@ class MLKD(Distiller):
         return {name: self.kd_weight * term for name, term in terms.items()}
 
 
-def _share_up_to_median(confidence: Tensor) -> Tensor:
+def _fraction_up_to_median(confidence: Tensor) -> Tensor:
     """The median is the mean of the middle two where there are two: (N,) -> ()."""
     ordered = confidence.sort().values
     middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2

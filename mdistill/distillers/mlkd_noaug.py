@@ -17,9 +17,9 @@ from mdistill.registry import NonNegative, Positive
 class MLKDNoAug(Distiller):
     """``ce_weight`` CE + ``kd_weight`` (instance + class + batch level), all of one view of the images.
 
-    Differs from the paper: the second, strongly augmented view and its instance term are left out; the shares of
-    ``uncertain_shares`` multiply the three levels, as in the published code; standardised logits, if asked for, reach
-    the instance level alone.
+    Differs from the paper: the second, strongly augmented view and its instance term are left out;
+    ``uncertain_fractions`` multiply the three levels, as in the published code; standardised logits, if asked for,
+    reach the instance level alone.
 
     Args:
         kd_weight: weight of all three levels; 0 leaves them out.

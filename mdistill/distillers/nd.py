@@ -28,11 +28,16 @@ def nd_loss(student_features: Tensor, teacher_features: Tensor, class_means: Ten
     longer along it; a longer one only turns towards it. Between 0 and 2; 0 for a student along e_y that is no shorter
     than the teacher.
 
-    Symbols: f^s = ``student_features``, f^t = ``teacher_features``, both of one sample; c = ``class_means`` of the
-    teacher; y = ``target``.
-    Shapes: (B, D), (B, D), (C, D), (B,) -> (), the mean over B.
-
     Differs from the paper: nothing but the guard against norms of 0.
+
+    Args:
+        student_features: (B, D), f^s.
+        teacher_features: (B, D), f^t.
+        class_means: (C, D), c, of the teacher's features.
+        target: (B,) int64, y.
+
+    Returns:
+        (), the mean over B.
     """
     directions = F.normalize(class_means, dim=1, eps=EPSILON).index_select(0, target)  # (B, D)
     norms = torch.maximum(
@@ -45,7 +50,15 @@ def running_means(means: Tensor, counts: Tensor, features: Tensor, target: Tenso
     """The class means, and how many features each rests on, once ``features`` are counted in.
 
     Exact: after any number of batches each mean is that of all features of its class; 0 where none came.
-    Shapes: (C, D), (C,), (B, D), (B,) -> (C, D), (C,).
+
+    Args:
+        means: (C, D), so far.
+        counts: (C,), so far.
+        features: (B, D).
+        target: (B,) int64, the class of each.
+
+    Returns:
+        (C, D), (C,): the new means and counts.
     """
     member = class_mask(target, len(means)).to(features.dtype)  # (B, C)
     arrived = member.sum(dim=0)  # (C,)
@@ -93,7 +106,6 @@ class ND(Distiller):
         self.embedding = nn.Identity() if same else nn.Linear(student_width, teacher_width)
         self.register_buffer("class_means", torch.zeros(data.num_classes, teacher_width))
         self.register_buffer("class_counts", torch.zeros(data.num_classes))
-        self._arrived: tuple[Tensor, Tensor] | None = None  # class means and counts with this step's batch
 
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
         """``kd`` and ``nd``, whichever has a weight."""
@@ -103,20 +115,25 @@ class ND(Distiller):
             terms["kd"] = self.kd_weight * loss
         if self.nd_weight:
             assert signals.student_features is not None  # what ``needs`` asks for
-            assert signals.teacher_features is not None
             dtype = signals.student_logits.dtype
             student = self.embedding(signals.student_features.pooled.to(dtype))
-            teacher = signals.teacher_features.pooled.to(dtype)
-            with torch.no_grad():
-                means, counts = running_means(self.class_means, self.class_counts, teacher, signals.target)
-            if self.training and torch.is_grad_enabled():
-                self._arrived = means, counts
-            terms["nd"] = self.nd_weight * nd_loss(student, teacher, means.to(dtype), signals.target)
+            means = self._means(signals)[0].to(dtype)
+            terms["nd"] = self.nd_weight * nd_loss(student, _teacher_features(signals), means, signals.target)
         return terms
 
-    def after_step(self) -> None:
-        """The class means take the batch in."""
-        if self._arrived is not None:
-            self.class_means.copy_(self._arrived[0])
-            self.class_counts.copy_(self._arrived[1])
-            self._arrived = None
+    def after_step(self, signals: Signals) -> None:
+        """The class means take the batch in; computed anew, at the cost of one product (C, B) by (B, D)."""
+        if self.nd_weight:
+            means, counts = self._means(signals)
+            self.class_means.copy_(means)
+            self.class_counts.copy_(counts)
+
+    def _means(self, signals: Signals) -> tuple[Tensor, Tensor]:
+        """Class means (C, D) and counts (C,) with the batch of all processes; nothing in them has a gradient."""
+        features, target = self.gather(_teacher_features(signals)), self.gather(signals.target)
+        return running_means(self.class_means, self.class_counts, features, target)
+
+
+def _teacher_features(signals: Signals) -> Tensor:
+    assert signals.teacher_features is not None  # what ``needs`` asks for
+    return signals.teacher_features.pooled.to(signals.student_logits.dtype)

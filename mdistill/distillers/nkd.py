@@ -17,10 +17,18 @@ from mdistill.registry import NonNegative, Positive
 def target_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
     """Target term: -T_t log S_t, neither of them softened.
 
-    Paper: arXiv:2303.13005, the first term of the normalised loss. T, S: softmax of the teacher's, the student's
-    logits; t = ``target``. Shapes: (B, C), (B, C), (B,) -> (), the mean over B.
+    Paper: arXiv:2303.13005, the first term of the normalised loss; T, S are the softmax of the teacher's and of the
+    student's logits.
 
     Differs from the paper: nothing; without softening also for a temperature other than 1, as in the published code.
+
+    Args:
+        student_logits: (B, C), of S.
+        teacher_logits: (B, C), of T.
+        target: (B,) int64, t.
+
+    Returns:
+        (), the mean over B.
     """
     weight = F.softmax(teacher_logits, dim=1).gather(1, target[:, None])
     return -(weight * F.log_softmax(student_logits, dim=1).gather(1, target[:, None])).mean()
@@ -29,11 +37,19 @@ def target_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) 
 def non_target_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, temperature: float) -> Tensor:
     """Non-target term: -lambda^2 sum over i != t of N(T_i) log N(S_i).
 
-    Paper: arXiv:2303.13005, the second term of the normalised loss before its weight. N(T), N(S): the softmax at
-    lambda over all classes but t, so that both sum to 1; lambda = ``temperature``, t = ``target``.
-    Shapes: (B, C), (B, C), (B,) -> (), the mean over B.
+    Paper: arXiv:2303.13005, the second term of the normalised loss before its weight; N(T), N(S) are the softmax at
+    lambda over all classes but t, so that both sum to 1.
 
     Differs from the paper: nothing. It is the NCKD of DKD plus the entropy of the teacher, a constant.
+
+    Args:
+        student_logits: (B, C), of S.
+        teacher_logits: (B, C), of T.
+        target: (B,) int64, t.
+        temperature: lambda.
+
+    Returns:
+        (), the mean over B.
     """
     keep = ~class_mask(target, student_logits.shape[1])
     weights = masked_log_softmax(teacher_logits / temperature, keep).exp()
@@ -46,10 +62,18 @@ def nkd_loss(
 ) -> Tensor:
     """Target term + gamma non-target term: arXiv:2303.13005, the normalised loss.
 
-    Symbols: gamma = ``gamma``, lambda = ``temperature``. Shapes: (B, C), (B, C), (B,) -> ().
-
     Differs from the paper: nothing; without the cross-entropy with the labels that its total adds. One published state
     of its code marks the true class wrongly and keeps it in the non-target term; the equation does not.
+
+    Args:
+        student_logits: (B, C), of S.
+        teacher_logits: (B, C), of T.
+        target: (B,) int64, t.
+        gamma: weight of the non-target term.
+        temperature: lambda.
+
+    Returns:
+        (), the mean over B.
     """
     return target_loss(student_logits, teacher_logits, target) + gamma * non_target_loss(
         student_logits, teacher_logits, target, temperature=temperature

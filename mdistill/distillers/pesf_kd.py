@@ -15,14 +15,14 @@ from mdistill.registry import NonNegative, Positive, PositiveInt
 
 
 class Adapter(nn.Module):
-    """z + W2 relu(W1 z + b1) + b2, which changes how smooth the teacher's soft labels are: (B, C) -> (B, C)."""
+    """z + W2 relu(W1 z + b1) + b2, which changes how smooth the teacher's soft targets are."""
 
     def __init__(self, num_classes: int, hidden: int) -> None:
         super().__init__()
         self.down, self.up = nn.Linear(num_classes, hidden), nn.Linear(hidden, num_classes)
 
     def forward(self, logits: Tensor) -> Tensor:
-        """The teacher's logits to softer or sharper ones."""
+        """The teacher's ``logits`` (B, C) to softer or sharper ones (B, C)."""
         adapted: Tensor = logits + self.up(F.relu(self.down(logits)))
         return adapted
 

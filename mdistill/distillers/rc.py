@@ -15,9 +15,16 @@ from mdistill.registry import NonNegative, Positive
 
 
 def correct(logits: Tensor, target: Tensor) -> Tensor:
-    """The true class gets its own entry plus the row's largest: (B, C), (B,) -> (B, C), without gradient.
+    """The true class gets its own entry plus the row's largest, without gradient.
 
     The true class then leads wherever its own entry is positive. A constant added to the row adds to its gain too.
+
+    Args:
+        logits: (B, C).
+        target: (B,) int64, the true class.
+
+    Returns:
+        (B, C).
     """
     logits = logits.detach()
     return logits + logits.amax(dim=1, keepdim=True) * class_mask(target, logits.shape[1])
@@ -28,10 +35,17 @@ def rc_loss(student_logits: Tensor, target: Tensor, *, temperature: float) -> Te
 
     Paper: doi:10.1109/LSP.2023.3333240, the response correction mechanism: z_rc = z_true + max z takes the place of
     z_true, and p_rc, p are the softmax of both over T.
-    Symbols: z = ``student_logits``, true = ``target``, T = ``temperature``. Shapes: (B, C), (B,) -> (), mean over B.
 
     Differs from the paper: KL in place of its cross-entropy, whose gradient is the same for a fixed p_rc; the factor
     T^2 and the fixed p_rc are those of the code published with Sun et al., arXiv:2408.07703v2.
+
+    Args:
+        student_logits: (B, C), z.
+        target: (B,) int64, the true class.
+        temperature: T.
+
+    Returns:
+        (), the mean over B.
     """
     return kd_loss(student_logits, correct(student_logits, target), temperature=temperature)
 

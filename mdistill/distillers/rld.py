@@ -21,12 +21,19 @@ def sample_confidence_loss(
 ) -> Tensor:
     """SCD = T^2 KL(b^T || b^S): arXiv:2408.07703v2, Eqs. (4) to (6).
 
-    b^T = {max_c p^T_c, 1 - max_c p^T_c} looks at the class that the teacher predicts (Eq. 4),
-    b^S = {p^S_true, 1 - p^S_true} at the true class (Eq. 5).
-    Symbols: z^S = ``student_logits``, z^T = ``teacher_logits``, true = ``target``, tau = ``temperature``.
-    Shapes: (B, C), (B, C), (B,) -> (), the mean over B.
+    b^T = {max_c p^T_c, 1 - max_c p^T_c} is of the class that the teacher predicts (Eq. 4),
+    b^S = {p^S_true, 1 - p^S_true} of the true class (Eq. 5).
 
     Differs from the paper: nothing; on log-probabilities, so that a certain teacher gives no log(0).
+
+    Args:
+        student_logits: (B, C), z^S.
+        teacher_logits: (B, C), z^T.
+        target: (B,) int64, the true class.
+        temperature: tau.
+
+    Returns:
+        (), the mean over B.
     """
     predicted = teacher_logits.argmax(dim=1)
     teacher_log_probs = binary_log_probs(F.log_softmax(teacher_logits / temperature, dim=1), predicted)  # (B, 2)
@@ -41,10 +48,18 @@ def masked_correlation_loss(
 
     M_ge = {i : z^T_i >= z^T_true} (Eq. 7) holds the true class and all that the teacher ranks above it or ties with
     it; M_g of Table 1 (``mask="g"``) has > instead. A row whose classes are all masked adds 0, with gradient 0.
-    Symbols: z^S = ``student_logits``, z^T = ``teacher_logits``, true = ``target``, tau = ``temperature``.
-    Shapes: (B, C), (B, C), (B,) -> (), the mean over all B rows, fully masked ones included.
 
     Differs from the paper: nothing; it does not say what a row without unmasked classes gives.
+
+    Args:
+        student_logits: (B, C), z^S.
+        teacher_logits: (B, C), z^T.
+        target: (B,) int64, the true class.
+        temperature: tau.
+        mask: "ge" or "g".
+
+    Returns:
+        (), the mean over all B rows, fully masked ones included.
     """
     of_target = teacher_logits.gather(1, target[:, None])  # (B, 1)
     keep = teacher_logits < of_target if mask == "ge" else teacher_logits <= of_target
@@ -66,11 +81,21 @@ def rld_loss(
 ) -> Tensor:
     """alpha SCD + beta MCD: arXiv:2408.07703v2, Eq. (10) without its cross-entropy.
 
-    Symbols: alpha, beta = ``alpha``, ``beta``; tau = ``temperature``; the others as in the two terms.
-    Shapes: (B, C), (B, C), (B,) -> ().
-
     Differs from the paper: ``sc_temperature``, when given, is a temperature of SCD alone, as in the published code;
-    by default the terms share one, as in the paper.
+    by default both terms have the same, as in the paper.
+
+    Args:
+        student_logits: (B, C), z^S.
+        teacher_logits: (B, C), z^T.
+        target: (B,) int64, the true class.
+        alpha: weight of SCD.
+        beta: weight of MCD.
+        temperature: tau.
+        sc_temperature: tau of SCD alone; None for the same.
+        mask: "ge" or "g", of MCD.
+
+    Returns:
+        (), the mean over B.
     """
     confidence = sample_confidence_loss(
         student_logits, teacher_logits, target, temperature=temperature if sc_temperature is None else sc_temperature

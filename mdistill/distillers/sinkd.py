@@ -15,10 +15,18 @@ from mdistill.registry import NonNegative, Positive, PositiveInt
 
 
 def transport_plan(cost: Tensor, *, regularization: float, iterations: int) -> Tensor:
-    """Sinkhorn's plan for ``cost`` and uniform marginals, of total mass 1: (N, N) -> (N, N).
+    """Sinkhorn's plan for ``cost`` and uniform marginals, of total mass 1.
 
     Starts from exp(-cost / regularization) and scales rows, then columns, to sum 1 / N, ``iterations`` times; in logs,
     so that no kernel underflows. Columns are exact at the end, rows nearly.
+
+    Args:
+        cost: (N, N).
+        regularization: lambda.
+        iterations: how often rows and columns are scaled.
+
+    Returns:
+        (N, N).
     """
     log_plan = -cost / regularization
     for _ in range(iterations):
@@ -33,13 +41,20 @@ def sinkhorn_loss(
     """Batch-wise Sinkhorn distance <P, D> between the softened outputs: arXiv:2402.17110, the batch-wise reformulation.
 
     D_ij = |p^s_i - p^t_j|_1, student sample i against teacher sample j; P = Sinkhorn's plan between them. The gradient
-    flows through D and through P.
-    Symbols: logits of p^s = ``student_logits``, of p^t = ``teacher_logits``; tau = ``temperature``; lambda =
-    ``regularization``; the number of Sinkhorn iterations = ``iterations``.
-    Shapes: (B, C), (B, C) -> (). Memory and time: B^2 C for the gradient of D.
+    flows through D and through P. Memory and time: B^2 C for the gradient of D.
 
     Differs from the paper: P has mass 1, not B, so that the loss is a mean over B like every other here and does not
     grow with the batch: B times this is the paper's.
+
+    Args:
+        student_logits: (B, C), of p^s.
+        teacher_logits: (B, C), of p^t.
+        temperature: tau, which softens both.
+        regularization: lambda.
+        iterations: how often rows and columns of the plan are scaled.
+
+    Returns:
+        ().
     """
     student, teacher = (student_logits / temperature).softmax(dim=1), (teacher_logits / temperature).softmax(dim=1)
     cost = torch.cdist(student, teacher, p=1.0)  # (B, B)

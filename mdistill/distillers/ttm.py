@@ -19,10 +19,16 @@ def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, *, power: float) ->
 
     p^t_T = (p^t)^gamma, normalised (Eq. 7): the teacher at temperature T = 1 / gamma (Eq. 9). The student is not
     softened, and there is no factor T^2.
-    Symbols: logits of q = ``student_logits``, of p^t = ``teacher_logits``; gamma = ``power``.
-    Shapes: (B, C), (B, C) -> (), the mean over B.
 
     Differs from the paper: nothing; without the cross-entropy and the weight beta.
+
+    Args:
+        student_logits: (B, C), of q.
+        teacher_logits: (B, C), of p^t.
+        power: gamma.
+
+    Returns:
+        (), the mean over B.
     """
     return kl_divergence(F.log_softmax(power * teacher_logits, dim=1), F.log_softmax(student_logits, dim=1))
 

@@ -25,10 +25,17 @@ SMOOTHING = 0.1
 def target_label_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Target-class term: -P_y log s_y, with the smoothed soft label P_y = s_y^2 + 1 - mean over the batch of s_y^2.
 
-    Paper: arXiv:2303.13005, the self-distillation part; the labels are 1 here, since there is no mixing of images.
-    Symbols: z = ``logits``, y = ``target``. Shapes: (B, C), (B,) -> (), the mean over B. P has no gradient.
+    Paper: arXiv:2303.13005, the self-distillation part; the labels are 1 here, since there is no mixing of images. P
+    has no gradient.
 
     Differs from the paper: nothing known; as in the published code.
+
+    Args:
+        logits: (B, C), of s.
+        target: (B,) int64, y.
+
+    Returns:
+        (), the mean over B.
     """
     log_prob = F.log_softmax(logits, dim=1).gather(1, target[:, None]).squeeze(1)  # (B,)
     square = (2 * log_prob.detach()).exp()
@@ -39,11 +46,18 @@ def rank_labels(logits: Tensor, weak_logits: Tensor, target: Tensor) -> Tensor:
     """Soft labels of the non-target classes: (1/r) / sum of 1/r, where r = 1, 2, ... ranks them (Zipf's law).
 
     Ranked by s_i / (1 - s_y) + w_i / (1 - w_y), the highest first, a tie by the number of the class.
-    Paper: arXiv:2303.13005. Symbols: z = ``logits``, logits of w = ``weak_logits``, y = ``target``.
-    Shapes: (B, C), (B, C), (B,) -> (B, C), 0 at the target, the rest sums to 1.
+    Paper: arXiv:2303.13005.
 
     Differs from the published code, which ranks the target too, so that the ranks skip its place, and which adds
     log-probabilities of s, divided by 1 - log s_y, to probabilities of w. Here both are normalised the same way.
+
+    Args:
+        logits: (B, C), of s.
+        weak_logits: (B, C), of w.
+        target: (B,) int64, y.
+
+    Returns:
+        (B, C), 0 at the target, the rest sums to 1.
     """
     others = ~class_mask(target, logits.shape[1])
     score = masked_log_softmax(logits, others).exp() + masked_log_softmax(weak_logits, others).exp()
@@ -56,9 +70,17 @@ def rank_labels(logits: Tensor, weak_logits: Tensor, target: Tensor) -> Tensor:
 def non_target_label_loss(logits: Tensor, weak_logits: Tensor, target: Tensor) -> Tensor:
     """Non-target term: cross-entropy of the softmax over all classes but y with ``rank_labels``.
 
-    Paper: arXiv:2303.13005. Shapes: (B, C), (B, C), (B,) -> (), the mean over B. The labels have no gradient.
+    Paper: arXiv:2303.13005. The labels have no gradient.
 
     Differs from the paper: nothing known beyond what ``rank_labels`` says.
+
+    Args:
+        logits: (B, C), of s.
+        weak_logits: (B, C), of w.
+        target: (B,) int64, y.
+
+    Returns:
+        (), the mean over B.
     """
     labels = rank_labels(logits.detach(), weak_logits.detach(), target)
     log_probs = masked_log_softmax(logits, ~class_mask(target, logits.shape[1]))
@@ -66,9 +88,16 @@ def non_target_label_loss(logits: Tensor, weak_logits: Tensor, target: Tensor) -
 
 
 def weak_loss(weak_logits: Tensor, target: Tensor) -> Tensor:
-    """Weak supervision: cross-entropy of the weak head with labels smoothed by 0.1: (B, C), (B,) -> ().
+    """Weak supervision: cross-entropy of the weak head with labels smoothed by 0.1; arXiv:2303.13005.
 
-    Paper: arXiv:2303.13005. Differs from the paper: nothing known; the 0.1 is the published code's.
+    Differs from the paper: nothing known; the 0.1 is the published code's.
+
+    Args:
+        weak_logits: (B, C), of w.
+        target: (B,) int64, y.
+
+    Returns:
+        (), the mean over B.
     """
     return F.cross_entropy(weak_logits, target, label_smoothing=SMOOTHING)
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mdistill.data.batch import DataInfo
 from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
+from mdistill.distillers.functional import kl_divergence_per_sample
 from mdistill.registry import NonNegative, Positive
 
 
@@ -20,16 +21,20 @@ def wttm_loss(student_logits: Tensor, teacher_logits: Tensor, *, power: float) -
 
     p^t_T = (p^t)^gamma / U_gamma(p^t) is the transformed teacher. For gamma < 1, U is 1 where the teacher is certain
     and C^(1 - gamma) where it is uniform. Without student temperature and without a factor T^2.
-    Symbols: logits of q = ``student_logits``, of p^t = ``teacher_logits``; gamma = 1 / T = ``power``.
-    Shapes: (B, C), (B, C) -> (), the mean over B.
 
     Differs from the paper: nothing; without the cross-entropy and the weight beta. On log-probabilities.
+
+    Args:
+        student_logits: (B, C), of q.
+        teacher_logits: (B, C), of p^t.
+        power: gamma, 1 / T.
+
+    Returns:
+        (), the mean over B.
     """
     powers = power * F.log_softmax(teacher_logits, dim=1)  # (B, C), log p^gamma
     log_sums = powers.logsumexp(dim=1, keepdim=True)  # (B, 1), log U
-    divergences = F.kl_div(
-        F.log_softmax(student_logits, dim=1), powers - log_sums, log_target=True, reduction="none"
-    ).sum(dim=1)
+    divergences = kl_divergence_per_sample(powers - log_sums, F.log_softmax(student_logits, dim=1))
     return (log_sums.squeeze(1).exp() * divergences).mean()
 
 

@@ -1,5 +1,6 @@
-"""From a configuration to the objects of a run, each checked before anything is written."""
+"""From a checked configuration to the objects of a run; whatever does not fit is told before anything is written."""
 
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,20 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from mdistill import distributed
 from mdistill.config import Config, MemberConfig, TeacherConfig
-from mdistill.data import DATASETS, Batch, DataInfo, Dataset
+from mdistill.data import DATASETS, Batch, DataInfo, Dataset, StreamedDataset
 from mdistill.data.sampling import derive_seed
-from mdistill.distillers import DISTILLERS, Distiller
+from mdistill.distillers import DISTILLERS, Distiller, Needs
 from mdistill.engine.cuda_graph import choose_engine
 from mdistill.engine.evaluate import evaluate
-from mdistill.engine.teacher import KEPT, FrozenTeacher
-from mdistill.engine.teacher_cache import NoRoom, TeacherTable
+from mdistill.engine.logit_cache import LogitCache
+from mdistill.engine.teacher import CACHE_DTYPES, FrozenTeacher, open_cache
 from mdistill.errors import UserError
 from mdistill.models import MODELS
 from mdistill.models.ensemble import Ensemble
 from mdistill.models.teachers import locate, verify_top1
 from mdistill.models.weights import fingerprint, load_weights
-from mdistill.optim.solvers import SOLVERS, Solver
+from mdistill.optim import SOLVERS, Solver
+from mdistill.optim.averaging import AveragedNetwork
 from mdistill.precision import Precision, require_precision, set_numerics
 
 UNCALIBRATED = "trained without cross-entropy: the scale of its logits is free and its test loss not comparable"
@@ -32,11 +35,17 @@ UNCALIBRATED = "trained without cross-entropy: the scale of its logits is free a
 
 @dataclass
 class Trial:
-    """One seed of a configuration: its own student, method state and optimiser."""
+    """One seed of a configuration: its own student, method state, optimiser and averages of weights."""
 
     config: Config
     distiller: Distiller
     solver: Solver
+    averages: dict[str, AveragedNetwork]  # of the headline student's weights, by name
+
+    @property
+    def students(self) -> dict[str, nn.Module]:
+        """The networks to evaluate and export; the first is the headline."""
+        return {**self.distiller.students(), **{name: average.network for name, average in self.averages.items()}}
 
 
 @dataclass
@@ -47,9 +56,9 @@ class Experiment:
     dataset: Dataset
     device: torch.device
     fingerprints: dict[str, str]  # SHA-256 of the data and of the teacher's weights, which a resumed run must share
-    facts: dict[str, Any] = field(default_factory=dict)  # for env.json
-    teacher: FrozenTeacher | None = None  # where the engine asks the teacher itself
-    table: TeacherTable | None = None  # its answers, kept between runs
+    metadata: dict[str, Any] = field(default_factory=dict)  # for env.json
+    teacher: FrozenTeacher | None = None  # where its logits are computed ahead of the steps
+    cache: LogitCache | None = None  # of its logits, shared between runs
     teacher_note: str = ""  # which of these it is, and why
 
 
@@ -76,7 +85,7 @@ def pick_device(name: str | None) -> torch.device:
 
 def build_dataset(config: Config, *, data_root: Path, download: bool) -> Dataset:
     """The configured data set, with its hold-out."""
-    dataset = DATASETS.build(config.data.name, data_root, download, where="data", **config.data.arguments)
+    dataset = DATASETS.get(config.data.name)(data_root, download, **config.data.arguments)
     return dataset.hold_out(config.data.holdout)
 
 
@@ -113,26 +122,31 @@ def build_teacher(config: Config, info: DataInfo) -> nn.Module | None:
 
 
 def build_distiller(config: Config, info: DataInfo, teacher: nn.Module | None) -> Distiller:
-    """Student (initial weights) and method around ``teacher``, on torch's default device."""
-    needs = DISTILLERS.get(config.distiller.name).needs  # type: ignore[attr-defined]
+    """Student (initial weights) and method around ``teacher``, on torch's default device.
+
+    Raises:
+        UserError: the method needs what the data set, the mixing or a network does not give.
+    """
+    needs: Needs = DISTILLERS.get(config.distiller.name).needs  # type: ignore[attr-defined]
+    method, mixing = config.distiller.name, config.data.mixing
     if needs.views > 1 and not info.strong_views:
         raise UserError(
-            f"distiller.name: {config.distiller.name!r} needs a second, strongly augmented view of each image and the"
+            f"distiller.name: {method!r} needs a second, strongly augmented view of each image and the"
             f" data set {config.data.name!r} gives one view"
         )
-    if config.data.mixing is not None and needs.labels == "hard":
+    if mixing is not None and needs.labels == "hard":
         raise UserError(
-            f"data.mixing: {config.data.mixing.name!r} gives an image shares of two classes and the method"
-            f" {config.distiller.name!r} needs one class an image; remove data.mixing or take another method"
+            f"data.mixing: {mixing.name!r} gives an image shares of two classes and the method {method!r} needs one"
+            " class per image; remove data.mixing or take another method"
         )
-    if config.data.mixing is not None and needs.views > 1:
+    if mixing is not None and needs.views > 1:
         raise UserError(
-            f"data.mixing: images are mixed in one view and the method {config.distiller.name!r} needs two;"
+            f"data.mixing: images are mixed in one view and the method {method!r} needs two;"
             " remove data.mixing or take another method"
         )
     if needs.teacher == "features" and isinstance(teacher, Ensemble):
         raise UserError(
-            f"teacher.ensemble: the method {config.distiller.name!r} reads the teacher's features, and several networks"
+            f"teacher.ensemble: the method {method!r} reads the teacher's features, and several networks"
             " share none; remove teacher.ensemble or take another method"
         )
     student = build_network("student", config.student.name, config.student.arguments, info, seed=config.seed)
@@ -142,13 +156,28 @@ def build_distiller(config: Config, info: DataInfo, teacher: nn.Module | None) -
     ):
         if features and network is not None and not hasattr(network, "forward_features"):
             name = getattr(config, section).name
-            raise UserError(
-                f"{section}.name: {config.distiller.name!r} reads features and {name!r} has no forward_features"
-            )
+            raise UserError(f"{section}.name: {method!r} reads features and {name!r} has no forward_features")
     with _seeded(config.seed, "distiller"):
-        return DISTILLERS.build(
-            config.distiller.name, student, teacher, info, where="distiller", **config.distiller.arguments
-        )
+        distiller = DISTILLERS.get(method)(student, teacher, info, **config.distiller.arguments)
+    distiller.seed = config.seed
+    return distiller
+
+
+def build_students(config: Config, info: DataInfo) -> dict[str, nn.Module]:
+    """What a run of ``config`` evaluates and exports, by name, with initial weights: what its files load into."""
+    students = build_distiller(config, info, build_teacher(config, info)).students()
+    headline = next(iter(students.values()))
+    return students | {name: copy.deepcopy(headline) for name in averages_of(config, headline)}
+
+
+def averages_of(config: Config, network: nn.Module) -> dict[str, AveragedNetwork]:
+    """The averages of the weights of ``network`` that ``config`` asks for."""
+    averages = {}
+    if config.solver.ema_decay is not None:
+        averages["ema"] = AveragedNetwork(network, decay=config.solver.ema_decay)
+    if config.solver.average_from is not None:
+        averages["average"] = AveragedNetwork(network, first_epoch=config.solver.average_from)
+    return averages
 
 
 def build(
@@ -166,7 +195,7 @@ def build(
 
     Args:
         configs: one for each trial; they differ in ``seed`` alone.
-        cache_root: folder of the tables of teacher logits; None keeps none.
+        cache_root: folder of the logit caches; None caches none.
         check_teacher: compare the teacher's accuracy with ``teacher.expected_top1``; what was measured once is
             remembered under ``output_root``.
 
@@ -188,30 +217,41 @@ def build(
     teacher = build_teacher(config, info)
     distillers = [build_distiller(each, info, teacher) for each in configs]
     fingerprints = {"data": dataset.fingerprint()}
-    facts: dict[str, Any] = {"data": {"fingerprint": fingerprints["data"], "notes": list(dataset.notes)}}
+    metadata: dict[str, Any] = {"data": {"fingerprint": fingerprints["data"], "notes": list(dataset.notes)}}
     prints = []
     if config.teacher is not None and teacher is not None:
         for network, member, source in zip(_members(teacher), config.teacher.members, sources, strict=True):
             load_weights(network, source, name=member.name, role="teacher")
             prints.append(fingerprint(network.state_dict()))
         fingerprints["teacher"] = prints[0] if len(prints) == 1 else _joined(prints, config.teacher.average)
-        facts["teacher"] = {"path": " + ".join(map(str, sources)), "fingerprint": fingerprints["teacher"]}
+        metadata["teacher"] = {"path": " + ".join(map(str, sources)), "fingerprint": fingerprints["teacher"]}
     if not distillers[0].fits_labels:
-        facts["loss"] = UNCALIBRATED
+        metadata["loss"] = UNCALIBRATED
+    if config.data.mixing is not None and isinstance(dataset, StreamedDataset):
+        raise UserError(f"data.mixing: the images of {config.data.name!r} are streamed and cannot be mixed; remove it")
+    ranks = distributed.world_size()
+    if ranks > 1 and len(configs) > 1:
+        raise UserError(f"--seeds: {len(configs)} trials at once need one process, found {ranks}; give one --seed")
+    if config.data.batch_size % ranks:
+        raise UserError(
+            f"data.batch_size: {config.data.batch_size} images cannot be shared evenly by {ranks} processes;"
+            f" take a multiple of {ranks}"
+        )
     dataset = dataset.to(device)
     trials = []
     for each, distiller in zip(configs, distillers, strict=True):
         distiller = distiller.to(device)
+        averages = averages_of(each, next(iter(distiller.students().values())))
         distiller.student_precision, distiller.teacher_precision = run.precision, teacher_precision
-        solver = SOLVERS.build(each.solver.name, distiller.param_groups(), where="solver", **each.solver.arguments)
+        solver = SOLVERS.get(each.solver.name)(distiller.param_groups(), **each.solver.arguments)
         if run.engine == "compile" and solver.backward_passes > 1:
             raise UserError(
                 "run.engine: what is compiled allows one backward pass a step and the solver"
                 f" {each.solver.name!r} takes {solver.backward_passes}; use auto, eager or graph"
             )
         _try_solver(solver, distiller, info)
-        trials.append(Trial(each, distiller, solver))
-    experiment = Experiment(trials, dataset, device, fingerprints, facts)
+        trials.append(Trial(each, distiller, solver, averages))
+    experiment = Experiment(trials, dataset, device, fingerprints, metadata)
     if config.teacher is not None and teacher is not None:
         if check_teacher:
             batch_size = config.data.eval_batch_size
@@ -229,8 +269,8 @@ def build(
                     _members_of(config.teacher), _members(teacher), sources, prints, strict=True
                 )
             ]
-            facts["teacher"]["top1"] = measured[0] if len(measured) == 1 else measured
-        _ask_teacher(experiment, teacher, cache_root)
+            metadata["teacher"]["top1"] = measured[0] if len(measured) == 1 else measured
+        _place_teacher(experiment, teacher, cache_root)
     return experiment
 
 
@@ -258,7 +298,6 @@ def _try_solver(solver: Solver, distiller: Distiller, info: DataInfo) -> None:
     """Show a solver that asks something of a loss which terms the method has, on two blank images in eval mode."""
     if type(solver).check is Solver.check:
         return
-    drawn = {name: generator.get_state() for name, generator in distiller.generators.items()}
     device = next(distiller.student.parameters()).device
     image = torch.zeros(2, 3, info.image_size, info.image_size, device=device)
     number = torch.arange(2, device=device)
@@ -266,56 +305,39 @@ def _try_solver(solver: Solver, distiller: Distiller, info: DataInfo) -> None:
     distiller.eval()
     solver.check(distiller(Batch(image, number, number, number, strong_image=strong), torch.ones((), device=device)))
     distiller.train()
-    for name, generator in distiller.generators.items():
-        generator.set_state(drawn[name])
 
 
-def _ask_teacher(it: Experiment, teacher: nn.Module, cache_root: Path | None) -> None:
-    """Let the engine ask the teacher ahead of the steps, through a table, where the method leaves room for that."""
-    config, needs = it.trials[0].config, it.trials[0].distiller.needs
-    if needs.teacher != "logits":
-        it.teacher_note = "runs in every step: this method reads more of it than its logits"
-        return
-    if config.data.mixing is not None:
-        it.teacher_note = "runs in every step: images are mixed"
-        return
-    it.teacher = FrozenTeacher(teacher, it.device, config.run.teacher_precision or config.run.precision)
-    if it.dataset.num_views is None:
-        it.teacher_note = "runs on every image: the views of this data set cannot be enumerated"
-        return
-    if cache_root is None:
-        it.teacher_note = "runs on every image: no cache was asked for"
-        return
-    try:
-        it.table = open_table(it, cache_root)
-    except NoRoom as error:
-        it.teacher_note = f"runs on every image, without a cache: {error}"
-        return
-    it.facts["teacher"]["table"] = str(it.table.path)
-    it.teacher_note = (
-        f"logits come from {it.table.path} ({config.run.teacher_logits}, {100 * it.table.filled / it.table.rows:.1f} %"
-        f" of {it.table.rows:,} rows there), an epoch's at a time in {it.device.type} memory; missing ones are computed"
-        f"{'; those of the strong views in every step' if needs.views > 1 else ''}"
-    )
-
-
-def open_table(it: Experiment, cache_root: Path) -> TeacherTable:
-    """The table of ``it.teacher``'s logits under ``cache_root``, made if it is not there.
-
-    Raises:
-        UserError: what is there is another table or damaged, or the folder cannot be written.
-        NoRoom: the disk has no space for it.
-    """
-    assert it.teacher is not None
-    assert it.dataset.num_views is not None
-    identity = {"weights": it.fingerprints["teacher"], "data": it.fingerprints["data"], **it.teacher.identity()}
-    return TeacherTable.open(
-        cache_root,
-        identity,
-        rows=it.dataset.num_samples * it.dataset.num_views,
-        classes=it.dataset.num_classes,
-        dtype=KEPT[it.trials[0].config.run.teacher_logits],
-    )
+def _place_teacher(experiment: Experiment, teacher: nn.Module, cache_root: Path | None) -> None:
+    """Compute the teacher's logits ahead of the steps, through a cache, where the method leaves room for that."""
+    config, needs, dataset = experiment.trials[0].config, experiment.trials[0].distiller.needs, experiment.dataset
+    if needs.teacher_batch_statistics:
+        experiment.teacher_note = "runs in every step: this method has it normalise by the batch"
+    elif needs.teacher != "logits":
+        experiment.teacher_note = "runs in every step: this method reads more of it than its logits"
+    elif config.data.mixing is not None:
+        experiment.teacher_note = "runs in every step: images are mixed"
+    elif isinstance(dataset, StreamedDataset):
+        experiment.teacher_note = "runs in every step: images are streamed"
+    else:
+        experiment.teacher = FrozenTeacher(
+            teacher, experiment.device, config.run.teacher_precision or config.run.precision
+        )
+        if dataset.num_views is None:
+            experiment.teacher_note = "runs on every image: the views of this data set cannot be enumerated"
+        elif cache_root is None:
+            experiment.teacher_note = "runs on every image: no cache was asked for"
+        else:
+            dtype = CACHE_DTYPES[config.run.teacher_logits]
+            experiment.cache = cache = open_cache(
+                experiment.teacher, dataset, cache_root, fingerprints=experiment.fingerprints, cache_dtype=dtype
+            )
+            experiment.metadata["teacher"]["cache"] = str(cache.path)
+            strong = "; those of the strong views in every step" if needs.views > 1 else ""
+            experiment.teacher_note = (
+                f"logits come from the cache {cache.path} ({config.run.teacher_logits},"
+                f" {100 * cache.filled / cache.entries:.1f} % of {cache.entries:,} entries); missing ones are"
+                f" computed{strong}"
+            )
 
 
 @contextmanager

@@ -1,77 +1,128 @@
 """The state of a run at a step boundary: saved whole or not at all, and never when it is not finite."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mdistill import __version__
 from mdistill.config import Config, differences
 from mdistill.distillers import Distiller
-from mdistill.engine.metrics import EpochSums
+from mdistill.engine.metrics import RunningMetrics
 from mdistill.errors import RunFailed, UserError
 from mdistill.files import atomic_write
 from mdistill.models.weights import read_file
+from mdistill.optim.averaging import AveragedNetwork
 from mdistill.optim.solvers import Solver
 
-FORMAT = 1
-KEYS = {"format", "model", "solver", "generators", "progress", "config", "fingerprints", "versions"}
+FORMAT = 2
+KEYS = {"format", "model", "averages", "solver", "progress", "metrics", "config", "fingerprints", "versions"}
 
 
 @dataclass
 class Progress:
     """Where a run is. Between epochs ``step`` is 0 and ``epoch`` the one to come."""
 
-    sums: EpochSums
     epoch: int = 1  # in progress, counted from 1
     step: int = 0  # steps done in it
     seconds: float = 0.0  # training time spent in it so far
     best: dict[str, Any] = field(default_factory=dict)  # of the best epoch so far: epoch, split, top1
 
-    def next_epoch(self) -> None:
-        """Stand before the first step of the next epoch."""
-        self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
-        self.sums.reset()
 
-
-def save(
-    path: Path,
+def state_of(
     distiller: Distiller,
+    averages: Mapping[str, AveragedNetwork],
     solver: Solver,
     progress: Progress,
+    metrics: RunningMetrics,
     *,
     config: Config,
     fingerprints: Mapping[str, str],
-) -> None:
-    """Write the checkpoint atomically.
+) -> dict[str, Any]:
+    """All that the next step depends on, but the teacher; tensors are the live ones.
 
     Args:
-        fingerprints: of what the run depends on and the file does not hold: the data, the teacher's weights.
-
-    Raises:
-        RunFailed: a parameter, buffer or optimiser state is not finite (the old file stays), or the disk is full.
+        fingerprints: of what the run depends on and a checkpoint does not hold: the data, the teacher's weights.
     """
-    model = distiller.training_state()
-    state = {
+    return {
         "format": FORMAT,
-        "model": model,
+        "model": _without_teacher(distiller),
+        "averages": {name: average.state_dict() for name, average in averages.items()},
         "solver": solver.state_dict(),
-        "generators": {name: generator.get_state() for name, generator in distiller.generators.items()},
-        "progress": {
-            "epoch": progress.epoch,
-            "step": progress.step,
-            "seconds": progress.seconds,
-            "best": progress.best,
-            "sums": progress.sums.state_dict(),
-        },
+        "progress": vars(progress).copy(),
+        "metrics": metrics.state_dict(),
         "config": config.resolved(),
         "fingerprints": dict(fingerprints),
         "versions": {"mdistill": __version__, "torch": str(torch.__version__)},
     }
-    _require_finite({"model": model, "solver": state["solver"]}, path)
+
+
+class Snapshot:
+    """A copy of a nest of containers with its tensors on the host; on CUDA they arrive while the device goes on."""
+
+    def __init__(self, state: Any) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._state = self._copy(state)
+        if self._event is not None:
+            self._event.record()
+
+    def get(self) -> Any:
+        """The copy, once it is complete."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._state
+
+    def _copy(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if value.device.type != "cuda":
+                return value.detach().clone()
+            self._event = self._event or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            host = torch.empty_like(value, device="cpu", pin_memory=True)
+            return host.copy_(value.detach(), non_blocking=True)
+        if isinstance(value, Mapping):
+            return {key: self._copy(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._copy(item) for item in value)
+        return value
+
+
+class Writer:
+    """Writes files in a thread, one job after the other, while training goes on.
+
+    What a job raises is raised again by the next ``submit`` or ``wait``.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mdistill-write")
+        self._last: Future[None] | None = None
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Do ``job`` once the one before it has ended well."""
+        self.wait()
+        self._last = self._thread.submit(job)
+
+    def wait(self) -> None:
+        """Until everything is written."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def close(self) -> None:
+        """End the thread, after the job at hand."""
+        self._thread.shutdown(wait=True)
+
+
+def write(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a ``state_of`` whose tensors are on the host, all or nothing.
+
+    Raises:
+        RunFailed: a parameter, buffer or optimiser state is not finite (the old file stays), or the disk is full.
+    """
+    _require_finite({key: state[key] for key in ("model", "averages", "solver")}, path)
     with atomic_write(path) as temporary, open(temporary, "wb") as file:  # by name, torch hides why a write failed
         torch.save(state, file)
 
@@ -84,6 +135,12 @@ def read(path: Path, config: Config, fingerprints: Mapping[str, str]) -> dict[st
             and not under a cosine schedule), other data or another teacher.
     """
     state = read_file(path)
+    if isinstance(state, dict) and state.get("format") == 1:
+        raise UserError(
+            f"{path}: a training state in format 1, of an earlier version, cannot be resumed by mdistill {__version__}:"
+            " finish the run with the version that began it (env.json names its commit), or start again with"
+            " --overwrite or another --output"
+        )
     if not isinstance(state, dict) or not state.keys() >= KEYS or state["format"] != FORMAT:
         raise UserError(f"{path}: not a training state in format {FORMAT}, the one that this version resumes from")
     changed = differences(state["config"], config.resolved())
@@ -110,28 +167,43 @@ def read(path: Path, config: Config, fingerprints: Mapping[str, str]) -> dict[st
     return state
 
 
-def restore(state: Mapping[str, Any], distiller: Distiller, solver: Solver, device: torch.device) -> Progress:
-    """Put a state from ``read`` back into the distiller and the solver."""
-    distiller.load_training_state(state["model"])
+def restore(
+    state: Mapping[str, Any],
+    distiller: Distiller,
+    averages: Mapping[str, AveragedNetwork],
+    solver: Solver,
+    metrics: RunningMetrics,
+) -> Progress:
+    """Put a state from ``read`` back where it was.
+
+    Raises:
+        UserError: its parameters and buffers are not those of this method and network.
+    """
+    _load(distiller, state["model"])
+    for name, average in averages.items():
+        _load(average, state["averages"].get(name, {}))
     solver.load_state_dict(state["solver"])
-    for name, generator in distiller.generators.items():
-        generator.set_state(state["generators"][name])
-    saved = state["progress"]
-    sums = EpochSums(device)
-    sums.load_state_dict(saved["sums"])
-    return Progress(sums, saved["epoch"], saved["step"], saved["seconds"], dict(saved["best"]))
+    metrics.load_state_dict(state["metrics"])
+    return Progress(**state["progress"])
+
+
+def _without_teacher(distiller: Distiller) -> dict[str, Tensor]:
+    """All parameters and buffers but the teacher's."""
+    return {key: value for key, value in distiller.state_dict().items() if not key.startswith("teacher.")}
+
+
+def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    missing = [key for key in missing if not key.startswith("teacher.")]
+    if missing or unexpected:
+        raise UserError(f"saved state does not fit {type(module).__name__}: missing {missing}, unexpected {unexpected}")
 
 
 def _require_finite(state: Mapping[str, Any], path: Path) -> None:
-    bad = []
-    tensors = list(_tensors(state))
-    for device in {tensor.device for _, tensor in tensors}:  # one transfer a device
-        here = [(name, tensor.isfinite().all()) for name, tensor in tensors if tensor.device == device]
-        finite = torch.stack([flag for _, flag in here]).tolist()
-        bad += [name for (name, _), good in zip(here, finite, strict=True) if not good]
+    bad = [name for name, tensor in _tensors(state) if not tensor.isfinite().all()]
     if bad:
-        kept = f"; {path} keeps the last good state" if path.exists() else ""
-        raise RunFailed(f"state is not finite, nothing is saved: {bad[0]} and {len(bad) - 1} more{kept}")
+        last_good = f"; {path} keeps the last good state" if path.exists() else ""
+        raise RunFailed(f"state is not finite, nothing is saved: {bad[0]} and {len(bad) - 1} more{last_good}")
 
 
 def _tensors(state: Any, name: str = "") -> Any:

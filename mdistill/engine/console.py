@@ -1,20 +1,46 @@
-"""What a person sees while a run goes on: a bar in a terminal, one line per epoch elsewhere."""
+"""What a person sees and sends while a run goes on: a bar, lines, memory; signals that ask it to stop."""
 
 import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from tqdm import tqdm
+if TYPE_CHECKING:  # slow to import, and a signal may come before they are needed
+    import torch
+
+    from mdistill.engine.checkpoint import Progress
+    from mdistill.engine.run_folder import RunFolder
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+def stop_signals() -> list[signal.Signals]:
+    """SIGTERM, Ctrl-C and, where the platform has it and nohup does not ignore it, SIGHUP."""
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
+
+
+@contextmanager
+def on_stop_signal(handler: Handler) -> Iterator[None]:
+    """Let ``handler`` answer the ``stop_signals`` meanwhile."""
+    previous = {number: signal.getsignal(number) for number in stop_signals()}
+    try:
+        for number in previous:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, handled in previous.items():
+            signal.signal(number, handled)
 
 
 class StopRequest:
-    """Turns SIGTERM and Ctrl-C into a flag that the training loop reads between steps.
+    """Turns SIGTERM, SIGHUP and Ctrl-C into a flag that the training loop reads between steps.
 
     More of them change nothing, as job schedulers send several; only a Ctrl-C a second or more later interrupts.
     """
@@ -22,18 +48,16 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: str | None = None
         self._asked = 0.0
-        self._previous: dict[int, Any] = {}
+        self._stack = ExitStack()
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
+        self._stack.enter_context(on_stop_signal(self._handle))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._stack.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
@@ -46,18 +70,32 @@ STRIDE = 16
 
 
 class StepBar:
-    """Counts completed steps without making the host wait for the device.
+    """A bar that counts completed steps without making the host wait for the device; in a terminal, on rank 0 alone.
 
     On CUDA an event is recorded every ``STRIDE`` steps and the bar counts those that have passed, as found by polling.
     """
 
-    def __init__(self, total: int, done: int, label: str, device: torch.device) -> None:
+    def __init__(self, total: int, done: int, label: str, device: "torch.device") -> None:
+        import torch
+        from tqdm import tqdm
+
+        from mdistill import distributed
+
+        hidden = True if distributed.rank() != 0 else None  # None: where there is no terminal
         self._bar = tqdm(
-            total=total, initial=done, desc=label, unit="step", leave=False, dynamic_ncols=True, disable=None
+            total=total, initial=done, desc=label, unit="step", leave=False, dynamic_ncols=True, disable=hidden
         )
         self._record: Callable[[], Any] | None = torch.cuda.Event if device.type == "cuda" else None
         self._pending: deque[Any] = deque()
         self._launched = 0
+
+    def __enter__(self) -> "StepBar":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
 
     def advance(self) -> None:
         """One more step has been handed to the device."""
@@ -76,13 +114,68 @@ class StepBar:
             self._pending.popleft()
             self._bar.update(STRIDE)
 
-    def close(self) -> None:
-        """Remove the bar."""
-        self._bar.close()
 
+def print_line(message: str) -> None:
+    """Print one line, above any bar, on rank 0 alone; a reader or a terminal that has gone away does not end a run."""
+    from tqdm import tqdm
 
-def say(message: str) -> None:
-    """Print one line, above any bar; a reader that has gone away does not end a run."""
-    with suppress(BrokenPipeError):
+    from mdistill import distributed
+
+    if distributed.rank() != 0:
+        return
+    with suppress(OSError):
         tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()
+
+
+def start_line(folder: "RunFolder", progress: "Progress", epochs: int) -> str:
+    """What a session begins with."""
+    if progress.epoch > epochs:
+        return f"{folder.path} is complete: {epochs} of {epochs} epochs"
+    if progress.epoch == 1 and progress.step == 0:
+        return f"writing to {folder.path}"
+    return f"resuming {folder.path} at epoch {progress.epoch}, step {progress.step}"
+
+
+def epoch_line(results: Mapping[str, Any], epochs: int, headline: str) -> str:
+    """One epoch's metrics; ``headline`` is the split that counts."""
+    terms = " + ".join(
+        f"{key.removeprefix('train/loss_')} {value:.4g}"
+        for key, value in results.items()
+        if key.startswith("train/loss_")
+    )
+    evaluated = ""
+    if f"{headline}/top1" in results:
+        others = [key.split("/")[0] for key in results if key.endswith(f"/{headline}/top1")]  # further students
+        beside = "".join(f"  {name} {results[f'{name}/{headline}/top1']:.2f}" for name in others)
+        evaluated = (
+            f"  {headline} top-1 {results[f'{headline}/top1']:.2f}  top-5 {results[f'{headline}/top5']:.2f}"
+            f"{beside}  best {results['best/top1']:.2f} @ {results['best/epoch']}"
+        )
+    return (
+        f"epoch {results['epoch']}/{epochs}  lr {results['lr']:g}  loss {results['train/loss']:.4f} ({terms})"
+        f"  train top-1 {results['train/top1']:.2f}{evaluated}  {results['images_per_second']:.0f} images/s"
+    )
+
+
+def end_line(results: Mapping[str, Any], headline: str, folder: "RunFolder") -> str:
+    """What a run ends with: its last epoch, and the best one beside it."""
+    return (
+        f"{headline} top-1 {results[f'{headline}/top1']:.2f} after the last epoch, {results['epoch']}"
+        f" (best {results['best/top1']:.2f} after epoch {results['best/epoch']}); network: {folder.student}"
+    )
+
+
+def peak_memory_line(device: "torch.device") -> str:
+    """``"peak memory: 512 MiB on the host, 900 MiB on the device"``, as far as the platform tells."""
+    import torch
+
+    parts = []
+    with suppress(ImportError):
+        import resource  # Windows has none
+
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+        parts.append(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:.0f} MiB on the host")
+    if device.type == "cuda":
+        parts.append(f"{torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB on the device")
+    return f"peak memory: {', '.join(parts) or 'unknown'}"

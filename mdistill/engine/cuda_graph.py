@@ -1,46 +1,42 @@
-"""How steps are launched: as Python calls, as one captured CUDA graph, or with the networks compiled.
+"""How training steps are launched: as Python calls, as one captured CUDA graph, or with the student compiled.
 
-All three compute the same. What is launched works on static tensors: the learning rate, the epoch, the place in the
-epoch, images, views and queues are read from device memory, so nothing is captured twice.
+All three compute the same. A step works on static tensors: the learning rate, the epoch, the position within the epoch,
+images, views and queues are read from device memory, so nothing is captured twice.
 """
 
+import gc
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from mdistill.engine.console import print_line
 from mdistill.errors import UserError
-
-EngineName = Literal["eager", "graph", "compile"]
-Function = Callable[[], None]
-Record = Callable[[Function], Function]
-"""Captures a function of static tensors, without running it, and returns what replays it."""
+from mdistill.precision import Precision, computing
 
 WARM_UP = 3
-"""Real steps before the capture: they allocate momentum and sums, and let cuDNN choose its kernels."""
+"""Real calls before a capture: they allocate momentum and sums, and let cuDNN choose its kernels."""
 
 
 @dataclass(frozen=True)
 class Engine:
     """How a run launches its steps, and why."""
 
-    name: EngineName
+    name: Literal["eager", "graph", "compile"]
     reason: str
     captures: bool = False  # whether steps are captured; on CUDA those of compiled networks are too
 
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
 
-def choose_engine(
-    asked: Literal["auto", "eager", "graph", "compile"],
-    device: torch.device,
-    generators: Iterable[torch.Generator] = (),
-) -> Engine:
-    """The engine for ``device``; ``generators`` are those that a step draws from.
+
+def choose_engine(asked: Literal["auto", "eager", "graph", "compile"], device: torch.device) -> Engine:
+    """The engine for ``device``.
 
     Raises:
         UserError: one was asked for that the device cannot have.
@@ -51,55 +47,93 @@ def choose_engine(
         )
     if asked == "compile" and device.type == "cpu" and shutil.which("g++") is None and shutil.which("clang++") is None:
         raise UserError("run.engine: compile needs a C++ compiler on the CPU and there is no g++ or clang++; use eager")
-    if device.type == "cpu":
-        return Engine("compile" if asked == "compile" else "eager", "as asked" if asked != "auto" else "the CPU's")
-    if asked == "eager":
-        return Engine("eager", "as asked")
-    if any(generator.device.type != "cuda" for generator in generators):
-        return Engine("eager", "this method draws random numbers on the host, which cannot be captured")
     if asked == "auto":
-        return Engine("graph", "one launch a step", captures=True)
-    return Engine(asked, "as asked", captures=True)
+        return (
+            Engine("graph", "one launch per step", captures=True) if device.type == "cuda" else Engine("eager", "CPU")
+        )
+    return Engine(asked, "as asked", captures=device.type == "cuda" and asked != "eager")
 
 
-class Launcher:
-    """Calls a function of static tensors again and again; after ``WARM_UP`` calls it is recorded and then replayed.
+class CapturedStep:
+    """``function(size)``, called again and again; after ``WARM_UP`` calls at the full size it is captured and replayed.
+
+    When a capture fails, it is tried once more; then the function runs eagerly, with the same results.
 
     Args:
-        function: what one call does.
-        record: captures it; None never does.
-        on_failure: told why, in one line, when the capture fails; the function then runs as it is from there on.
+        function: works on static tensors; given the number of images.
+        size: the full one; calls with another number are never captured.
+        capture: False never captures.
+        name: what is captured, for the line that tells of a failure.
+        compiled: whether the function runs a compiled network, which other sizes would compile anew.
     """
 
     def __init__(
-        self,
-        function: Function,
-        *,
-        record: Record | None = None,
-        on_failure: Callable[[str], None] = lambda reason: None,
+        self, function: Callable[[int], None], size: int, *, capture: bool, name: str, compiled: bool = False
     ) -> None:
-        self._function, self._record, self._on_failure = function, record, on_failure
-        self._replay: Function | None = None
+        self.function, self.size, self.capture, self.name, self.compiled = function, size, capture, name, compiled
+        self.replay: Callable[[], None] | None = None
         self._calls = 0
 
-    def __call__(self) -> None:
-        if self._record is not None and self._replay is None and self._calls >= WARM_UP:
-            try:
-                self._replay = self._record(self._function)
-            except Exception as error:  # whatever cannot be captured; nothing has run yet
-                self._record = None
-                self._on_failure(in_one_line(error))
-        (self._replay or self._function)()
+    def __call__(self, size: int) -> None:
+        if size != self.size:
+            with uncompiled() if self.compiled else nullcontext():
+                self.function(size)
+            return
+        if self.capture and self.replay is None and self._calls >= WARM_UP:
+            self._capture()
+        if self.replay is None:
+            self.function(size)
+        else:
+            self.replay()
         self._calls += 1
 
+    def _capture(self) -> None:
+        if self._failed_capture() is not None and (reason := self._failed_capture()) is not None:
+            self.capture = False
+            print_line(f"engine: {self.name} could not be captured ({reason}); going on eagerly, with the same results")
 
-def in_one_line(error: Exception) -> str:
+    def _failed_capture(self) -> str | None:
+        """Try once; why it failed. An error is let go here: it would stay on as the context of the next one."""
+        try:
+            self.replay = capture_graph(partial(self.function, self.size))
+        except Exception as error:  # whatever cannot be captured; nothing has run yet
+            return deepest_cause(error)
+        return None
+
+
+def capture_graph(function: Callable[[], None]) -> Callable[[], None]:
+    """Capture ``function`` on the current stream, without running it; returns what replays it.
+
+    Graphs of earlier runs sit in reference cycles, and freeing one during a capture invalidates it: garbage is
+    collected before, and the collector is off during the capture.
+    """
+    graph = torch.cuda.CUDAGraph()
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            function()
+    finally:
+        if was_enabled:
+            gc.enable()
+    return graph.replay
+
+
+def deepest_cause(error: BaseException) -> str:
+    """The error that started a chain of them, in one line: a failed capture raises others on its way out."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return one_line(error)
+
+
+def one_line(error: BaseException) -> str:
     """Its type and the first line of its text, which may be empty."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
-def own_stream(device: torch.device) -> AbstractContextManager[Any]:
-    """A new CUDA stream as the current one, behind what was launched before; nothing on the CPU.
+def side_stream(device: torch.device) -> AbstractContextManager[Any]:
+    """A new CUDA stream to make current, behind what was launched before; nothing on the CPU.
 
     Captures need a stream of their own, and trials on streams of their own overlap.
     """
@@ -110,41 +144,31 @@ def own_stream(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.stream(stream)
 
 
-def cuda_graph(generators: Iterable[torch.Generator] = ()) -> Record:
-    """A ``Record`` that captures on the current stream; ``generators`` go on drawing as if nothing were captured."""
+def compile_network(network: nn.Module, example: Tensor, precision: Precision | None, *, features: bool) -> None:
+    """Compile ``network`` in place and try it, forward and backward; a failure is told, and leaves it as before.
 
-    def record(function: Function) -> Function:
-        graph = torch.cuda.CUDAGraph()
-        for generator in generators:
-            graph.register_generator_state(generator)
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            function()
-        return graph.replay
+    Weights and buffers stay as they are. What its forward pass holds is good for one backward pass, which may overwrite
+    it.
 
-    return record
-
-
-def upload(values: npt.NDArray[Any] | Tensor, device: torch.device) -> Tensor:
-    """Host to device; the host does not wait."""
-    tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def compile_network(network: nn.Module, *, features: bool) -> None:
-    """Compile ``network`` in place, its ``forward_features`` when methods read those; its state stays as it is.
-
-    What its forward pass keeps is good for one backward pass, which may overwrite it.
+    Args:
+        example: (B, 3, S, S) images of the size that it is compiled for.
+        features: whether methods read ``forward_features``.
     """
     if features:
         network.forward_features = torch.compile(network.forward_features, dynamic=False)  # type: ignore[assignment, arg-type]
     else:
         network.compile(dynamic=False)
-
-
-def undo_compile(network: nn.Module) -> None:
-    """The network as it was before ``compile_network``."""
-    network._compiled_call_impl = None
-    network.__dict__.pop("forward_features", None)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    try:
+        with computing(precision, example.device):
+            output = network.forward_features(example).logits if features else network(example)  # type: ignore[operator]
+        output.float().square().sum().backward()
+    except Exception as error:
+        network._compiled_call_impl = None
+        network.__dict__.pop("forward_features", None)
+        print_line(f"engine: compile failed ({one_line(error)}); going on eagerly, with the same results")
+    network.zero_grad(set_to_none=True)
+    network.load_state_dict(state)
 
 
 @contextmanager

@@ -4,14 +4,14 @@ import time
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdistill.data import Dataset
 from mdistill.precision import Precision, computing
 
 BATCH = {"cpu": 100, "cuda": 2000}
-"""Images a forward pass where nothing else is asked for: a CPU is fastest while activations stay in its caches."""
+"""Images per forward pass where nothing else is asked for: a CPU is fastest while activations stay in its caches."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,60 @@ class Evaluation:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class LaunchedEvaluation:
+    """An evaluation that the device may still be busy with."""
+
+    sums: Tensor  # (3,) float64 on the device: images in the top 1, in the top 5, cross-entropy
+    images: int
+    started: float
+
+    def read(self) -> Evaluation:
+        """Its results; the host waits for the device."""
+        top1, top5, loss = self.sums.tolist()
+        return Evaluation(
+            top1=100.0 * top1 / self.images,
+            top5=100.0 * top5 / self.images,
+            loss=loss / self.images,
+            images=self.images,
+            images_per_second=self.images / (time.perf_counter() - self.started),
+        )
+
+
 @torch.no_grad()
+def launch_evaluation(
+    network: nn.Module,
+    dataset: Dataset,
+    split: str,
+    *,
+    batch_size: int | None = None,
+    precision: Precision | None = None,
+) -> LaunchedEvaluation:
+    """Run ``network`` in eval mode over the whole ``split``; its mode is restored. The host does not wait.
+
+    Ties count against the network: a class is in the top k when fewer than k others score at least as much.
+
+    Args:
+        batch_size: images per forward pass; None for what suits the network's device (``BATCH``).
+        precision: of the network; None leaves it as the caller has it.
+    """
+    started = time.perf_counter()
+    was_training = network.training
+    network.eval()
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for image, target in dataset.eval_batches(split, batch_size or BATCH[device.type]):
+        with computing(precision, image.device):
+            logits = network(image)
+        logits = logits.float()
+        true = logits.gather(1, target.unsqueeze(1))
+        rank = (~(logits < true)).sum(dim=1)  # 1 when the true class is alone at the top; NaN never is
+        loss = F.cross_entropy(logits, target, reduction="sum")
+        sums += torch.stack([(rank <= 1).sum().double(), (rank <= 5).sum().double(), loss.double()])
+    network.train(was_training)
+    return LaunchedEvaluation(sums, dataset.size(split), started)
+
+
 def evaluate(
     network: nn.Module,
     dataset: Dataset,
@@ -38,34 +91,5 @@ def evaluate(
     batch_size: int | None = None,
     precision: Precision | None = None,
 ) -> Evaluation:
-    """Run ``network`` in eval mode over the whole ``split``; its mode is restored. One host sync, at the end.
-
-    ``batch_size`` images a forward pass; None for what suits the network's device (``BATCH``).
-
-    Ties count against the network: a class is in the top k when fewer than k others score at least as much.
-    """
-    was_training = network.training
-    network.eval()
-    started = time.perf_counter()
-    totals: torch.Tensor | None = None
-    device = next((parameter.device.type for parameter in network.parameters()), "cpu")
-    for image, target in dataset.eval_batches(split, batch_size or BATCH[device]):
-        with computing(precision, image.device):
-            logits = network(image)
-        logits = logits.float()
-        true = logits.gather(1, target.unsqueeze(1))
-        rank = (~(logits < true)).sum(dim=1)  # 1 when the true class is alone at the top; NaN never is
-        loss = F.cross_entropy(logits, target, reduction="sum")
-        sums = torch.stack([(rank <= 1).sum().double(), (rank <= 5).sum().double(), loss.double()])
-        totals = sums if totals is None else totals + sums
-    network.train(was_training)
-    images = dataset.size(split)
-    top1, top5, loss_sum = (totals if totals is not None else torch.zeros(3)).tolist()
-    seconds = time.perf_counter() - started
-    return Evaluation(
-        top1=100.0 * top1 / images,
-        top5=100.0 * top5 / images,
-        loss=loss_sum / images,
-        images=images,
-        images_per_second=images / seconds,
-    )
+    """The results of ``launch_evaluation``; one host sync, at the end."""
+    return launch_evaluation(network, dataset, split, batch_size=batch_size, precision=precision).read()

@@ -1,10 +1,11 @@
-"""Training metrics of an epoch, summed on the device and read once. Letters: B batch, C classes."""
+"""Training metrics of an epoch, summed on the device and read once. Letters: T terms of the loss."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from mdistill import distributed
 from mdistill.distillers.base import StepOutput
 from mdistill.errors import RunFailed
 
@@ -23,59 +24,60 @@ class EpochMetrics:
     images: int
 
 
-class EpochSums:
-    """Running sums of one epoch; ``update`` neither syncs nor depends on values, and writes in place."""
+class RunningMetrics:
+    """Running sums of one epoch; ``update`` neither syncs nor depends on values, and writes in place.
+
+    One float64 vector holds, for each term, its sum over images and in how many steps that sum was finite, then the
+    correct predictions and the images. A sum that is once not finite stays so, which tells the first such step.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.names: list[str] = []
-        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # steps, images, correct
-        self.terms = torch.zeros(0, dtype=torch.float64, device=device)
-        self.first_bad = torch.zeros(0, dtype=torch.int64, device=device)  # step of the first non-finite value, or 0
+        self.totals = torch.zeros(
+            2, dtype=torch.float64, device=device
+        )  # (2 T + 2,): sums, finite steps, correct, images
 
     def update(self, output: StepOutput) -> None:
         """Add one step: its terms, logits and labels; a mixed image counts as of the class with the largest share."""
         terms, target = output.terms, output.target
         if not self.names:
             self.names = list(terms)
-            self.terms = self.terms.new_zeros(len(terms))
-            self.first_bad = self.first_bad.new_zeros(len(terms))
-        size = len(target)
-        values = torch.stack([terms[name].detach() for name in self.names]).double()
+            self.totals = self.totals.new_zeros(2 * len(terms) + 2)
+        count = len(self.names)
+        values = torch.stack([terms[name].detach() for name in self.names]).double() * len(target)
+        finite = (self.totals[:count] + values).isfinite()
         classes = target if target.ndim == 1 else target.argmax(dim=1)
         correct = (output.logits.detach().argmax(dim=1) == classes).sum()
-        self.terms += size * values
-        self.counts += torch.stack([correct.new_ones(()), torch.full_like(correct, size), correct])
-        fresh = ~values.isfinite() & (self.first_bad == 0)
-        self.first_bad.copy_(torch.where(fresh, self.counts[0], self.first_bad))
+        images = torch.full_like(correct, len(target))
+        self.totals.add_(torch.cat([values, finite.double(), torch.stack([correct, images]).double()]))
 
     def reset(self) -> None:
         """Start an epoch in the same memory, which a captured step writes to."""
-        for tensor in (self.counts, self.terms, self.first_bad):
-            tensor.zero_()
+        self.totals.zero_()
 
     def read(self, epoch: int) -> EpochMetrics:
-        """Transfer the sums to the host and average them.
+        """Transfer the sums to the host, over all processes, and average them.
 
         Raises:
             NonFiniteLoss: a term was NaN or infinite; names the first such term and its step.
         """
-        _steps, images, correct = self.counts.tolist()
-        sums, first_bad = self.terms.tolist(), self.first_bad.tolist()
-        bad = sorted((step, name) for step, name in zip(first_bad, self.names, strict=True) if step)
-        if bad:
-            step, name = bad[0]
-            raise NonFiniteLoss(f"loss term {name!r} is not finite from step {step} of epoch {epoch} on")
+        count = len(self.names)
+        totals = distributed.sum_(self.totals.clone()).tolist()
+        sums, finite, (correct, images) = totals[:count], totals[count : 2 * count], totals[2 * count :]
         means = {name: value / max(images, 1) for name, value in zip(self.names, sums, strict=True)}
-        return EpochMetrics(loss=sum(means.values()), terms=means, top1=100.0 * correct / max(images, 1), images=images)
+        loss = sum(means.values())
+        bad = min(zip(finite, self.names, sums, strict=True), key=lambda term: term[0], default=None)
+        if bad is not None and bad[2] - bad[2] != 0:
+            step = int(bad[0]) // distributed.world_size() + 1
+            raise NonFiniteLoss(f"loss term {bad[1]!r} is not finite from step {step} of epoch {epoch} on")
+        return EpochMetrics(loss=loss, terms=means, top1=100.0 * correct / max(images, 1), images=int(images))
 
     def state_dict(self) -> dict[str, Any]:
         """The sums, to go on with in the middle of an epoch."""
-        return {"names": self.names, "counts": self.counts, "terms": self.terms, "first_bad": self.first_bad}
+        return {"names": self.names, "totals": self.totals}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of ``state_dict``."""
         self.names = list(state["names"])
-        self.counts, self.terms, self.first_bad = (
-            state[key].to(self.device) for key in ("counts", "terms", "first_bad")
-        )
+        self.totals = state["totals"].to(self.device)

@@ -1,6 +1,5 @@
 """A run's folder: who may write it, what is in it, and how it is cut back when a run resumes."""
 
-import fcntl
 import json
 import os
 import platform
@@ -11,15 +10,15 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Literal
-
-import numpy
-import torch
-import torchvision
+from typing import TYPE_CHECKING, Any, Literal
 
 from mdistill import __version__
 from mdistill.errors import RunFailed, UserError
-from mdistill.files import write_text
+from mdistill.files import lock_folder, write_text
+
+if TYPE_CHECKING:
+    import torch
+    from filelock import BaseFileLock
 
 Mode = Literal["new", "resume", "overwrite"]
 
@@ -44,7 +43,7 @@ class RunFolder:
         self.events = path / "tensorboard"
         self.checkpoint = path / "last.pt"
         self.student = path / "student.pt"
-        self._lock: IO[str] | None = None
+        self._lock: BaseFileLock | None = None
         self._writer: Any = None
         if path.exists() and not path.is_dir():
             raise UserError(f"output {path} is a file, not a folder")
@@ -61,15 +60,7 @@ class RunFolder:
         Raises:
             UserError: another process has it, has just filled it, or it cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")  # held open: closing it gives the lock up
-        except OSError as error:
-            raise UserError(f"output folder {self.path} cannot be written: {error}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"output folder {self.path} is in use by another running process") from None
+        self._lock = lock_folder(self.path, "output folder")
         self._refuse_if_taken()
 
     def prepare(self, config_yaml: str, environment: Mapping[str, Any], *, epochs_done: int) -> None:
@@ -80,12 +71,12 @@ class RunFolder:
         Raises:
             UserError: the metrics of an epoch that is done are missing.
         """
-        kept, sessions = [], []
+        finished, sessions = [], []
         if self.resumable:
-            kept = [line for line in read_metrics(self.path) if line.get("epoch", 0) <= epochs_done]
-            if [line.get("epoch") for line in kept] != list(range(1, epochs_done + 1)):
+            finished = [line for line in read_metrics(self.path) if line.get("epoch", 0) <= epochs_done]
+            if [line.get("epoch") for line in finished] != list(range(1, epochs_done + 1)):
                 raise UserError(
-                    f"{self.metrics}: {epochs_done} epochs are done, but it holds {len(kept)} of their lines;"
+                    f"{self.metrics}: {epochs_done} epochs are done, but it holds {len(finished)} of their lines;"
                     " put the file back, or start again with --overwrite"
                 )
             sessions = _read_json(self.environment).get("sessions", [])
@@ -96,10 +87,10 @@ class RunFolder:
         for leftover in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink(missing_ok=True)
         shutil.rmtree(self.events, ignore_errors=True)  # written anew from the metrics, so that both agree
-        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in finished))
         write_text(self.config, config_yaml)
         write_text(self.environment, json.dumps({"sessions": [*sessions, environment]}, indent=2) + "\n")
-        for line in kept:
+        for line in finished:
             self._log_events(line)
 
     def log(self, line: Mapping[str, Any]) -> None:
@@ -119,7 +110,7 @@ class RunFolder:
             self._writer.close()
             self._writer = None
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def _refuse_if_taken(self) -> None:
@@ -146,10 +137,14 @@ class RunFolder:
             from torch.utils.tensorboard import SummaryWriter  # slow to import: only where it is needed
 
             self._writer = SummaryWriter(str(self.events))
-        for key, value in line.items():
-            if isinstance(value, (int, float)) and key != "epoch":
-                self._writer.add_scalar(key, value, line["epoch"])
-        self._writer.flush()
+        try:
+            for key, value in line.items():
+                if isinstance(value, (int, float)) and key != "epoch":
+                    self._writer.add_scalar(key, value, line["epoch"])
+            self._writer.flush()
+        except OSError as error:
+            self._writer = None  # its thread has ended; closing it would raise the error again
+            raise RunFailed(f"could not write {self.events}: {error}") from error
 
 
 def code_folders(folder: Path) -> list[Path]:
@@ -175,8 +170,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def environment(device: torch.device, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a reader needs to trust or repeat a number: versions, hardware, commit, command, and ``facts``."""
+def environment(device: "torch.device", metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a reader needs to trust or repeat a number: versions, hardware, commit, command, and ``metadata``."""
+    import numpy
+    import torch
+    import torchvision
+
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -191,7 +190,7 @@ def environment(device: torch.device, facts: Mapping[str, Any]) -> dict[str, Any
             "numpy": numpy.__version__,
             "cuda": torch.version.cuda if device.type == "cuda" else None,
         },
-        **facts,
+        **metadata,
     }
 
 

@@ -1,11 +1,12 @@
-"""The frozen teacher's logits for a list of (index, view) pairs: from the table where it has them, else computed.
+"""The frozen teacher's logits for a list of (index, view) pairs: from the cache where it has them, else computed.
 
-Letters: N pairs, B images a teacher batch, C classes, V views of a sample.
+Letters: N pairs, B images per teacher batch, C classes, V views of a sample.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -13,21 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from mdistill.data import Dataset
+from mdistill.data.loader import upload
 from mdistill.data.sampling import epoch_plan
-from mdistill.engine.console import say
-from mdistill.engine.cuda_graph import WARM_UP, Launcher, Record, cuda_graph, upload
-from mdistill.engine.teacher_cache import NoRoom, TeacherTable
+from mdistill.engine.console import print_line
+from mdistill.engine.cuda_graph import WARM_UP, CapturedStep
+from mdistill.engine.logit_cache import Ids, LogitCache
 from mdistill.errors import RunFailed, UserError
 from mdistill.models.fold_bn import fold_batchnorm
 from mdistill.precision import Precision, computing
 
 BATCH = {"cpu": 64, "cuda": 512}
-"""Images a teacher batch. One fixed size, padded when fewer are left, so that an image's logits are always the same."""
+"""Images per teacher batch. One size, padded when fewer are left, so that an image's logits are always the same."""
 
-KEPT = {"float16": torch.float16, "float32": torch.float32}
-"""What logits are kept in: rounding to float16 moves one by at most 2^-11 of itself (2^-25 below 2^-14)."""
+CACHE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+"""What logits are stored in: rounding to float16 moves one by at most 2^-11 of itself (2^-25 below 2^-14)."""
 
-ROUNDING_SHARE = 0.005  # of a table's rows that may change a decision before float32 is advised
+CHUNK = 16_384  # entries of a chunk that is filled ahead of any run
+
+ROUNDING_SHARE = 0.005  # of a cache's entries that may change a decision before float32 is advised
 
 
 class FrozenTeacher:
@@ -66,27 +70,30 @@ class FrozenTeacher:
 
 
 @dataclass(frozen=True)
-class Request:
+class LookUp:
     """A list of pairs as the host sees it, before anything is on the device."""
 
-    ids: npt.NDArray[np.int64]  # (N,), index * V + view; the row of each pair in the table
-    missing: npt.NDArray[np.int64]  # which of the N have to be computed, ascending
-    found: Tensor  # (N - len(missing), C) on the CPU, the others, in order
+    ids: Ids  # (N,), index * V + view; the entry of each pair in the cache
+    missing: Ids  # which of the N positions have to be computed, ascending
+    cached: Tensor  # (N - len(missing), C) on the CPU, the others, in order
 
 
-class TeacherRows:
+class TeacherLogits:
     """Logits of the pairs that a list names, computed in full teacher batches shortly before they are needed.
 
-    Each is rounded to ``kept`` whether it comes from the table or not, so that a table changes nothing but time.
+    Each is rounded to ``cache_dtype`` whether it comes from the cache or not, so a cache changes nothing but time.
 
     Args:
         teacher: the network.
         dataset: where the images come from.
         pairs: (2, N + 1) int64 on the device, index and view, filled by the caller; the last column pads a batch.
-        kept: float16 or float32.
-        table: where rows are looked up and written; None computes them all.
-        record: how a function of static tensors is captured; None runs it as it is.
-        insist: whether a table that cannot be written any more ends the work; else it goes on without.
+        cache_dtype: float16 or float32.
+        cache: where entries are looked up and written; None computes them all.
+        capture: whether teacher batches are captured.
+        insist: whether a cache that cannot be written ends the work; else it is read on and no longer written.
+
+    Attributes:
+        logits: (N + 1, C) on the device, in the order of the list, there up to what ``require`` was asked for.
     """
 
     def __init__(
@@ -95,67 +102,67 @@ class TeacherRows:
         dataset: Dataset,
         pairs: Tensor,
         *,
-        kept: torch.dtype,
-        table: TeacherTable | None,
-        record: Record | None = None,
+        cache_dtype: torch.dtype,
+        cache: LogitCache | None,
+        capture: bool,
         insist: bool = False,
     ) -> None:
-        self.teacher, self.dataset, self.pairs, self.table, self.insist = teacher, dataset, pairs, table, insist
-        device, slots, size = pairs.device, pairs.shape[1], teacher.batch_size
-        self.logits = torch.zeros(slots, dataset.num_classes, dtype=kept, device=device)  # (N + 1, C), in list order
-        self.changed = torch.zeros(slots, dtype=torch.bool, device=device)  # whether rounding changed a decision
+        self.teacher, self.dataset, self.pairs, self.cache, self.insist = teacher, dataset, pairs, cache, insist
+        device, columns, size = pairs.device, pairs.shape[1], teacher.batch_size
+        self.logits = torch.zeros(columns, dataset.num_classes, dtype=cache_dtype, device=device)
+        self._changed = torch.zeros(columns, dtype=torch.bool, device=device)  # whether rounding changed a decision
         self._largest = torch.zeros((), device=device)  # of all |logits| computed so far
-        self._todo = torch.zeros(-(-slots // size) * size, dtype=torch.int64, device=device)  # slots to compute, padded
-        self._at = torch.zeros((), dtype=torch.int64, device=device)
+        self._missing = torch.zeros(-(-columns // size) * size, dtype=torch.int64, device=device)  # positions, padded
+        self._next = torch.zeros((), dtype=torch.int64, device=device)  # of ``_missing``
         self._offsets = torch.arange(size, device=device)
-        self._launch = Launcher(self._compute, record=record, on_failure=_not_captured)
-        self._request = Request(np.zeros(0, np.int64), np.zeros(0, np.int64), torch.zeros(0, dataset.num_classes))
-        self._done = self._flushed = 0  # of the missing ones: computed, and of these written
+        self._step = CapturedStep(self._compute, size, capture=capture, name="teacher batch")
+        self._current = LookUp(np.zeros(0, np.int64), np.zeros(0, np.int64), torch.zeros(0, dataset.num_classes))
+        self._computed = self._flushed = 0  # of the missing ones
+        self._writable = True
 
-    def look_up(self, index: npt.NDArray[np.int64], view: npt.NDArray[np.int64], *, first: int = 0) -> Request:
-        """Find out, on the host alone, which of the pairs from ``first`` on are missing, and read the others."""
-        if self.table is None:
-            return Request(index, np.arange(first, len(index)), torch.zeros(0, self.logits.shape[1]))
+    def look_up(self, index: npt.NDArray[np.int64], view: npt.NDArray[np.int64], *, first: int = 0) -> LookUp:
+        """Find out, on the host alone, which of the pairs from ``first`` on are missing, and read the others.
+
+        Args:
+            index: (N,) training samples.
+            view: (N,) views of these.
+        """
+        if self.cache is None:
+            return LookUp(index, np.arange(first, len(index)), torch.zeros(0, self.logits.shape[1]))
         assert self.dataset.num_views is not None
+        self.cache.refresh()
         ids = index * self.dataset.num_views + view
-        lacking = self.table.missing(ids)
-        lacking[:first] = False  # steps already done
-        return Request(ids, np.flatnonzero(lacking), self.table.read(ids[first:][~lacking[first:]]))
+        missing = self.cache.missing(ids)
+        missing[:first] = False  # steps already done
+        return LookUp(ids, np.flatnonzero(missing), self.cache.read(ids[first:][~missing[first:]]))
 
-    def begin(self, request: Request, *, first: int = 0) -> None:
-        """Put the rows that were found in place; ``pairs`` must hold the list by now."""
-        self._request, self._done, self._flushed = request, 0, 0
-        padding = len(self.logits) - 1
-        todo = np.full(len(self._todo), padding, dtype=np.int64)
-        todo[: len(request.missing)] = request.missing
-        self._todo.copy_(upload(todo, self.pairs.device))
-        self._at.zero_()
-        if len(request.found):
-            there = np.setdiff1d(np.arange(first, len(request.ids)), request.missing, assume_unique=True)
-            self.logits.index_copy_(0, upload(there, self.pairs.device), upload(request.found, self.pairs.device))
-
-    def load(self, index: npt.NDArray[np.int64], view: npt.NDArray[np.int64]) -> None:
-        """Start on a list of at most N pairs, which is put into ``pairs`` here."""
-        self.pairs[:, : len(index)].copy_(upload(np.stack([index, view]), self.pairs.device))
-        self.begin(self.look_up(index, view))
+    def begin(self, found: LookUp, *, first: int = 0) -> None:
+        """Put the cached logits in place; ``pairs`` must hold the list by now."""
+        self._current, self._computed, self._flushed = found, 0, 0
+        padding, device = len(self.logits) - 1, self.pairs.device
+        missing = np.full(len(self._missing), padding, dtype=np.int64)
+        missing[: len(found.missing)] = found.missing
+        self._missing.copy_(upload(missing, device))
+        self._next.zero_()
+        if len(found.cached):
+            cached = np.setdiff1d(np.arange(first, len(found.ids)), found.missing, assume_unique=True)
+            self.logits.index_copy_(0, upload(cached, device), upload(found.cached, device))
 
     def require(self, count: int) -> None:
-        """Make sure that the first ``count`` pairs have their rows."""
-        missing, size = self._request.missing, self.teacher.batch_size
-        while self._done < len(missing) and missing[self._done] < count:
-            self._launch()
-            self._done = min(self._done + size, len(missing))
-            if self.pairs.device.type == "cpu":  # nothing to wait for: a kill loses one batch
-                self.flush()
+        """Make sure that the first ``count`` pairs have their logits; the host does not wait."""
+        missing, size = self._current.missing, self.teacher.batch_size
+        while self._computed < len(missing) and missing[self._computed] < count:
+            self._step(size)
+            self._computed = min(self._computed + size, len(missing))
 
     def flush(self) -> None:
-        """Write what was computed to the table. The host waits for the device.
+        """Write what was computed since the last time, as one chunk. The host waits for the device.
 
         Raises:
             RunFailed: a logit is not finite, or too large for float16 (nothing of it is written); or ``insist``.
         """
-        slots = self._request.missing[self._flushed : self._done]
-        if not len(slots):
+        positions = self._current.missing[self._flushed : self._computed]
+        if not len(positions):
             return
         largest = float(self._largest)
         if not largest <= torch.finfo(self.logits.dtype).max:  # NaN is refused too
@@ -164,55 +171,77 @@ class TeacherRows:
                 if np.isfinite(largest)
                 else "the teacher's logits are not finite: wrong weights?"
             )
-        if self.table is not None:
-            at = upload(slots, self.pairs.device)
-            rows, changed = self.logits.index_select(0, at).cpu(), self.changed.index_select(0, at).cpu()
+        if self.cache is not None and self._writable:
+            at = upload(positions, self.pairs.device)
+            logits, changed = self.logits.index_select(0, at).cpu(), self._changed.index_select(0, at).cpu()
             try:
-                self.table.write(self._request.ids[slots], rows, changed.numpy())
-            except (NoRoom, UserError) as error:  # the disk is full, or the folder is gone
+                self.cache.write(self._current.ids[positions], logits, changed.numpy())
+            except RunFailed as error:  # the disk is full, or the folder is read-only
                 if self.insist:
-                    raise RunFailed(str(error)) from None
-                self.table = None
-                say(f"teacher: goes on without its table: {error}")
-        self._flushed = self._done
+                    raise
+                self._writable = False
+                print_line(f"teacher: continuing without adding to the cache: {error}")
+        self._flushed = self._computed
 
     @torch.no_grad()
-    def _compute(self) -> None:
-        """One teacher batch: the next B of the slots to do. Static shapes, no read by the host."""
-        slots = self._todo.index_select(0, self._at + self._offsets)
-        index, view = self.pairs.index_select(1, slots).unbind()
+    def _compute(self, size: int) -> None:
+        """One teacher batch: the next ``size`` of the missing positions. Static shapes, no read by the host."""
+        positions = self._missing.index_select(0, self._next + self._offsets[:size])
+        index, view = self.pairs.index_select(1, positions).unbind()
         batch = self.dataset.train_batch(index, view)
         exact = self.teacher(batch.image)
-        kept = exact.to(self.logits.dtype)
+        rounded = exact.to(self.logits.dtype)
         self._largest.copy_(torch.maximum(self._largest, exact.abs().max()))
-        self.logits.index_copy_(0, slots, kept)
-        self.changed.index_copy_(0, slots, decisions_differ(exact, kept.float(), batch.target))
-        self._at.add_(len(slots))
+        self.logits.index_copy_(0, positions, rounded)
+        self._changed.index_copy_(0, positions, decisions_differ(exact, rounded.float(), batch.target))
+        self._next.add_(size)
 
 
-def _not_captured(reason: str) -> None:
-    say(f"teacher: its batches could not be captured ({reason}); they run as they are, with the same results")
+def decisions_differ(exact: Tensor, rounded: Tensor, target: Tensor) -> Tensor:
+    """Whether rounding changed the predicted class, or which classes score at least as much as the true one: (B,) bool.
 
-
-def decisions_differ(exact: Tensor, kept: Tensor, target: Tensor) -> Tensor:
-    """Whether rounding changed the predicted class, or which classes score at least as much as the true one.
-
-    Shapes: (B, C), (B, C), (B,) int64 -> (B,) bool.
+    Args:
+        exact: (B, C) logits.
+        rounded: (B, C), the same after rounding.
+        target: (B,) int64.
     """
-    predicted = exact.argmax(dim=1) != kept.argmax(dim=1)
-    at_least = [logits >= logits.gather(1, target[:, None]) for logits in (exact, kept)]
+    predicted = exact.argmax(dim=1) != rounded.argmax(dim=1)
+    at_least = [logits >= logits.gather(1, target[:, None]) for logits in (exact, rounded)]
     return predicted | (at_least[0] != at_least[1]).any(dim=1)
 
 
-def rows_of_epochs(dataset: Dataset, epochs: int | None, seeds: Sequence[int]) -> npt.NDArray[np.int64]:
-    """The rows of a table that the first epochs of some seeds read, ascending; all rows when ``epochs`` is None.
+def open_cache(
+    teacher: FrozenTeacher,
+    dataset: Dataset,
+    root: Path,
+    *,
+    fingerprints: Mapping[str, str],
+    cache_dtype: torch.dtype,
+) -> LogitCache:
+    """The cache of ``teacher``'s logits below ``root``; its folder is made where it is missing.
+
+    Args:
+        dataset: its views can be enumerated.
+        fingerprints: those of the weights of the "teacher" and of the "data".
 
     Raises:
-        UserError: the views of the data set cannot be enumerated, so there is no table.
+        UserError: the folder cannot be made.
+    """
+    assert dataset.num_views is not None
+    identity = {"weights": fingerprints["teacher"], "data": fingerprints["data"], **teacher.identity()}
+    entries = dataset.num_samples * dataset.num_views
+    return LogitCache(root, identity, entries=entries, classes=dataset.num_classes, dtype=cache_dtype)
+
+
+def entries_of_epochs(dataset: Dataset, epochs: int | None, seeds: Sequence[int]) -> Ids:
+    """The entries that the first epochs of some seeds read, ascending; all entries when ``epochs`` is None.
+
+    Raises:
+        UserError: the views of the data set cannot be enumerated, so there is no cache.
     """
     views = dataset.num_views
     if views is None:
-        raise UserError("the views of this data set cannot be enumerated: there is no table of them")
+        raise UserError("the views of this data set cannot be enumerated: there is no cache of them")
     read = np.full(dataset.num_samples * views, epochs is None)
     for seed in seeds:
         for epoch in range(1, (epochs or 0) + 1):
@@ -222,54 +251,70 @@ def rows_of_epochs(dataset: Dataset, epochs: int | None, seeds: Sequence[int]) -
 
 
 class Filler:
-    """Computes rows of a table ahead of any run.
+    """Computes entries of a cache ahead of any run.
 
     Args:
         teacher: the network.
         dataset: where the images come from; its views can be enumerated.
-        kept: what the logits are rounded to.
+        cache_dtype: what the logits are rounded to.
     """
 
-    BLOCK = 32  # teacher batches between two writes
-
-    def __init__(self, teacher: FrozenTeacher, dataset: Dataset, *, kept: torch.dtype) -> None:
+    def __init__(self, teacher: FrozenTeacher, dataset: Dataset, *, cache_dtype: torch.dtype) -> None:
         assert dataset.num_views is not None
-        self.views, self.block = dataset.num_views, self.BLOCK * teacher.batch_size
-        record = cuda_graph() if teacher.device.type == "cuda" else None
-        pairs = torch.zeros(2, self.block + 1, dtype=torch.int64, device=teacher.device)
-        self.rows = TeacherRows(teacher, dataset, pairs, kept=kept, table=None, record=record, insist=True)
+        self.views, self.batch_size = dataset.num_views, teacher.batch_size
+        pairs = torch.zeros(2, CHUNK + 1, dtype=torch.int64, device=teacher.device)
+        capture = teacher.device.type == "cuda"
+        self._logits = TeacherLogits(
+            teacher, dataset, pairs, cache_dtype=cache_dtype, cache=None, capture=capture, insist=True
+        )
 
-    def seconds_per_row(self) -> float:
-        """Time of a row, measured on a few batches after as many to warm up; writes nothing."""
-        size, spent = self.rows.teacher.batch_size, 0.0
+    def seconds_per_entry(self) -> float:
+        """Time of an entry, measured on a few batches after as many to warm up; writes nothing."""
+        spent = 0.0
         for count in (WARM_UP + 1, 4):
             started = time.perf_counter()
-            self.rows.load(np.zeros(count * size, np.int64), np.zeros(count * size, np.int64))
-            self.rows.require(count * size)
-            self.rows.flush()
-            spent = (time.perf_counter() - started) / (count * size)
+            self._begin(np.zeros(count * self.batch_size, np.int64))
+            self._logits.require(count * self.batch_size)
+            self._logits.flush()
+            spent = (time.perf_counter() - started) / (count * self.batch_size)
         return spent
 
-    def fill(self, table: TeacherTable, ids: npt.NDArray[np.int64]) -> Iterator[int]:
-        """Compute the rows ``ids`` that are missing in ``table``; yields how many after each write."""
-        self.rows.table = table
-        ids = ids[table.missing(ids)]
-        for start in range(0, len(ids), self.block):
-            part = ids[start : start + self.block]
-            self.rows.load(part // self.views, part % self.views)
-            self.rows.require(len(part))
-            self.rows.flush()
-            yield len(part)
+    def fill(self, cache: LogitCache, ids: Ids, *, advance: Callable[[int], object]) -> None:
+        """Compute the entries ``ids`` (n,) that ``cache`` lacks, and write a chunk every ``CHUNK`` of them.
+
+        Whatever ends it, what is computed by then is written. ``advance`` is told the size of each batch.
+
+        Raises:
+            RunFailed: there is no room for them, or the folder cannot be written, or a logit is not fit to be stored.
+        """
+        self._logits.cache = cache
+        ids = ids[cache.missing(ids)]
+        cache.require_room(len(ids))
+        for start in range(0, len(ids), CHUNK):
+            part = ids[start : start + CHUNK]
+            self._begin(part)
+            try:
+                for first in range(0, len(part), self.batch_size):
+                    count = min(self.batch_size, len(part) - first)
+                    self._logits.require(first + count)
+                    advance(count)
+            finally:
+                self._logits.flush()
+
+    def _begin(self, ids: Ids) -> None:
+        index, view = ids // self.views, ids % self.views
+        self._logits.pairs[:, : len(ids)].copy_(upload(np.stack([index, view]), self._logits.pairs.device))
+        self._logits.begin(self._logits.look_up(index, view))
 
 
-def describe(table: TeacherTable) -> str:
-    """How much of ``table`` is there, and what rounding to its type does to it."""
-    line = f"teacher table: {table.filled:,} of {table.rows:,} rows"
-    if table.dtype == torch.float16:
+def describe(cache: LogitCache) -> str:
+    """How much of ``cache`` is there, and what rounding to its type does to it."""
+    line = f"teacher cache: {cache.filled:,} of {cache.entries:,} entries"
+    if cache.dtype == torch.float16:
         line += (
             f"; rounding to float16 changes the predicted class or those at or above the true one in"
-            f" {100 * table.changed:.3f} % of them"
+            f" {100 * cache.changed:.3f} % of them"
         )
-        if table.changed > ROUNDING_SHARE:
+        if cache.changed > ROUNDING_SHARE:
             line += f", more than {100 * ROUNDING_SHARE:g} %: run.teacher_logits=float32 is exact"
     return line

@@ -1,10 +1,16 @@
-"""What every network of the zoo offers. Letters: B batch, C classes, D pooled width, H and W height and width."""
+"""What every network of the zoo offers.
 
+Letters: B batch, C classes, D pooled width, K channels of a stage, H and W height and width.
+"""
+
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from mdistill.errors import UserError
 from mdistill.registry import Registry
 
 MODELS: Registry[nn.Module] = Registry("model")
@@ -12,13 +18,25 @@ MODELS: Registry[nn.Module] = Registry("model")
 
 @dataclass(frozen=True)
 class Features:
-    """All that a method may read of a forward pass."""
+    """All that a method may read of a forward pass.
 
-    logits: Tensor  # (B, C)
-    stages: tuple[Tensor, ...]  # the stem's output, then each stage's: (B, C_i, H_i, W_i)
-    preacts: tuple[Tensor, ...] | None  # the same maps before the stage's last ReLU; None where there is none
-    last_map: Tensor  # (B, D, H', W'), what is pooled
-    pooled: Tensor  # (B, D), the classifier's input; equals last_map averaged over space
+    Attributes:
+        logits: (B, C).
+        stages: the stem's output, then each stage's, (B, K, H, W) with sizes of their own.
+        preacts: one map for each of ``stages``, of the same shape: the stem's output itself, then each stage's before
+            its last activation, so of either sign. Where a stage ends without activation (MobileNetV2) its output is of
+            either sign already and is here again. WRN's, whose stages are raw sums, are these after the BatchNorm that
+            follows. ShuffleNetV2's are before the shuffle of channels, and the half that passes its last unit
+            untouched is after the ReLU of an earlier one.
+        last_map: (B, D, H, W), what is pooled.
+        pooled: (B, D), the classifier's input: ``last_map`` averaged over space.
+    """
+
+    logits: Tensor
+    stages: tuple[Tensor, ...]
+    preacts: tuple[Tensor, ...]
+    last_map: Tensor
+    pooled: Tensor
 
 
 class Network(nn.Module, ABC):
@@ -28,16 +46,78 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def forward_features(self, x: Tensor) -> Features:
-        """Images (B, 3, H, W) to logits and features."""
+        """Logits and features.
+
+        Args:
+            x: (B, 3, H, W), images.
+        """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to logits (B, C)."""
+        """Logits (B, C).
+
+        Args:
+            x: (B, 3, H, W), images.
+        """
         return self.forward_features(x).logits
 
     def bn_before_relu(self) -> list[nn.BatchNorm2d]:
-        """The BatchNorm nearest before each stage's last ReLU (stem excluded).
+        """The BatchNorm nearest before each stage's last ReLU, one for each of ``preacts`` but the stem's.
 
         Raises:
-            NotImplementedError: the published network names none.
+            UserError: no single BatchNorm has all the channels of a stage.
         """
-        raise NotImplementedError(f"{type(self).__name__} names no BatchNorm layers before its stages' last ReLU")
+        raise UserError(f"{type(self).__name__} has no BatchNorm over all the channels before its stages' last ReLU")
+
+
+# --- shapes without data ---
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FeatureShapes:
+    """The shapes of ``Features`` for one image, without the batch."""
+
+    stages: tuple[Shape, ...]  # (K, H, W) each
+    preacts: tuple[Shape, ...]  # (K, H, W) each
+    last_map: Shape  # (D, H, W)
+    pooled: Shape  # (D,)
+
+
+def feature_shapes(network: nn.Module, image_size: int) -> FeatureShapes:
+    """The shapes of everything that ``network.forward_features`` gives for images of ``image_size`` pixels.
+
+    Nothing is computed: a copy without values runs on the meta device. ``network``, its mode and its statistics stay as
+    they are.
+
+    Raises:
+        UserError: ``network`` has no ``forward_features``, or its code reads values, which the copy has not.
+    """
+    name = type(network).__name__
+    if not hasattr(network, "forward_features"):
+        raise UserError(f"{name} has no forward_features, from which the shapes of features are read")
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            features = _without_values(network).eval().forward_features(torch.empty(1, 3, image_size, image_size))  # type: ignore[operator]
+    except Exception as error:  # whatever the network's own code raises
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{name}.forward_features fails on {image_size}x{image_size} images: {reason}") from error
+    if not isinstance(features, Features):
+        raise UserError(f"{name}.forward_features returns a {type(features).__name__}, not Features")
+    return FeatureShapes(
+        stages=tuple(_shape(stage) for stage in features.stages),
+        preacts=tuple(_shape(preact) for preact in features.preacts),
+        last_map=_shape(features.last_map),
+        pooled=_shape(features.pooled),
+    )
+
+
+def _without_values(network: nn.Module) -> nn.Module:
+    """A copy on the meta device, made without copying a value."""
+    parameters = {id(each): nn.Parameter(each.to("meta"), requires_grad=False) for each in network.parameters()}
+    buffers = {id(each): each.to("meta") for each in network.buffers()}
+    return copy.deepcopy(network, {**parameters, **buffers})  # what is in the memo counts as copied
+
+
+def _shape(tensor: Tensor) -> Shape:
+    return tuple(tensor.shape[1:])

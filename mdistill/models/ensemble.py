@@ -14,7 +14,7 @@ Average = Literal["probabilities", "logits"]
 
 
 class Ensemble(nn.Module):
-    """The average of several classifiers: (B, 3, H, W) -> (B, C), logits of the averaged prediction.
+    """The average of several classifiers: logits of the averaged prediction.
 
     ``probabilities``: log of the mean of their probabilities, whose softmax is that mean. ``logits``: the mean of their
     logits, whose softmax is the geometric mean of their probabilities, normalised. Hinton et al., arXiv:1503.02531v1,
@@ -29,7 +29,11 @@ class Ensemble(nn.Module):
         self.average = average
 
     def forward(self, image: Tensor) -> Tensor:
-        """Every member on the same images; averaged in float32 or wider."""
+        """Logits (B, C) of the members' average, computed in float32 or wider.
+
+        Args:
+            image: (B, 3, H, W).
+        """
         logits = [widen(member(image)) for member in self.members]
         if self.average == "logits":
             return torch.stack(logits).mean(dim=0)

@@ -2,7 +2,7 @@
 
 In eval mode BatchNorm is a fixed scale and shift of each channel, which the weights and bias of a convolution or linear
 layer before it can take over. Which BatchNorm follows which layer is read off a symbolic trace (``torch.fx``). The
-trace only chooses: the copy keeps its own Python ``forward``, so conditions in it still decide on every call.
+trace only chooses: the copy keeps its own Python ``forward``, whose conditions still decide on every call.
 """
 
 import copy
@@ -18,19 +18,20 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mdistill.models.base import Network
+from mdistill.models.layers import BatchNorm2d
 
-NORM_AFTER: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv1d: nn.BatchNorm1d,
-    nn.Conv2d: nn.BatchNorm2d,
-    nn.Conv3d: nn.BatchNorm3d,
-    nn.Linear: nn.BatchNorm1d,
+NORMS_AFTER: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
+    nn.Conv1d: (nn.BatchNorm1d,),
+    nn.Conv2d: (nn.BatchNorm2d, BatchNorm2d),
+    nn.Conv3d: (nn.BatchNorm3d,),
+    nn.Linear: (nn.BatchNorm1d,),
 }
 ELEMENTWISE = (nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
-MAX_DECISIONS = 6  # conditions on one way through a forward, so 64 ways at most
+MAX_DECISIONS = 6  # conditions on one path through a forward, so 64 paths at most
 
 
 def fold_batchnorm(network: nn.Module) -> tuple[nn.Module, int]:
-    """A copy of ``network`` in eval mode with BatchNorm folded into the layers before it, and how many were folded.
+    """A copy of ``network`` in eval mode with BatchNorm folded into the layers before, and how many were folded.
 
     A BatchNorm is folded when, whatever conditions on the images decide, it is called once, on the output of a
     convolution or linear layer that is called once, and nothing else reads that output or that layer's parameters. A
@@ -39,27 +40,27 @@ def fold_batchnorm(network: nn.Module) -> tuple[nn.Module, int]:
 
     ``forward`` of the copy, and ``forward_features`` of a ``Network``, give the same up to rounding. A folded BatchNorm
     keeps its place, type and values but returns its input. Devices, dtypes, memory formats and tied parameters are
-    kept; no parameter requires a gradient. ``network`` and the global random generators stay as they were.
+    preserved; no parameter requires a gradient. ``network`` and the global random generators stay as they were.
 
-    A network whose Python cannot be traced (it loops over a size, reads values, or raises for some images) is copied
+    A network whose Python cannot be traced (which loops over a size, reads values, or raises for some images) is copied
     without folding. A trace does not see what a forward decides by ``isinstance`` of the images, by identity (``is``)
     of their dtype or device, or by the autocast or gradient mode: which layers run must not depend on these.
     """
     pairs = _pairs(network)
-    twin = copy.deepcopy(network).eval().requires_grad_(False)
-    modules = dict(twin.named_modules())
-    return twin, sum(_fold(modules[layer], modules[norm]) for layer, norm in pairs)
+    folded = copy.deepcopy(network).eval().requires_grad_(False)
+    modules = dict(folded.named_modules())
+    return folded, sum(_fold(modules[layer], modules[norm]) for layer, norm in pairs)
 
 
 # --- which layer and BatchNorm belong together ---
 
 
 @dataclass(frozen=True)
-class _Way:
-    """What one way through a forward says, by the modules' names."""
+class _Path:
+    """What one path through a forward calls, by the modules' names."""
 
     called: frozenset[str]
-    pairs: frozenset[tuple[str, str]]  # layer and BatchNorm that may be folded, as far as this way goes
+    pairs: frozenset[tuple[str, str]]  # layer and BatchNorm that may be folded, as far as this path goes
 
 
 class _Tracer(fx.Tracer):
@@ -68,6 +69,9 @@ class _Tracer(fx.Tracer):
     def __init__(self, decisions: list[bool]) -> None:
         super().__init__()
         self.decisions, self.taken = decisions, 0
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         if self.taken == len(self.decisions):
@@ -93,16 +97,16 @@ def _pairs(network: nn.Module) -> list[tuple[str, str]]:
     """Names of the layers and BatchNorms to fold, sorted; none when the network cannot be traced."""
     methods = ["forward", "forward_features"] if isinstance(network, Network) else ["forward"]
     try:
-        with torch.no_grad(), _random_state_kept(network):
-            ways = [way for method in methods for way in _ways(network, method)]
+        with torch.no_grad(), _random_state_restored(network):
+            paths = [path for method in methods for path in _paths(network, method)]
     except Exception:  # whatever the network's own code raises on meeting a symbol in place of images
         return []
-    found = frozenset[tuple[str, str]]().union(*(way.pairs for way in ways))
-    return sorted(pair for pair in found if all(pair in way.pairs or way.called.isdisjoint(pair) for way in ways))
+    pairs = frozenset[tuple[str, str]]().union(*(path.pairs for path in paths))
+    return sorted(pair for pair in pairs if all(pair in path.pairs or path.called.isdisjoint(pair) for path in paths))
 
 
-def _ways(network: nn.Module, method: str) -> Iterator[_Way]:
-    """Every way through ``method``, one for each outcome of the conditions that depend on the images."""
+def _paths(network: nn.Module, method: str) -> Iterator[_Path]:
+    """Every path through ``method``, one for each outcome of the conditions that depend on the images."""
     decisions: list[bool] = []
     while True:
         probe = copy.deepcopy(network).eval()  # a fresh one each time: a forward may write to its module
@@ -116,12 +120,12 @@ def _ways(network: nn.Module, method: str) -> Iterator[_Way]:
         decisions[-1] = True
 
 
-def _read(network: nn.Module, graph: fx.Graph) -> _Way:
+def _read(network: nn.Module, graph: fx.Graph) -> _Path:
     entry = _Entry(network, "")
     modules = dict(entry.named_modules(remove_duplicate=False))
     names = {module: name for name, module in network.named_modules()}  # the first of several, as in every copy
     called = [modules[str(node.target)] for node in graph.nodes if node.op == "call_module"]
-    calls = Counter(module for outer in called for module in outer.modules())  # what is opaque may call what it holds
+    calls = Counter(module for outer in called for module in outer.modules())  # a leaf may call what is inside
     tensors = dict(entry.named_parameters(remove_duplicate=False))
     read = {id(tensors.get(str(node.target))) for node in graph.nodes if node.op == "get_attr"}
     pairs = set()
@@ -137,12 +141,12 @@ def _read(network: nn.Module, graph: fx.Graph) -> _Way:
             and (type(layer) is not nn.Linear or _is_matrix(before.args[0], modules))
         ):
             pairs.add((names[layer], names[norm]))
-    return _Way(frozenset(names[module] for module in calls), frozenset(pairs))
+    return _Path(frozenset(names[module] for module in calls), frozenset(pairs))
 
 
 def _foldable(layer: nn.Module, norm: nn.Module) -> bool:
     """Whether the two are plain enough that the layer can do the work of both."""
-    if NORM_AFTER.get(type(layer)) is not type(norm) or not (_plain(layer) and _plain(norm)):
+    if type(norm) not in NORMS_AFTER.get(type(layer), ()) or not (_plain(layer) and _plain(norm)):
         return False
     assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
     assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
@@ -185,7 +189,7 @@ def _is_matrix(value: object, modules: dict[str, nn.Module]) -> bool:
 
 
 @contextmanager
-def _random_state_kept(network: nn.Module) -> Iterator[None]:
+def _random_state_restored(network: nn.Module) -> Iterator[None]:
     """Put torch's, NumPy's and Python's global generators back: a forward may draw while it is traced."""
     devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002

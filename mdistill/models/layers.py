@@ -1,7 +1,53 @@
-"""Pieces shared by the families of the zoo."""
+"""Pieces shared by the families of the zoo. Letters: B batch, D pooled width, K channels, H and W height and width."""
 
+from weakref import WeakKeyDictionary
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` that leaves ``num_batches_tracked`` to ``count_batches``: one kernel less in each layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised map (B, K, H, W).
+
+        Args:
+            x: (B, K, H, W).
+        """
+        if self.momentum is None:  # a cumulative average is weighted by the count and cannot do without it
+            return super().forward(x)
+        running = not self.training or self.track_running_stats
+        return F.batch_norm(
+            x,
+            self.running_mean if running else None,
+            self.running_var if running else None,
+            self.weight,
+            self.bias,
+            training=self.training or self.running_mean is None,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+
+
+_NORMS: WeakKeyDictionary[nn.Module, list[BatchNorm2d]] = WeakKeyDictionary()
+
+
+def count_batches(network: nn.Module) -> None:
+    """Add 1 to ``num_batches_tracked`` of every ``BatchNorm2d`` above that is training, in one call.
+
+    To be called after each training forward pass of ``network``. Layers of torch's own count by themselves. The layers
+    are looked up at the first call: walking a network takes longer than counting.
+    """
+    if network not in _NORMS:
+        _NORMS[network] = [module for module in network.modules() if isinstance(module, BatchNorm2d)]
+    counting = [
+        norm for norm in _NORMS[network] if norm.training and norm.track_running_stats and norm.momentum is not None
+    ]
+    counters = [norm.num_batches_tracked for norm in counting if norm.num_batches_tracked is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
 
 
 def conv(in_channels: int, channels: int, kernel: int, *, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -13,7 +59,11 @@ class ReLUStage(nn.Sequential):
     """Blocks that return their output before its ReLU, each followed here by that ReLU."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) to the stage's output and the same map before the last ReLU, both (B, C', H', W')."""
+        """The stage's output and the same map before its last ReLU, both (B, K', H', W').
+
+        Args:
+            x: (B, K, H, W).
+        """
         preact = x
         for block in self:
             preact = block(x)
@@ -22,7 +72,11 @@ class ReLUStage(nn.Sequential):
 
 
 def global_average(x: Tensor) -> Tensor:
-    """(B, D, H, W) to (B, D)."""
+    """The mean over space, (B, D).
+
+    Args:
+        x: (B, D, H, W).
+    """
     return x.mean(dim=(2, 3))
 
 

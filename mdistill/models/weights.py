@@ -12,7 +12,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -27,20 +27,23 @@ from mdistill.models.base import MODELS
 Role = Literal["student", "teacher"]
 
 
-def read_checkpoint(path: Path, role: Role = "student") -> dict[str, Tensor]:
+def read_checkpoint(path: Path, role: Role = "student", *, keys: Collection[str] = ()) -> dict[str, Tensor]:
     """The bare state dict of one network, on the CPU.
 
     Args:
         path: a checkpoint, or a run folder, whose ``student.pt`` it then is.
         role: which network of a whole distiller's checkpoint; one that has no teacher was trained without, and gives
             its student for either.
+        keys: those of the network; a file that has exactly these holds it as it is, whatever they begin with.
 
     Raises:
         UserError: no such file; truncated or damaged; not a checkpoint; names code (none of which is run); holds no
             network; holds NaN or infinite weights.
     """
     file = _file(path)
-    state = _network(_state_dict(read_file(file), file), role, file)
+    state = _state_dict(read_file(file), file)
+    if state.keys() != set(keys):
+        state = _network(state, role, file)
     broken = _first_non_finite(state)
     if broken:
         raise UserError(f"checkpoint {file}: {broken} holds NaN or infinite values")
@@ -57,7 +60,7 @@ def load_weights(model: nn.Module, path: Path, *, name: str, role: Role = "stude
         UserError: as ``read_checkpoint``; or the weights are another network's, which is then named, or were trained
             for another number of classes.
     """
-    state = read_checkpoint(path, role)
+    state = read_checkpoint(path, role, keys=model.state_dict())
     problem = _mismatch(state, model.state_dict(), name)
     if problem:
         raise UserError(f"checkpoint {_file(path)}: {problem}")
@@ -92,7 +95,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 
 class _Ignored:
-    """Stands for what lies beside the weights: takes whatever it is built from and keeps nothing."""
+    """Stands for what lies beside the weights: takes any arguments and stores nothing."""
 
     def __init__(self, *_: Any) -> None: ...
 
@@ -147,8 +150,8 @@ def read_file(file: Path) -> Any:
         raise UserError(f"checkpoint {file} is empty (0 bytes)")
     try:
         with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch has to say about odd pickles ends up in the error
-            found = torch.load(file, map_location="cpu", weights_only=True)
+            warnings.simplefilter("ignore")  # torch's remarks on odd pickles end up in the error
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # a file that is no checkpoint can fail in any way
@@ -156,7 +159,7 @@ def read_file(file: Path) -> Any:
     damage = _zip_damage(file) if head.startswith(b"PK") else None
     if damage:
         raise UserError(f"checkpoint {file} is damaged: {damage}")
-    return found
+    return content
 
 
 def _zip_damage(file: Path) -> str | None:
@@ -223,20 +226,20 @@ def _globals(data: bytes) -> Iterator[str]:
                 yield ".".join(texts[-2:])
             elif isinstance(argument, str):
                 texts.append(argument)
-    except Exception:  # damaged, or no pickle: what was found so far is all there is
+    except Exception:  # damaged, or no pickle: the names so far are all there are
         return
 
 
-# --- finding the network in it ---
+# --- finding the network ---
 
 
-def _state_dict(found: Any, file: Path) -> dict[str, Tensor]:
-    if isinstance(found, Tensor):
-        raise UserError(f"checkpoint {file} holds one tensor of shape {tuple(found.shape)}, not a state dict")
-    if not isinstance(found, Mapping):
-        raise UserError(f"checkpoint {file} holds a {type(found).__name__}, not a state dict")
-    place = "under 'model'" if "model" in found else "in it"
-    state = found.get("model", found)
+def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
+    if isinstance(content, Tensor):
+        raise UserError(f"checkpoint {file} holds one tensor of shape {tuple(content.shape)}, not a state dict")
+    if not isinstance(content, Mapping):
+        raise UserError(f"checkpoint {file} holds a {type(content).__name__}, not a state dict")
+    place = "under 'model'" if "model" in content else "in it"
+    state = content.get("model", content)
     if not isinstance(state, Mapping):
         raise UserError(f"checkpoint {file} holds a {type(state).__name__} under 'model', not a state dict")
     foreign = [str(key) for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
@@ -268,20 +271,20 @@ def _first_non_finite(state: Mapping[str, Tensor]) -> str | None:
     return next((key for key, value in state.items() if not bool(torch.isfinite(value).all())), None)
 
 
-# --- comparing it with a model ---
+# --- comparing with a model ---
 
 
-def _mismatch(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> str | None:
-    """What keeps ``found`` from loading into model ``name`` with state ``wanted``, in one line; None if nothing."""
-    missing = [key for key in wanted if key not in found]
-    unexpected = [key for key in found if key not in wanted]
-    other = [key for key in wanted if key in found and found[key].shape != wanted[key].shape]
+def _mismatch(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> str | None:
+    """Why ``state`` does not load into model ``name``, whose state is ``wanted``, in one line; None if nothing."""
+    missing = [key for key in wanted if key not in state]
+    unexpected = [key for key in state if key not in wanted]
+    other = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     if not (missing or unexpected or other):
         return None
-    classes, wanted_classes = _num_classes(found), _num_classes(wanted)
+    classes, wanted_classes = _num_classes(state), _num_classes(wanted)
     if not (missing or unexpected) and all(
-        (found[key].shape[:1], wanted[key].shape[:1]) == ((classes,), (wanted_classes,))
-        and found[key].shape[1:] == wanted[key].shape[1:]
+        (state[key].shape[:1], wanted[key].shape[:1]) == ((classes,), (wanted_classes,))
+        and state[key].shape[1:] == wanted[key].shape[1:]
         for key in other
     ):
         return f"{name} was trained for {classes} classes, the data set has {wanted_classes}"
@@ -293,10 +296,10 @@ def _mismatch(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: s
     if other:
         key = other[0]
         details.append(
-            f"{len(other)} of another shape, first {key}: {tuple(found[key].shape)}, not {tuple(wanted[key].shape)}"
+            f"{len(other)} of another shape, first {key}: {tuple(state[key].shape)}, not {tuple(wanted[key].shape)}"
         )
     counts = f"keys: {'; '.join(details)}"
-    holds = _identify(found)
+    holds = _identify(state)
     if holds:
         return f"it holds {holds} with {classes} classes, not {name} with {wanted_classes} classes; {counts}"
     return f"it does not fit {name}, nor any other known model; {counts}"

@@ -19,7 +19,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def comparison_table(records: Sequence[RunRecord], split: str = "test") -> str:
-    """One row a run: parameters, last-epoch top-1 and top-5 in percent, seconds."""
+    """One row per run: parameters, last-epoch top-1 and top-5 in percent, seconds."""
     rows = [
         [
             record.label,

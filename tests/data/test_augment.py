@@ -49,7 +49,7 @@ def test_every_view_is_torchvisions_to_the_last_bit(size: int, padding: int, fli
     stored = augment.store(images)
     view = torch.arange(augment.count(padding, flip))
     index = view % len(images)
-    pixels = augment.look(stored, index, view, *augment.offset_tables(size, padding, flip))
+    pixels = augment.crop_and_flip(stored, index, view, *augment.offset_tables(size, padding, flip))
     found = augment.Normalization(size, MEAN, STD)(pixels)
     for number in view.tolist():
         parts = augment.decode(number, padding=padding, flip=flip)
@@ -67,7 +67,7 @@ def test_the_identity_view_is_the_image():
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     for flip in (True, False):
         view = torch.full((2,), augment.identity(3, flip))
-        pixels = augment.look(augment.store(images), torch.arange(2), view, *augment.offset_tables(8, 3, flip))
+        pixels = augment.crop_and_flip(augment.store(images), torch.arange(2), view, *augment.offset_tables(8, 3, flip))
         assert np.array_equal(pixels.numpy(), images)
 
 
@@ -82,7 +82,7 @@ def test_a_view_outside_the_table_is_refused():
     stored = augment.store(np.zeros((2, 8, 8, 3), dtype=np.uint8))
     tables = augment.offset_tables(8, 2, True)
     with pytest.raises(IndexError):
-        augment.look(stored, torch.tensor([0]), torch.tensor([augment.count(2, True)]), *tables)
+        augment.crop_and_flip(stored, torch.tensor([0]), torch.tensor([augment.count(2, True)]), *tables)
 
 
 def test_uniform_views_have_the_distribution_of_random_crop_and_random_flip():
@@ -95,7 +95,7 @@ def test_uniform_views_have_the_distribution_of_random_crop_and_random_flip():
     image = np.arange(1, 3 * size * size + 1, dtype=np.uint8).reshape(size, size, 3)
     view = torch.arange(augment.count(padding, True))
     tables = augment.offset_tables(size, padding, True)
-    pixels = augment.look(augment.store(image[None]), torch.zeros_like(view), view, *tables)
+    pixels = augment.crop_and_flip(augment.store(image[None]), torch.zeros_like(view), view, *tables)
     numbers = {pixels[number].numpy().tobytes(): number for number in view.tolist()}
     assert len(numbers) == len(view)
     transform = Compose([RandomCrop(size, padding=padding), RandomHorizontalFlip()])

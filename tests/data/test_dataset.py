@@ -21,11 +21,15 @@ def normalised(images: np.ndarray) -> torch.Tensor:
     return (value - torch.tensor(SETTINGS["mean"]).view(3, 1, 1)) / torch.tensor(SETTINGS["std"]).view(3, 1, 1)
 
 
-def test_facts(small: InMemoryDataset):
+def test_what_it_tells_of_itself(small: InMemoryDataset):
     assert (small.num_classes, small.num_samples, small.image_size, small.num_views) == (5, 57, 8, 50)
     assert small.splits == ("test",)
     assert small.notes == ["made up"]
-    assert astuple(small.info(16)) == (5, 57, 8, 50, 16, True)
+    info = small.info(16)
+    assert astuple(info)[:6] == (5, 57, 8, 50, 16, True)
+    assert info.labels is not None
+    assert info.labels.tolist() == np.repeat(np.arange(5), [30, 12, 9, 4, 2]).tolist()
+    assert info.class_names == ()
     assert small.info(64).batch_size == 57  # no batch is larger than the data
     assert small.size("test") == 23
 

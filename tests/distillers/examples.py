@@ -1,5 +1,6 @@
-"""What the tests of methods share: tiny networks, a batch, and one set of settings per registered method."""
+"""What the tests of methods share: tiny networks, a batch, and one set of settings for each method."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,14 +9,31 @@ from torch import Tensor, nn
 from mdistill.data.batch import Batch, DataInfo
 from mdistill.distillers import DISTILLERS, Distiller
 from mdistill.models.base import Features
+from mdistill.optim.solvers import SGD
+
+from ..host_reads import NoHostReads
+from . import hooks
 
 CLASSES, SAMPLES, BATCH = 7, 40, 8
 
 METHODS = [name for name in DISTILLERS.names() if DISTILLERS.get(name).__module__.startswith("mdistill.")]
+HOOKS = list(hooks.SETTINGS)  # methods of the tests alone, which the contract holds for as well
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    **hooks.SETTINGS,
     "vanilla": {"ce_weight": 1.0},
     "kd": {"ce_weight": 0.1, "kd_weight": 0.9, "temperature": 4.0},
+    "bd_kd": {"ce_weight": 0.1, "kd_weight": 0.9, "temperature": 4.0, "balance": 2.0},
+    "taid": {
+        "ce_weight": 0.1,
+        "kd_weight": 0.9,
+        "temperature": 4.0,
+        "epochs": 5,
+        "start": 0.4,
+        "end": 1.0,
+        "alpha": 0.1,
+        "beta": 0.9,
+    },
     "dkd": {"ce_weight": 1.0, "alpha": 1.0, "beta": 8.0, "temperature": 4.0, "warmup_epochs": 20},
     "rld": {
         "ce_weight": 1.0,
@@ -78,7 +96,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "kd_weight": 0.9,
         "temperature": 4.0,
         "extra_temperatures": [3.0, 5.0, 2.0, 6.0],
-        "reading": "published",
+        "variant": "published",
     },
     "mlkd_noaug": {
         "ce_weight": 0.1,
@@ -155,18 +173,33 @@ def epoch(number: int = 1) -> Tensor:
     return torch.tensor(number)
 
 
-def step(distiller: Distiller, of: Batch, number: int = 1, lr: float = 0.0) -> Tensor:
-    """One plain training step; the loss before it."""
+def step(distiller: Distiller, batch: Batch, number: int = 1, lr: float = 0.0) -> Tensor:
+    """One plain training step in epoch ``number``; the loss before it."""
     distiller.train()
     distiller.zero_grad()
-    loss = distiller(of, epoch(number)).total
-    loss.backward()
+    output = distiller(batch, epoch(number))
+    output.total.backward()
     with torch.no_grad():
         for group in distiller.param_groups():
             for parameter in group["params"]:
-                parameter -= lr * parameter.grad
-        distiller.after_step()
-    return loss.detach()
+                if parameter.grad is not None:
+                    parameter -= lr * group.get("lr_scale", 1.0) * parameter.grad
+        distiller.after_step(output.signals)
+    return output.total.detach()
+
+
+def steps_without_host_reads(distiller: Distiller, sizes: Sequence[int], number: int = 2) -> None:
+    """Training steps by a real solver that fail where the host would read a value of the device."""
+    solver = SGD(distiller.train().param_groups(), momentum=0.9, nesterov=False, weight_decay=5e-4)
+    solver.set_lr(0.05)
+    batches = [batch(seed, size) for seed, size in enumerate(sizes)]
+    now = epoch(number)
+    with NoHostReads():
+        for each in batches:
+            output = distiller(each, now)
+            solver.step(output)
+            with torch.no_grad():
+                distiller.after_step(output.signals)
 
 
 def logits(seed: int, size: int, classes: int, scale: float = 3.0) -> Tensor:

@@ -36,12 +36,12 @@ def check(row: dict[str, Any], loss: Callable[..., Tensor]) -> None:
             torch.from_numpy(arrays[f"{row['inputs']}/{name}"]) for name in ("student", "teacher", "target")
         )
         expected = torch.from_numpy(arrays[f"{row['inputs']}/{row['case']}/grad"])
-    method, words = row["case"].split("|")
-    arguments = {name: float(value) for name, value in (word.split("=") for word in words.split(","))}
+    method, numbers = row["case"].split("|")
+    arguments = {name: float(value) for name, value in (word.split("=") for word in numbers.split(","))}
     student.requires_grad_()
     inputs = (standardize(student), standardize(teacher)) if method.endswith("+lskd") else (student, teacher)
-    found = loss(*inputs, target, **arguments)
-    found.backward()
-    assert found.item() == pytest.approx(row["loss"], rel=1e-9)
+    value = loss(*inputs, target, **arguments)
+    value.backward()
+    assert value.item() == pytest.approx(row["loss"], rel=1e-9)
     assert student.grad is not None
     assert (student.grad - expected).abs().max() <= 1e-9 * expected.abs().max()

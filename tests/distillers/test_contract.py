@@ -1,42 +1,57 @@
-"""What holds for every registered method; a new one is covered by its settings in ``examples.py``."""
+"""What holds for every method; a new one is covered by its settings in ``examples.py``."""
 
 import copy
 import importlib
 import inspect
+import re
+from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistill.distillers import DISTILLERS, Distiller
-from mdistill.engine.metrics import EpochSums
-from mdistill.engine.trainer import train_step
-from mdistill.optim.solvers import SGD
+from mdistill.data.batch import Batch
+from mdistill.distillers import DISTILLERS, Distiller, Signals
+from mdistill.models import MODELS
 
 from ..host_reads import NoHostReads
-from . import examples
+from . import examples, hooks
 
 METHODS = examples.METHODS
-every_method = pytest.mark.parametrize("name", METHODS)
-SHARED = {"warmup_epochs", "standardize_logits", "ema_decay", "average_from"}
-VARIANTS = {
-    "kd": {"divergence", "balance", "target", "interpolation"}
-}  # off by default: the method is then as published
+every_published_method = pytest.mark.parametrize("name", METHODS)
+every_method = pytest.mark.parametrize("name", [*METHODS, *examples.HOOKS])
+SHARED = {"warmup_epochs", "standardize_logits"}
 
 
 def own_state(distiller: Distiller) -> dict[str, Tensor]:
-    """What the method keeps beside its networks."""
-    state = distiller.training_state()
-    return {key: value.clone() for key, value in state.items() if not key.startswith("student.")}
+    """What the method holds beside its networks."""
+    state = distiller.state_dict()
+    return {key: value.clone() for key, value in state.items() if not key.startswith(("student.", "teacher."))}
+
+
+def attributes(distiller: Distiller) -> dict[tuple[str, ...], Any]:
+    """Every attribute of every module, parameters and buffers one by one."""
+    objects: dict[tuple[str, ...], Any] = {}
+    for path, module in distiller.named_modules():
+        for key, value in vars(module).items():
+            inner = value if key in ("_parameters", "_buffers", "_modules") else {"": value}
+            objects |= {(path, key, name): entry for name, entry in inner.items()}
+    return objects
+
+
+def assert_same_objects(left: dict[tuple[str, ...], Any], right: dict[tuple[str, ...], Any]) -> None:
+    assert left.keys() == right.keys()
+    assert [key for key, value in left.items() if value is not right[key] and not isinstance(value, bool)] == []
 
 
 def test_there_are_example_settings_for_every_method():
-    assert sorted(examples.SETTINGS) == METHODS
-    assert {"vanilla", "kd", "dkd", "rld", "mcld"} <= set(METHODS)
+    assert sorted(examples.SETTINGS) == sorted([*METHODS, *examples.HOOKS])
+    assert {"vanilla", "kd", "bd_kd", "taid", "dkd", "rld", "mcld"} <= set(METHODS)
 
 
-@every_method
+@every_published_method
 def test_module_class_and_registered_name_agree(name):
     builder = DISTILLERS.get(name)
     module = importlib.import_module(f"mdistill.distillers.{name}")
@@ -45,30 +60,40 @@ def test_module_class_and_registered_name_agree(name):
     assert module.__doc__.startswith(builder.__name__)
 
 
-@every_method
-def test_method_values_have_types_and_no_hidden_defaults(name):
-    """Every value that a YAML may set is annotated; only what the base gives to all, or a variant, may be left out."""
+@every_published_method
+def test_settings_have_types_and_no_hidden_defaults(name):
+    """Every value that a YAML may set is annotated; only what the base gives to all may be left out."""
     arguments = DISTILLERS.arguments(name)
     assert all(argument.annotation is not inspect.Parameter.empty for argument in arguments.values())
-    optional = {key for key, argument in arguments.items() if argument.default is not inspect.Parameter.empty}
-    assert optional == SHARED | VARIANTS.get(name, set())
+    assert {key for key, argument in arguments.items() if argument.default is not inspect.Parameter.empty} == SHARED
     complete, problems = DISTILLERS.check(name, examples.SETTINGS[name])
     assert not problems
     assert set(complete) == set(arguments)
 
 
+@every_published_method
+def test_every_loss_lists_its_arguments_and_the_shape_of_its_result(name):
+    module = importlib.import_module(f"mdistill.distillers.{name}")
+    for function in vars(module).values():
+        if not (
+            inspect.isfunction(function) and function.__module__ == module.__name__ and "loss" in function.__name__
+        ):
+            continue
+        text = inspect.getdoc(function)
+        assert "\nDiffers from the " in text or "differs" not in text.lower(), function.__name__
+        listed = re.search(r"\nArgs:\n(.*)\n\nReturns:\n    \(", text, flags=re.DOTALL)
+        assert listed, function.__name__
+        parameters = inspect.signature(function).parameters
+        assert re.findall(r"^    (\w+): ", listed[1], flags=re.MULTILINE) == list(parameters), function.__name__
+        shapes = dict(re.findall(r"^    (\w+): (\([A-Z, ]*\))", listed[1], flags=re.MULTILINE))
+        tensors = {key for key, parameter in parameters.items() if parameter.annotation is Tensor}
+        assert shapes.keys() == tensors, function.__name__
+
+
 @every_method
 def test_a_training_step_never_waits_for_the_device(name):
-    """The engine's own ``train_step``, whole: forward, solver, method state and metrics."""
-    distiller = examples.build(name).train()
-    solver = SGD(distiller.param_groups(), momentum=0.9, nesterov=False, weight_decay=5e-4)
-    solver.set_lr(0.05)
-    batches = [examples.batch(number, size) for number, size in enumerate((8, 8, 8, 8, 8, 5))]
-    epoch, sums = examples.epoch(2), EpochSums(torch.device("cpu"))
-    with NoHostReads():
-        for batch in batches:
-            train_step(distiller, solver, batch, epoch, sums)
-    assert sums.read(epoch=2).images == 45
+    """Forward, solver and the method's own state."""
+    examples.steps_without_host_reads(examples.build(name), (8, 8, 8, 8, 8, 5))
 
 
 @every_method
@@ -104,17 +129,85 @@ def test_the_gradient_reaches_the_student_and_the_method_s_own_modules_alone(nam
 
 
 @every_method
+def test_a_step_s_output_holds_the_signals_that_distillation_saw(name, monkeypatch):
+    distiller, seen = examples.build(name).train(), []
+    distillation = distiller.distillation
+
+    def recorded(signals: Signals) -> dict[str, Tensor]:
+        seen.append(signals)
+        return distillation(signals)
+
+    monkeypatch.setattr(distiller, "distillation", recorded)
+    signals = distiller(examples.batch(), examples.epoch()).signals
+    assert len(seen) == 1
+    assert seen[0] is signals
+
+
+@every_method
+def test_a_step_leaves_no_attribute_behind(name):
+    """Neither the forward pass nor ``after_step`` binds anything anew: state is written into the buffers."""
+    distiller = examples.build(name).train()
+    before = attributes(distiller)
+    output = distiller(examples.batch(), examples.epoch())
+    assert_same_objects(before, attributes(distiller))
+    output.total.backward()
+    with torch.no_grad():
+        distiller.after_step(output.signals)
+    assert_same_objects(before, attributes(distiller))
+    with torch.no_grad():
+        distiller.eval()(examples.batch(), examples.epoch())
+    assert_same_objects(before, attributes(distiller))
+
+
+@every_method
 def test_only_after_step_writes_the_method_s_state(name):
     distiller = examples.build(name).train()
     examples.step(distiller, examples.batch(0))
     before = own_state(distiller)
     with torch.no_grad():
         distiller(examples.batch(1), examples.epoch())
-    distiller.after_step()
     distiller.eval()(examples.batch(2), examples.epoch())
-    distiller.after_step()
     distiller.train()(examples.batch(3), examples.epoch()).total.backward()  # a dry run: no after_step
     torch.testing.assert_close(own_state(distiller), before, rtol=0, atol=0)
+
+
+@every_method
+def test_after_step_depends_on_the_signals_and_not_on_the_new_weights(name):
+    """It runs after the solver: what it writes is what the step saw."""
+    states = []
+    for change in (0.0, 1.0):
+        distiller = examples.build(name).train()
+        examples.step(distiller, examples.batch(0))
+        signals = distiller(examples.batch(1), examples.epoch(2)).signals
+        with torch.no_grad():
+            for parameter in distiller.parameters():
+                parameter += change
+            distiller.after_step(signals)
+        trained = {key for key, _ in distiller.named_parameters()}
+        states.append({key: value for key, value in own_state(distiller).items() if key not in trained})
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+
+
+@every_method
+def test_after_step_stores_the_batches_of_all_processes(name):
+    """Two processes with half a batch each, emulated: each ends up with the state of one that has all of it."""
+    whole, parts = examples.batch(), []
+    for half in (slice(0, 4), slice(4, 8)):
+        tensors = {field.name: getattr(whole, field.name) for field in fields(whole)}
+        parts.append(Batch(**{key: None if value is None else value[half] for key, value in tensors.items()}))
+    first, second, alone = (examples.build(name).eval() for _ in range(3))
+    sent: list[Tensor] = []
+    second.gather = lambda rows: sent.append(rows) or rows
+    signals = [each(batch, examples.epoch(2)).signals for each, batch in zip((first, second), parts, strict=True)]
+    sent.clear()
+    with torch.no_grad():
+        second.after_step(signals[1])
+        first.gather = lambda rows: torch.cat([rows, sent.pop(0)])
+        first.after_step(signals[0])
+        alone.after_step(alone(whole, examples.epoch(2)).signals)
+    assert not sent
+    if not first.needs.teacher_batch_statistics:
+        torch.testing.assert_close(own_state(first), own_state(alone))
 
 
 @every_method
@@ -122,27 +215,42 @@ def test_evaluation_leaves_everything_as_it_is(name):
     distiller = examples.build(name).eval()
     before = copy.deepcopy(distiller.state_dict())
     first = distiller(examples.batch(), examples.epoch()).total
-    distiller.after_step()
     torch.testing.assert_close(dict(distiller.state_dict()), dict(before), rtol=0, atol=0)
     assert distiller(examples.batch(), examples.epoch()).total == first
 
 
+@pytest.mark.parametrize("name", [name for name in [*METHODS, *examples.HOOKS] if examples.build(name).teacher])
+def test_the_teacher_stays_as_it_is_in_every_mode(name):
+    distiller = examples.build(name)
+    before = copy.deepcopy(distiller.teacher.state_dict())
+    for mode in (True, False):
+        distiller.train(mode)
+        normalises_by_batch = [module for module in distiller.teacher.modules() if module.training]
+        assert all(isinstance(module, nn.BatchNorm1d) for module in normalises_by_batch)
+        assert bool(normalises_by_batch) == distiller.needs.teacher_batch_statistics
+        distiller(examples.batch(), examples.epoch()).total.backward()
+    examples.step(distiller, examples.batch(1), lr=0.1)
+    assert all(parameter.grad is None for parameter in distiller.teacher.parameters())
+    torch.testing.assert_close(dict(distiller.teacher.state_dict()), dict(before), rtol=0, atol=0)
+
+
 @every_method
-def test_a_restored_method_goes_on_bit_for_bit(name):
+def test_a_restored_method_continues_bit_for_bit(name):
     unbroken, restored = examples.build(name), examples.build(name)
-    for number in range(7):
+    for number in range(6):  # enough for a queue of all samples to wrap around
         examples.step(unbroken, examples.batch(number), lr=0.01)
-    restored.load_training_state(copy.deepcopy(unbroken.training_state()))
-    for number in range(7, 12):
-        losses = [examples.step(distiller, examples.batch(number), lr=0.01) for distiller in (unbroken, restored)]
+    restored.load_state_dict(copy.deepcopy(unbroken.state_dict()))
+    for number in range(6, 9):
+        losses = [examples.step(distiller, examples.batch(number), 3, lr=0.01) for distiller in (unbroken, restored)]
         assert losses[0] == losses[1]
-    torch.testing.assert_close(restored.training_state(), unbroken.training_state(), rtol=0, atol=0)
+    torch.testing.assert_close(dict(restored.state_dict()), dict(unbroken.state_dict()), rtol=0, atol=0)
 
 
 @every_method
 def test_terms_are_named_finite_scalars(name):
     distiller = examples.build(name)
-    for number, size in enumerate((8, 1)):
+    smallest = 2 if distiller.needs.teacher_batch_statistics else 1
+    for number, size in enumerate((8, smallest)):
         output = distiller.eval()(examples.batch(number, size), examples.epoch())
         assert output.terms
         assert not set(output.task) & set(output.distillation)
@@ -165,8 +273,7 @@ def test_losses_of_narrow_networks_are_float32(name, dtype):
 
 
 @every_method
-def test_a_network_of_a_mean_scale_does_not_break_it(name):
-    """Logits of 1e4 through the whole method: finite terms and gradients."""
+def test_logits_of_1e4_give_finite_terms_and_gradients(name):
     distiller = examples.build(name).train()
     with torch.no_grad():
         for network in (distiller.student, distiller.teacher):
@@ -175,6 +282,17 @@ def test_a_network_of_a_mean_scale_does_not_break_it(name):
     for number in range(3):
         assert examples.step(distiller, examples.batch(number)).isfinite()
         assert all(parameter.grad.isfinite().all() for parameter in distiller.student.parameters())
+
+
+@pytest.mark.parametrize("name", examples.HOOKS)
+def test_the_methods_of_the_tests_run_on_networks_of_the_zoo(name):
+    student, teacher = (MODELS.build("resnet8", examples.CLASSES) for _ in range(2))
+    data = examples.data_info(image_size=32)
+    distiller = DISTILLERS.build(name, student, teacher, data, **hooks.SETTINGS[name])
+    batch = examples.batch(size=4, image=torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert examples.step(distiller, batch, lr=0.1).isfinite()
+    for network in distiller.students().values():
+        assert network.eval()(batch.image).shape == (4, examples.CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -197,12 +315,12 @@ def test_a_network_of_a_mean_scale_does_not_break_it(name):
         pytest.param(lambda x: [x for _ in range(x.long().abs().sum())], id="range"),
     ],
 )
-def test_the_watch_sees_host_reads(read):
+def test_host_reads_are_noticed(read):
     with pytest.raises(AssertionError), NoHostReads():
         read(torch.tensor([1.0, -1.0, 2.0]))
 
 
-def test_the_watch_lets_the_rest_pass():
+def test_other_operations_pass():
     x = torch.randn(4, 3, requires_grad=True)
     with NoHostReads():
         nn.functional.cross_entropy(x[torch.tensor([0, 2])], torch.tensor([0, 1])).backward()

@@ -7,12 +7,9 @@ import torch
 
 from mdistill.distillers.ctkd import GradientReversal, InstanceTemperature, ctkd_loss, curriculum
 from mdistill.distillers.kd import kd_loss
-from mdistill.engine.metrics import EpochSums
-from mdistill.engine.trainer import train_step
 from mdistill.errors import UserError
 from mdistill.optim.solvers import SGD
 
-from ..host_reads import NoHostReads
 from . import examples
 
 MODULES = {"global": {"module": "global", "hidden": None}, "instance": {"module": "instance", "hidden": 6}}
@@ -45,8 +42,8 @@ def test_the_loss_by_hand():
     student = torch.zeros(2, 2, dtype=torch.float64)
     teacher = torch.tensor([[2 * log(3), 0.0], [log(3), 0.0]], dtype=torch.float64)
     divergence = 0.75 * log(3 / 2) + 0.25 * log(1 / 2)
-    found = ctkd_loss(student, teacher, torch.tensor([2.0, 1.0], dtype=torch.float64))
-    assert found.item() == pytest.approx((4 + 1) / 2 * divergence, rel=1e-12)
+    loss = ctkd_loss(student, teacher, torch.tensor([2.0, 1.0], dtype=torch.float64))
+    assert loss.item() == pytest.approx((4 + 1) / 2 * divergence, rel=1e-12)
 
 
 def test_the_loss_equals_a_loop():
@@ -79,10 +76,10 @@ def test_the_loss_has_the_gradient_of_finite_differences_for_student_and_tempera
 
 def test_the_curriculum_by_hand():
     """Two epochs long: half-way in the first, 1 from the second on; then from 0.2 to 0.6 in three."""
-    found = [curriculum(torch.tensor(n), minimum=0.0, maximum=1.0, epochs=2).item() for n in (1, 2, 3, 240)]
-    assert found == pytest.approx([0.5, 1.0, 1.0, 1.0], abs=1e-6)
-    found = [curriculum(torch.tensor(n), minimum=0.2, maximum=0.6, epochs=3).item() for n in (1, 2, 3)]
-    assert found == pytest.approx([0.3, 0.5, 0.6], abs=1e-6)
+    strengths = [curriculum(torch.tensor(n), minimum=0.0, maximum=1.0, epochs=2).item() for n in (1, 2, 3, 240)]
+    assert strengths == pytest.approx([0.5, 1.0, 1.0, 1.0], abs=1e-6)
+    strengths = [curriculum(torch.tensor(n), minimum=0.2, maximum=0.6, epochs=3).item() for n in (1, 2, 3)]
+    assert strengths == pytest.approx([0.3, 0.5, 0.6], abs=1e-6)
 
 
 def test_the_curriculum_is_the_published_code_s_with_the_other_sign():
@@ -93,10 +90,10 @@ def test_the_curriculum_is_the_published_code_s_with_the_other_sign():
 
 
 def test_the_curriculum_goes_from_easy_to_hard():
-    found = [curriculum(torch.tensor(epoch), **CURRICULUM).item() for epoch in range(1, 21)]
-    assert 0 < found[0] < 0.03
-    assert found[:10] == sorted(set(found[:10]))
-    assert found[9:] == pytest.approx([1.0] * 11)
+    strengths = [curriculum(torch.tensor(epoch), **CURRICULUM).item() for epoch in range(1, 21)]
+    assert 0 < strengths[0] < 0.03
+    assert strengths[:10] == sorted(set(strengths[:10]))
+    assert strengths[9:] == pytest.approx([1.0] * 11)
 
 
 # --- who climbs and who descends ---
@@ -179,7 +176,7 @@ def test_the_teacher_gets_no_gradient_and_the_module_is_saved_and_not_exported(s
     distiller(examples.batch(), examples.epoch()).total.backward()
     assert all(parameter.grad is None for parameter in distiller.teacher.parameters())
     assert all(parameter.grad is not None for parameter in distiller.temperature.parameters())
-    assert any(key.startswith("temperature.") for key in distiller.training_state())
+    assert any(key.startswith("temperature.") for key in distiller.state_dict())
     assert distiller.students() == {"student": distiller.student}
 
 
@@ -187,7 +184,7 @@ def test_the_teacher_gets_no_gradient_and_the_module_is_saved_and_not_exported(s
 
 
 def test_the_global_temperature_begins_where_the_published_one_does():
-    """1 + 20 sigmoid(1), for every sample, whatever it looks like."""
+    """1 + 20 sigmoid(1), for every sample, whatever its image."""
     distiller = examples.build("ctkd", **MODULES["global"]).eval()
     for seed in range(3):
         assert temperatures(distiller, examples.batch(seed)).item() == pytest.approx(1 + 20 / (1 + exp(-1)), rel=1e-6)
@@ -235,7 +232,7 @@ def test_the_instance_wise_module_reads_both_networks_and_not_which_class_is_whi
     assert ((module(student, 0.5 * teacher) - before).abs() > 1e-4).all()
 
 
-def test_the_instance_wise_module_looks_at_one_sample_at_a_time_and_sends_nothing_back():
+def test_the_instance_wise_module_keeps_samples_apart_and_sends_no_gradient_back():
     module = warmed(MODULES["instance"]).temperature
     student, teacher = examples.logits(0, 5, 7).requires_grad_(), examples.logits(1, 5, 7)
     together = module(student, teacher)
@@ -256,8 +253,8 @@ def test_temperatures_stay_in_their_range_while_both_train(settings, scale):
         assert examples.step(distiller, examples.batch(number), number, lr=1.0 / scale**2).isfinite()
     for parameter in distiller.parameters():
         assert parameter.isfinite().all()
-    found = temperatures(distiller, examples.batch())
-    assert ((found >= 1) & (found <= 21)).all()
+    actual = temperatures(distiller, examples.batch())
+    assert ((actual >= 1) & (actual <= 21)).all()
 
 
 @pytest.mark.parametrize("classes", [2, 5])
@@ -272,14 +269,7 @@ def test_a_certain_teacher_and_a_constant_student_give_finite_gradients(classes)
 
 
 def test_the_global_temperature_never_waits_for_the_device():
-    distiller = examples.build("ctkd", **MODULES["global"]).train()
-    solver = SGD(distiller.param_groups(), momentum=0.9, nesterov=False, weight_decay=5e-4)
-    solver.set_lr(0.05)
-    epoch, sums = examples.epoch(2), EpochSums(torch.device("cpu"))
-    with NoHostReads():
-        for number, size in enumerate((8, 8, 5)):
-            train_step(distiller, solver, examples.batch(number, size), epoch, sums)
-    assert sums.read(epoch=2).images == 21
+    examples.steps_without_host_reads(examples.build("ctkd", **MODULES["global"]), (8, 8, 5))
 
 
 def test_the_solver_trains_the_temperature_with_the_student():

@@ -26,8 +26,8 @@ def by_loop(logits, teacher, temperature):
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_loss_equals_a_loop(temperature):
     logits, teacher = examples.logits(0, 7, 5, 1.0), examples.logits(1, 7, 5, 1.0)
-    found = binary_kl_norm_loss(logits, teacher, temperature=temperature)
-    assert found.item() == pytest.approx(by_loop(logits, teacher, temperature), rel=1e-10)
+    loss = binary_kl_norm_loss(logits, teacher, temperature=temperature)
+    assert loss.item() == pytest.approx(by_loop(logits, teacher, temperature), rel=1e-10)
 
 
 def test_loss_by_hand():
@@ -54,8 +54,8 @@ def test_main_gradient_is_that_of_the_head():
     pooled, target = examples.logits(0, 6, 4).requires_grad_(), examples.targets(1, 6, 5)
     head = torch.nn.Linear(4, 5).double()
     (expected,) = torch.autograd.grad(F.cross_entropy(head(pooled), target), pooled)
-    found = main_gradient(head(pooled), target, head.weight)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    gradient = main_gradient(head(pooled), target, head.weight)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_main_gradient_by_hand():
@@ -81,14 +81,14 @@ def test_alignment_by_hand():
 def test_alignment_equals_a_loop_and_leaves_nothing_against_the_reference(seed):
     g, r = examples.logits(seed, 3, 4), examples.logits(seed + 10, 3, 4)
     g = g if (g * r).sum() < 0 else -g
-    found = aligned(g, r)
+    changed = aligned(g, r)
     dot = sum(a * b for a, b in zip(g.flatten().tolist(), r.flatten().tolist(), strict=True))
     square = sum(b * b for b in r.flatten().tolist())
     expected = [a - dot / square * b for a, b in zip(g.flatten().tolist(), r.flatten().tolist(), strict=True)]
-    torch.testing.assert_close(found.flatten(), torch.tensor(expected).double(), rtol=1e-6, atol=1e-7)
-    assert abs((found * r).sum()) < 1e-12
+    torch.testing.assert_close(changed.flatten(), torch.tensor(expected).double(), rtol=1e-6, atol=1e-7)
+    assert abs((changed * r).sum()) < 1e-12
     assert (aligned(-g, r) == -g).all()
-    torch.testing.assert_close(aligned(7.0 * g, 1e-3 * r), 7.0 * found, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(aligned(7.0 * g, 1e-3 * r), 7.0 * changed, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e8])
@@ -143,26 +143,26 @@ def test_alignment_changes_the_backbone_s_gradient_alone_and_only_in_conflict(co
     step = reference @ plain.head.weight.detach().T  # what the auxiliary logits do when features follow the reference
     teacher_logits = (plain.head(pooled) + (1.0 if conflict else -1.0) * step).detach()
     batch = examples.batch(dtype=torch.float64, teacher_logits=teacher_logits)
-    found, without = gradients(surgery, batch, "kd"), gradients(plain, batch, "kd")
-    assert found.keys() == without.keys()
+    aligned_gradients, without = gradients(surgery, batch, "kd"), gradients(plain, batch, "kd")
+    assert aligned_gradients.keys() == without.keys()
     for key in ("head.weight", "head.bias"):
-        torch.testing.assert_close(found[key], without[key], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(aligned_gradients[key], without[key], rtol=1e-12, atol=1e-14)
     (raw,) = torch.autograd.grad(binary_kl_norm_loss(plain.head(pooled), teacher_logits, temperature=2.0), pooled)
     assert ((raw * reference).sum() < 0) == conflict
-    kept = raw - (raw * reference).sum().clamp(max=0) / reference.square().sum() * reference
+    rest = raw - (raw * reference).sum().clamp(max=0) / reference.square().sum() * reference
     features = plain.student.forward_features(batch.image).pooled
     weights = [plain.student[1].weight, plain.student[2].weight]
-    expected = torch.autograd.grad(features, weights, kept.detach())
-    torch.testing.assert_close(found["student.1.weight"], expected[0], rtol=1e-9, atol=1e-14)
-    torch.testing.assert_close(found["student.2.weight"], expected[1], rtol=1e-9, atol=1e-14)
-    changed = (found["student.1.weight"] - without["student.1.weight"]).abs().max()
+    expected = torch.autograd.grad(features, weights, rest.detach())
+    torch.testing.assert_close(aligned_gradients["student.1.weight"], expected[0], rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(aligned_gradients["student.2.weight"], expected[1], rtol=1e-9, atol=1e-14)
+    changed = (aligned_gradients["student.1.weight"] - without["student.1.weight"]).abs().max()
     assert (changed > 1e-6) == conflict
 
 
 def test_the_head_is_saved_and_not_exported():
     distiller = examples.build("dhkd")
     assert distiller.head.weight.shape == (examples.CLASSES, 5)
-    assert {"head.weight", "head.bias"} <= set(distiller.training_state())
+    assert {"head.weight", "head.bias"} <= set(distiller.state_dict())
     assert distiller.students() == {"student": distiller.student}
 
 

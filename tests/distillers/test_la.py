@@ -29,7 +29,7 @@ def by_hand():
 
 
 def test_a_wrong_teacher_by_hand():
-    """Swapped, the teacher says (1/4, 1/2, 1/4): KL to thirds = 1/2 ln 3/2 + 2 (1/4 ln 3/4)."""
+    """Swapped, the teacher gives (1/4, 1/2, 1/4): KL to thirds = 1/2 ln 3/2 + 2 (1/4 ln 3/4)."""
     loss = la_loss(*by_hand(), temperature=1.0)
     assert loss.item() == pytest.approx(0.5 * log(3 / 2) + 0.5 * log(3 / 4), rel=1e-12)
 
@@ -61,8 +61,8 @@ def test_equals_a_loop(temperature):
         top = p.index(max(p))
         p[top], p[y] = p[y], p[top]
         total += sum(a * log(a / b) for a, b in zip(p, q, strict=True))
-    found = la_loss(student, teacher, target, temperature=temperature)
-    assert found.item() == pytest.approx(temperature**2 * total / 12, rel=1e-10)
+    loss = la_loss(student, teacher, target, temperature=temperature)
+    assert loss.item() == pytest.approx(temperature**2 * total / 12, rel=1e-10)
 
 
 def test_is_kd_where_the_teacher_is_right_and_not_elsewhere():

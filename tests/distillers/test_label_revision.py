@@ -31,7 +31,7 @@ def test_equals_the_published_code(row):
 
 
 def test_the_terms_by_hand():
-    """Two samples of two classes, a student that says nothing (logits 0).
+    """Two samples of two classes, a uniform student (logits 0).
 
     The teacher is right on the first, logits (1, 0): cross-entropy ln 2, logits off by 1 and 0, mean square 1/2.
     It is wrong on the second, (3/4, 1/4) with true class 1: beta = (1/2) / (3/4 - 1/4 + 1) = 1/3, revised
@@ -77,8 +77,8 @@ def test_equals_a_loop(teacher_is):
         "always wrong": teacher.argmin(dim=1),
     }[teacher_is]
     numbers = {"lambda1": 4.0, "lambda2": 2.0, "eta": 0.7}
-    found = label_revision_loss(student, teacher, target, **numbers)
-    assert found.item() == pytest.approx(by_loop(student, teacher, target, **numbers), rel=1e-10)
+    loss = label_revision_loss(student, teacher, target, **numbers)
+    assert loss.item() == pytest.approx(by_loop(student, teacher, target, **numbers), rel=1e-10)
 
 
 @pytest.mark.parametrize("eta", [0.1, 0.8, 0.99])

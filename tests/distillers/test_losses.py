@@ -1,12 +1,14 @@
 """What every loss must stand: extreme and degenerate logits, shifts, and a second derivation by finite differences."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from mdistill.distillers.bd_kd import bd_kd_loss
 from mdistill.distillers.ctkd import ctkd_loss
 from mdistill.distillers.dhkd import binary_kl_norm_loss
 from mdistill.distillers.dist import dist_loss
@@ -44,9 +46,7 @@ def mlkd(student: Tensor, teacher: Tensor) -> Tensor:
 
 ON_PROBABILITIES: dict[str, Loss] = {
     "kd": lambda s, t, y: kd_loss(s, t, temperature=4.0),
-    "kd-reverse": lambda s, t, y: kd_loss(s, t, temperature=4.0, divergence="reverse"),
-    "kd-js": lambda s, t, y: kd_loss(s, t, temperature=4.0, divergence="js"),
-    "kd-balanced": lambda s, t, y: kd_loss(s, t, temperature=4.0, divergence="balanced", balance=2.0),
+    "bd-kd": lambda s, t, y: bd_kd_loss(s, t, temperature=4.0, balance=2.0),
     "tckd": lambda s, t, y: tckd_loss(s, t, y, temperature=4.0),
     "nckd": lambda s, t, y: nckd_loss(s, t, y, temperature=4.0),
     "dkd": lambda s, t, y: dkd_loss(s, t, y, alpha=1.0, beta=8.0, temperature=0.5),
@@ -119,18 +119,17 @@ def inputs() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("case", inputs())
 @pytest.mark.parametrize("loss", LOSSES)
-def test_value_and_gradient_are_finite(loss, case, dtype):
-    student, teacher, target = inputs()[case]
-    student = student.to(dtype).requires_grad_()
-    value = LOSSES[loss](student, teacher.to(dtype), target)
-    value.backward()
-    assert value.dtype == dtype
-    assert value.shape == ()
-    assert value.isfinite()
-    assert student.grad.isfinite().all()
-    assert value >= -1e-5  # a divergence or a cross-entropy
+def test_value_and_gradient_are_finite(loss, dtype):
+    for case, (student, teacher, target) in inputs().items():
+        student = student.to(dtype, copy=True).requires_grad_()
+        value = LOSSES[loss](student, teacher.to(dtype), target)
+        value.backward()
+        assert value.dtype == dtype, case
+        assert value.shape == (), case
+        assert value.isfinite(), case
+        assert student.grad.isfinite().all(), case
+        assert value >= -1e-5, case  # a divergence or a cross-entropy
 
 
 @pytest.mark.parametrize("loss", ON_PROBABILITIES)
@@ -141,7 +140,7 @@ def test_a_shift_of_all_logits_changes_nothing(loss):
     torch.testing.assert_close(moved, ON_PROBABILITIES[loss](student, teacher, target), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("loss", ["kd", "kd-reverse", "kd-js", "kd-balanced", "tckd", "nckd", "dkd", "mcd", "mcd-g"])
+@pytest.mark.parametrize("loss", ["kd", "bd-kd", "tckd", "nckd", "dkd", "mcd", "mcd-g"])
 def test_is_0_where_student_equals_teacher(loss):
     _, teacher, target = inputs()["plain"]
     student = teacher.clone().requires_grad_()
@@ -151,14 +150,15 @@ def test_is_0_where_student_equals_teacher(loss):
     assert student.grad.abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("case", ["plain", "every class masked", "2 classes", "batch of 1"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_gradient_equals_finite_differences(loss, case):
-    student, teacher, target = inputs()[case]
-    student = student.clone().requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda z: LOSSES[loss](z, teacher, target), (student,), eps=1e-6, atol=1e-4, rtol=1e-3
-    )
+def test_gradient_equals_finite_differences(loss):
+    cases = inputs()
+    for case in ("plain", "every class masked", "2 classes", "batch of 1"):
+        student, teacher, target = cases[case]
+        function = partial(LOSSES[loss], t=teacher, y=target)
+        assert torch.autograd.gradcheck(
+            function, (student.clone().requires_grad_(),), eps=1e-6, atol=1e-4, rtol=1e-3, fast_mode=True
+        ), case
 
 
 @pytest.mark.parametrize(
@@ -169,16 +169,3 @@ def test_the_order_of_the_batch_does_not_matter(loss):
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     shuffled = LOSSES[loss](student[order], teacher[order], target[order])
     torch.testing.assert_close(shuffled, LOSSES[loss](student, teacher, target), rtol=1e-12, atol=1e-14)
-
-
-def test_standardize_gives_mean_0_and_unbiased_deviation_1():
-    logits = standardize(examples.logits(0, 6, 5))
-    torch.testing.assert_close(logits.mean(dim=1), torch.zeros(6).double(), rtol=0, atol=1e-12)
-    torch.testing.assert_close(logits.std(dim=1), torch.ones(6).double(), rtol=0, atol=1e-6)
-
-
-def test_standardize_of_a_constant_row_is_0_with_a_finite_gradient():
-    logits = torch.full((2, 5), 3.0, requires_grad=True)
-    standardize(logits).square().sum().backward()
-    assert standardize(logits).abs().max() == 0
-    assert logits.grad.isfinite().all()

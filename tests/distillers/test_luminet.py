@@ -43,9 +43,9 @@ def test_equals_a_loop_over_samples_and_classes(temperature):
 
 
 def test_perception_has_mean_0_and_variance_1_in_every_class():
-    found = perception(100 * examples.logits(0, 12, 5))
-    torch.testing.assert_close(found.mean(dim=0), torch.zeros(5).double(), rtol=0, atol=1e-12)
-    torch.testing.assert_close(found.var(dim=0, unbiased=False), torch.ones(5).double(), rtol=1e-8, atol=0)
+    perceived = perception(100 * examples.logits(0, 12, 5))
+    torch.testing.assert_close(perceived.mean(dim=0), torch.zeros(5).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(perceived.var(dim=0, unbiased=False), torch.ones(5).double(), rtol=1e-8, atol=0)
 
 
 def test_a_class_may_be_scaled_and_shifted():
@@ -77,9 +77,9 @@ def test_a_class_that_is_constant_over_the_batch_perceives_0():
     logits = examples.logits(0, 6, 4)
     logits[:, 2] = 3.0
     logits.requires_grad_()
-    found = perception(logits)
-    found.square().sum().backward()
-    assert found[:, 2].abs().max() == 0
+    perceived = perception(logits)
+    perceived.square().sum().backward()
+    assert perceived[:, 2].abs().max() == 0
     assert logits.grad.isfinite().all()
 
 

@@ -92,7 +92,7 @@ def epochs(sizes: list[int], count: int) -> list[Tensor]:
     ],
 )
 def test_equals_plain_loops_over_many_steps(queue_size, num_samples):
-    """Batches of 8, 8, 8 and 3: unfilled slots, wrap-around, partial batches, own older copies in the queue."""
+    """Batches of 8, 8, 8 and 3: unfilled positions, wrap-around, partial batches, own older copies in the queue."""
     data = examples.data_info(num_samples=num_samples)
     distiller = examples.build("mcld", data=data, queue_size=queue_size).double().train()
     loops = Loops(queue_size or num_samples)
@@ -111,7 +111,7 @@ def test_equals_plain_loops_over_many_steps(queue_size, num_samples):
         with torch.no_grad():
             for parameter in distiller.student.parameters():
                 parameter -= 0.01 * parameter.grad
-            distiller.after_step()
+            distiller.after_step(output.signals)
     assert own_copies > 0 or queue_size == 8
     assert distiller.queue.filled == len(loops.queue)
     assert sorted(distiller.queue.index.tolist())[-len(loops.queue) :] == sorted(i for i, _ in loops.queue)
@@ -121,7 +121,7 @@ def by_hand() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Three samples, two classes, tau = 1; logits are so long that the 1e-6 under the root disappears.
 
     q = (1, 0), (0, 1), (0, 1); k = (1, 0), (1, 0), (0, 1). Samples 0 and 1 share a class.
-    Queue: (1, 0) of sample 7, (0, 1) of sample 0, (-1, 0) of sample 9; its fourth slot is unfilled.
+    Queue: (1, 0) of sample 7, (0, 1) of sample 0, (-1, 0) of sample 9; its fourth position is unfilled.
     """
     student = torch.tensor([[1e4, 0.0], [0.0, 1e4], [0.0, 1e4]], dtype=torch.float64)
     teacher = torch.tensor([[1e4, 0.0], [1e4, 0.0], [0.0, 1e4]], dtype=torch.float64)
@@ -188,19 +188,19 @@ def test_zero_logits_have_a_gradient():
     assert student.grad.abs().max() > 1
 
 
-def test_excluded_slots_do_not_matter_at_all():
-    """Own copies and unfilled slots may hold anything: loss and gradient are bit for bit those without them."""
+def test_excluded_positions_do_not_matter_at_all():
+    """Own copies and unfilled positions may hold anything: loss and gradient are bit for bit those without them."""
     student, teacher, index = examples.logits(0, 2, 3).requires_grad_(), examples.logits(1, 2, 3), torch.tensor([4, 4])
     queue, queue_index = normalize(examples.logits(2, 5, 3)), torch.tensor([4, 1, 2, 7, -1])
-    found = []
+    results = []
     for anything in (0.0, 1e3):
         queue[0], queue[3:] = anything, anything
         loss = instance_loss(student, teacher, index, queue, queue_index, torch.tensor(3), temperature=TAU)
-        found.append((loss.detach(), *torch.autograd.grad(loss, student)))
+        results.append((loss.detach(), *torch.autograd.grad(loss, student)))
     without = instance_loss(student, teacher, index, queue[1:3], queue_index[1:3], torch.tensor(2), temperature=TAU)
-    found.append((without.detach(), *torch.autograd.grad(without, student)))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
-    torch.testing.assert_close(found[0], found[2], rtol=1e-14, atol=1e-16)
+    results.append((without.detach(), *torch.autograd.grad(without, student)))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    torch.testing.assert_close(results[0], results[2], rtol=1e-14, atol=1e-16)
 
 
 def test_no_positive_pair_gives_a_category_term_of_0():
@@ -264,28 +264,20 @@ class TestState:
     def test_the_batch_joins_after_the_step_only(self):
         distiller = examples.build("mcld").train()
         batch = examples.batch()
-        distiller(batch, examples.epoch()).total.backward()
+        output = distiller(batch, examples.epoch())
+        output.total.backward()
         assert distiller.queue.filled == 0
-        distiller.after_step()
+        with torch.no_grad():
+            distiller.after_step(output.signals)
         assert distiller.queue.filled == examples.BATCH
         torch.testing.assert_close(distiller.queue.keys[: examples.BATCH], normalize(distiller.teacher(batch.image)))
         assert torch.equal(distiller.queue.index[: examples.BATCH], batch.index)
-        distiller.after_step()  # nothing new arrived
-        assert distiller.queue.filled == examples.BATCH
 
-    @pytest.mark.parametrize("mode", ["eval", "no_grad"])
-    def test_a_forward_that_trains_nothing_leaves_nothing(self, mode):
-        distiller = examples.build("mcld").train(mode != "eval")
-        with torch.set_grad_enabled(mode != "no_grad"):
-            distiller(examples.batch(), examples.epoch())
-        distiller.after_step()
-        assert distiller.queue.filled == 0
-
-    def test_queue_is_part_of_the_training_state(self):
+    def test_the_queue_is_part_of_it(self):
         first, second = examples.build("mcld"), examples.build("mcld")
         for number in range(6):
             examples.step(first, examples.batch(number), lr=0.1)
-        second.load_training_state(first.training_state())
+        second.load_state_dict(first.state_dict())
         losses = [examples.step(distiller, examples.batch(7)) for distiller in (first, second)]
         assert losses[0] == losses[1]
 

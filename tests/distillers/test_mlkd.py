@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mdistill.distillers.base import Signals
 from mdistill.distillers.functional import standardize
 from mdistill.distillers.kd import kd_loss
-from mdistill.distillers.mlkd import batch_loss, class_loss, instance_loss, uncertain_shares, weak_view_terms
+from mdistill.distillers.mlkd import batch_loss, class_loss, instance_loss, uncertain_fractions, weak_view_terms
 from mdistill.errors import UserError
 
 from . import examples, golden
@@ -36,12 +36,12 @@ def test_the_levels_by_hand():
         assert level(*by_hand(), temperatures=(1.0,)).item() == pytest.approx(expected[name], rel=1e-12)
 
 
-def test_the_shares_by_hand():
+def test_the_fractions_by_hand():
     """One sample is the median itself. Of the classes, 3/4 and 1/4, the median 1/2 leaves one."""
-    samples, classes = uncertain_shares(by_hand()[1])
+    samples, classes = uncertain_fractions(by_hand()[1])
     assert (samples, classes) == (1.0, 0.5)
     teacher = torch.tensor([[5.0, 3, 2], [2, 7, 1], [1, 1, 8], [6, 2, 2]]).log()  # over 10: 5, 7, 8, 6; 14, 13, 13
-    samples, classes = uncertain_shares(teacher.double())
+    samples, classes = uncertain_fractions(teacher.double())
     assert samples == 0.5
     assert classes.item() == pytest.approx(2 / 3)
 
@@ -49,42 +49,42 @@ def test_the_shares_by_hand():
 def by_loop(student, teacher, temperatures):
     """The three levels from their sums, in Python floats."""
     rows, classes = range(len(student)), range(student.shape[1])
-    found = dict.fromkeys(LEVELS, 0.0)
+    losses = dict.fromkeys(LEVELS, 0.0)
     for temperature in temperatures:
         q, p = (
             [[exp(z / temperature) / sum(exp(x / temperature) for x in row) for z in row] for row in logits.tolist()]
             for logits in (student, teacher)
         )
         for i in rows:
-            found["instance"] += temperature**2 * sum(p[i][c] * log(p[i][c] / q[i][c]) for c in classes) / len(rows)
+            losses["instance"] += temperature**2 * sum(p[i][c] * log(p[i][c] / q[i][c]) for c in classes) / len(rows)
             for j in rows:
                 gap = sum(p[i][c] * p[j][c] - q[i][c] * q[j][c] for c in classes)
-                found["batch"] += gap**2 / len(rows)
+                losses["batch"] += gap**2 / len(rows)
         for a in classes:
             for b in classes:
                 gap = sum(p[i][a] * p[i][b] - q[i][a] * q[i][b] for i in rows)
-                found["class"] += gap**2 / len(classes)
-    return found
+                losses["class"] += gap**2 / len(classes)
+    return losses
 
 
 @pytest.mark.parametrize("temperatures", [(1.0,), (4.0, 3.0, 5.0)])
 @pytest.mark.parametrize(("size", "classes"), [(6, 4), (1, 5), (5, 2)])
 def test_the_levels_equal_a_loop(size, classes, temperatures):
     student, teacher = examples.logits(0, size, classes), examples.logits(1, size, classes)
-    found = {name: level(student, teacher, temperatures=temperatures).item() for name, level in LEVELS.items()}
-    assert found == pytest.approx(by_loop(student, teacher, temperatures), rel=1e-10)
+    losses = {name: level(student, teacher, temperatures=temperatures).item() for name, level in LEVELS.items()}
+    assert losses == pytest.approx(by_loop(student, teacher, temperatures), rel=1e-10)
 
 
 @pytest.mark.parametrize(("size", "classes"), [(1, 2), (2, 3), (5, 4), (8, 10), (7, 7)])
-def test_the_shares_equal_those_of_the_median_of_numpy(size, classes):
+def test_the_fractions_equal_those_of_the_median_of_numpy(size, classes):
     teacher = examples.logits(3, size, classes)
     probs = F.softmax(teacher, dim=1).numpy()
     expected = [(x <= np.percentile(x, 50)).mean() for x in (probs.max(axis=1), probs.sum(axis=0))]
-    assert [share.item() for share in uncertain_shares(teacher)] == pytest.approx(expected, rel=1e-12)
+    assert [fraction.item() for fraction in uncertain_fractions(teacher)] == pytest.approx(expected, rel=1e-12)
 
 
 def test_ties_with_the_median_count_as_uncertain():
-    samples, classes = uncertain_shares(torch.zeros(4, 3))
+    samples, classes = uncertain_fractions(torch.zeros(4, 3))
     assert samples == 1
     assert classes == 1
 
@@ -101,7 +101,7 @@ def test_they_make_up_the_published_total_of_two_views(inputs):
         expected = torch.from_numpy(arrays[f"{inputs}/{row['case']}/grad"])
     weak.requires_grad_()
     terms = weak_view_terms(weak, teacher, weak, teacher, temperatures=(4.0, 3.0, 5.0, 2.0, 6.0))
-    found = torch.stack(
+    loss = torch.stack(
         [
             *terms.values(),
             instance_loss(strong, strong_teacher, temperatures=(4.0, 3.0, 5.0)),
@@ -110,8 +110,8 @@ def test_they_make_up_the_published_total_of_two_views(inputs):
             F.cross_entropy(strong, target),
         ]
     ).sum()
-    found.backward()
-    assert found.item() == pytest.approx(row["loss"], rel=1e-9)
+    loss.backward()
+    assert loss.item() == pytest.approx(row["loss"], rel=1e-9)
     assert (weak.grad - expected).abs().max() <= 1e-9 * expected.abs().max()
 
 
@@ -154,7 +154,7 @@ def test_the_batch_level_does_not_see_the_names_of_the_classes_nor_the_class_lev
 
 
 def test_standardised_logits_reach_the_instance_level_alone():
-    """The raw teacher here ties everywhere, so that its shares are 1 and no other teacher's."""
+    """The raw teacher here ties everywhere, so that its fractions are 1 and no other teacher's."""
     raw, ready = [[examples.logits(seed + n, 6, 5) for n in (0, 1)] for seed in (0, 10)]
     raw[1] = torch.zeros_like(raw[1])
     terms = weak_view_terms(*ready, *raw, temperatures=(4.0, 2.0))
@@ -207,9 +207,9 @@ def test_the_method_equals_the_published_total_of_two_views(inputs):
     weak.requires_grad_()
     terms = total({"ce_weight": 1.0, "kd_weight": 1.0}, ((weak, teacher), (strong, strong_teacher)), target)
     assert list(terms) == ["ce", "ce_strong", "instance", "class", "batch", "strong"]
-    found = torch.stack(list(terms.values())).sum()
-    found.backward()
-    assert found.item() == pytest.approx(row["loss"], rel=1e-9)
+    loss = torch.stack(list(terms.values())).sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(row["loss"], rel=1e-9)
     assert (weak.grad - expected).abs().max() <= 1e-9 * expected.abs().max()
 
 
@@ -220,10 +220,10 @@ def four_views():
     )
 
 
-def test_the_reading_of_the_paper_treats_both_views_alike():
-    """Every level of each view, by the loops above; no shares, no exchange of views."""
+def test_the_variant_of_the_paper_treats_both_views_alike():
+    """Every level of each view, by the loops above; no factors, no exchange of views."""
     views, target = four_views(), examples.targets(4, 6, 5)
-    settings = {"reading": "paper", "kd_weight": 2.0, "temperature": 4.0, "extra_temperatures": [3.0]}
+    settings = {"variant": "paper", "kd_weight": 2.0, "temperature": 4.0, "extra_temperatures": [3.0]}
     terms = total(settings, views, target)
     for ending, (student, teacher) in zip(("", "_strong"), views, strict=True):
         loop = by_loop(student, teacher, (4.0, 3.0))
@@ -235,11 +235,11 @@ def test_the_reading_of_the_paper_treats_both_views_alike():
     torch.testing.assert_close(sum(terms.values()), sum(swapped.values()))
 
 
-@pytest.mark.parametrize("reading", ["published", "paper"])
-def test_the_method_standardises_the_instance_level_alone(reading):
+@pytest.mark.parametrize("variant", ["published", "paper"])
+def test_the_method_standardises_the_instance_level_alone(variant):
     views, target = four_views(), examples.targets(4, 6, 5)
     scaled = tuple((3 * student + 1, 0.5 * teacher - 2) for student, teacher in views)
-    settings = {"reading": reading, "standardize_logits": True}
+    settings = {"variant": variant, "standardize_logits": True}
     before, after = total(settings, views, target), total(settings, scaled, target)
     for name, term in before.items():
         same = name.startswith("instance") or name == "strong"
@@ -257,5 +257,5 @@ def test_cross_entropy_is_the_sum_of_both_views():
 def test_a_loss_without_terms_is_refused():
     with pytest.raises(UserError, match=r"^distiller: MLKD has nothing to train on: ce_weight, kd_weight all 0"):
         examples.build("mlkd", ce_weight=0.0, kd_weight=0.0)
-    with pytest.raises(UserError, match=r"reading: .*'published' or 'paper', found 'both'"):
-        examples.build("mlkd", reading="both")
+    with pytest.raises(UserError, match=r"variant: .*'published' or 'paper', found 'both'"):
+        examples.build("mlkd", variant="both")

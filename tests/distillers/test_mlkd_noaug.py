@@ -39,15 +39,15 @@ def test_reference_cases_are_all_there():
 def test_equals_the_published_code(row):
     """Not by the helper of the other methods: here standardised logits are for one of the levels alone."""
     inputs, case = row["inputs"], row["case"]
-    method, words = case.split("|")
-    arguments = {name: float(value) for name, value in (word.split("=") for word in words.split(","))}
+    method, numbers = case.split("|")
+    arguments = {name: float(value) for name, value in (word.split("=") for word in numbers.split(","))}
     with np.load(golden.FOLDER / "logit_losses.npz") as arrays:
         student, teacher, target = (torch.from_numpy(arrays[f"{inputs}/{x}"]) for x in ("student", "teacher", "target"))
         expected = torch.from_numpy(arrays[f"{inputs}/{case}/grad"])
     student.requires_grad_()
-    found = total(student, teacher, target, method.endswith("+lskd"), **arguments)
-    found.backward()
-    assert found.item() == pytest.approx(row["loss"], rel=1e-9)
+    loss = total(student, teacher, target, method.endswith("+lskd"), **arguments)
+    loss.backward()
+    assert loss.item() == pytest.approx(row["loss"], rel=1e-9)
     assert (student.grad - expected).abs().max() <= 1e-9 * expected.abs().max()
 
 

@@ -136,9 +136,9 @@ def test_the_first_batch_has_class_means_already():
     means = torch.zeros(examples.CLASSES, 5)
     for label in batch.target.unique():
         means[label] = teacher[batch.target == label].mean(dim=0)
-    found = distiller(batch, examples.epoch()).distillation
-    assert list(found) == ["nd"]
-    torch.testing.assert_close(found["nd"], 2.0 * nd_loss(student, teacher, means, batch.target))
+    terms = distiller(batch, examples.epoch()).distillation
+    assert list(terms) == ["nd"]
+    torch.testing.assert_close(terms["nd"], 2.0 * nd_loss(student, teacher, means, batch.target))
     assert distiller.class_counts.sum() == 0  # evaluation counts nothing
 
 
@@ -195,7 +195,7 @@ def test_a_joined_method_is_restored_whole():
     distiller, other = build_unequal(), build_unequal()
     for number in range(3):
         examples.step(distiller, examples.batch(number), lr=0.05)
-    other.load_training_state(copy.deepcopy(distiller.training_state()))
+    other.load_state_dict(copy.deepcopy(distiller.state_dict()))
     losses = [examples.step(each, examples.batch(5)) for each in (distiller, other)]
     assert losses[0] == losses[1]
 

@@ -43,10 +43,10 @@ def test_the_non_target_term_by_hand():
     """
     student, teacher, target = by_hand()
     for temperature in (1.0, 2.0):
-        found = non_target_loss(student, teacher, target, temperature=temperature)
-        assert found.item() == pytest.approx(temperature**2 * log(2), rel=1e-12)
-    found = non_target_loss(teacher, student, target, temperature=2.0)
-    assert found.item() == pytest.approx(2 * log(9 / 2), rel=1e-12)
+        loss = non_target_loss(student, teacher, target, temperature=temperature)
+        assert loss.item() == pytest.approx(temperature**2 * log(2), rel=1e-12)
+    loss = non_target_loss(teacher, student, target, temperature=2.0)
+    assert loss.item() == pytest.approx(2 * log(9 / 2), rel=1e-12)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -61,8 +61,8 @@ def test_equals_a_loop(temperature):
         total -= softmax(t)[y] * log(softmax(s)[y])
         p, q = (softmax(row[:y] + row[y + 1 :], temperature) for row in (t, s))
         total -= 3.5 * temperature**2 * sum(a * log(b) for a, b in zip(p, q, strict=True))
-    found = nkd_loss(student, teacher, target, gamma=3.5, temperature=temperature)
-    assert found.item() == pytest.approx(total / 12, rel=1e-10)
+    loss = nkd_loss(student, teacher, target, gamma=3.5, temperature=temperature)
+    assert loss.item() == pytest.approx(total / 12, rel=1e-10)
 
 
 def test_the_non_target_term_has_the_gradient_of_dkd_s():
@@ -80,8 +80,8 @@ def test_the_non_target_term_has_the_gradient_of_dkd_s():
 def test_non_target_logits_alone_decide_the_non_target_term():
     student, teacher, target = examples.logits(0, 8, 6), examples.logits(1, 8, 6), examples.targets(2, 8, 6)
     moved = student.scatter_add(1, target[:, None], examples.logits(3, 8, 1))
-    found, again = (non_target_loss(z, teacher, target, temperature=2.0) for z in (student, moved))
-    torch.testing.assert_close(found, again, rtol=1e-14, atol=0)
+    before, after = (non_target_loss(z, teacher, target, temperature=2.0) for z in (student, moved))
+    torch.testing.assert_close(before, after, rtol=1e-14, atol=0)
 
 
 def test_the_target_term_trusts_the_teacher_s_confidence():

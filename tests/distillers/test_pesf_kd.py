@@ -69,8 +69,8 @@ def test_terms_equal_a_loop():
         adapter_ce -= log(softmax(t)[y]) / 8
         kd += 9 * sum(p * log(p / q) for p, q in zip(softmax(t, 3.0), softmax(s, 3.0), strict=True)) / 8
     terms = distiller(batch, examples.epoch()).terms
-    found = {name: term.item() for name, term in terms.items()}
-    assert found == pytest.approx({"ce": 0.5 * ce, "kd": 2.0 * kd, "adapter_ce": 0.25 * adapter_ce}, rel=1e-10)
+    values = {name: term.item() for name, term in terms.items()}
+    assert values == pytest.approx({"ce": 0.5 * ce, "kd": 2.0 * kd, "adapter_ce": 0.25 * adapter_ce}, rel=1e-10)
 
 
 def test_the_kd_term_has_the_gradient_of_finite_differences_on_both_sides():
@@ -147,7 +147,7 @@ def test_stays_finite_for_a_certain_teacher(scale):
 
 def test_the_adapter_is_saved_and_not_exported():
     distiller = examples.build("pesf_kd")
-    assert sum(key.startswith("adapter.") for key in distiller.training_state()) == 4
+    assert sum(key.startswith("adapter.") for key in distiller.state_dict()) == 4
     assert distiller.students() == {"student": distiller.student}
 
 

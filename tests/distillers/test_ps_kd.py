@@ -14,8 +14,8 @@ from . import examples
 
 
 def test_the_share_grows_linearly_up_to_the_last_epoch():
-    shares = [trust(torch.tensor(epoch), alpha=0.8, epochs=4).item() for epoch in (1, 2, 3, 4, 9)]
-    assert shares == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
+    weights = [trust(torch.tensor(epoch), alpha=0.8, epochs=4).item() for epoch in (1, 2, 3, 4, 9)]
+    assert weights == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
 
 
 def test_labels_by_hand():
@@ -59,7 +59,7 @@ def test_three_epochs_equal_a_loop_with_a_dictionary():
     """Each sample's prediction of the epoch before, in Python floats; the buffer rounds it to float16."""
     distiller, past = examples.build("ps_kd", ce_weight=0.5, alpha=0.6, epochs=4), {}
     for epoch, batch in epochs_of_samples():
-        found = examples.step(distiller, batch, epoch)  # at a rate of 0: the weights stay
+        loss = examples.step(distiller, batch, epoch)  # at a rate of 0: the weights stay
         share, expected, new = 0.6 * epoch / 4, 0.0, {}
         log_probs = distiller.train().student(batch.image).double().log_softmax(dim=1).tolist()
         for row, target, index in zip(log_probs, batch.target.tolist(), batch.index.tolist(), strict=True):
@@ -68,7 +68,7 @@ def test_three_epochs_equal_a_loop_with_a_dictionary():
             expected -= sum(label * value for label, value in zip(labels, row, strict=True)) / len(log_probs)
             new[index] = torch.tensor(row).exp().tolist()
         past.update(new)
-        assert found.item() == pytest.approx(0.5 * expected, rel=2e-3 if epoch > 1 else 1e-5)
+        assert loss.item() == pytest.approx(0.5 * expected, rel=2e-3 if epoch > 1 else 1e-5)
     torch.testing.assert_close(
         distiller.past, torch.tensor([past[i] for i in sorted(past)]).half(), rtol=2e-3, atol=1e-7
     )
@@ -98,11 +98,11 @@ def test_resumes_exactly_within_an_epoch_and_between_two(stop):
     unbroken, resumed = examples.build("ps_kd"), examples.build("ps_kd")
     for epoch, batch in steps[:stop]:
         examples.step(unbroken, batch, epoch, lr=0.1)
-    resumed.load_training_state(copy.deepcopy(unbroken.training_state()))
+    resumed.load_state_dict(copy.deepcopy(unbroken.state_dict()))
     for epoch, batch in steps[stop:]:
         losses = [examples.step(distiller, batch, epoch, lr=0.1) for distiller in (unbroken, resumed)]
         assert losses[0] == losses[1]
-    torch.testing.assert_close(resumed.training_state(), unbroken.training_state(), rtol=0, atol=0)
+    torch.testing.assert_close(dict(resumed.state_dict()), dict(unbroken.state_dict()), rtol=0, atol=0)
 
 
 def test_the_past_has_no_gradient_and_leaves_cross_entropy_s_with_soft_labels():
@@ -111,11 +111,11 @@ def test_the_past_has_no_gradient_and_leaves_cross_entropy_s_with_soft_labels():
     distiller.eval().zero_grad()
     past = distiller.past[batch.index].float()
     distiller(batch, examples.epoch(5)).total.backward()
-    found = distiller.student.classifier.weight.grad.clone()
+    gradient = distiller.student.classifier.weight.grad.clone()
     distiller.zero_grad()
     labels = 0.6 * F.one_hot(batch.target, examples.CLASSES) + 0.4 * past
     F.cross_entropy(distiller.student(batch.image), labels).backward()
-    torch.testing.assert_close(found, distiller.student.classifier.weight.grad)
+    torch.testing.assert_close(gradient, distiller.student.classifier.weight.grad)
 
 
 def test_a_certain_student_of_1e4_stays_finite():

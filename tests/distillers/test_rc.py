@@ -41,8 +41,8 @@ def test_equals_a_loop(temperature):
         corrected = [x + max(z) if c == y else x for c, x in enumerate(z)]
         p, q = ([exp(x / temperature) / sum(exp(w / temperature) for w in row) for x in row] for row in (corrected, z))
         total += sum(a * log(a / b) for a, b in zip(p, q, strict=True))
-    found = rc_loss(student, target, temperature=temperature)
-    assert found.item() == pytest.approx(temperature**2 * total / 12, rel=1e-10)
+    loss = rc_loss(student, target, temperature=temperature)
+    assert loss.item() == pytest.approx(temperature**2 * total / 12, rel=1e-10)
 
 
 def test_the_gradient_is_that_of_finite_differences_with_the_corrected_logits_held_still():

@@ -74,12 +74,14 @@ def test_equals_a_loop_over_the_unmasked_classes(mask):
     expected = 0.0
     for row in range(16):
         of_target = teacher[row, target[row]]
-        kept = [c for c in range(6) if teacher[row, c] < of_target or (mask == "g" and teacher[row, c] == of_target)]
-        if kept:
-            p, q = ((logits[row, kept] / 3.0).softmax(dim=0) for logits in (teacher, student))
+        unmasked = [
+            c for c in range(6) if teacher[row, c] < of_target or (mask == "g" and teacher[row, c] == of_target)
+        ]
+        if unmasked:
+            p, q = ((logits[row, unmasked] / 3.0).softmax(dim=0) for logits in (teacher, student))
             expected += 9.0 * (p * (p / q).log()).sum().item() / 16
-    found = masked_correlation_loss(student, teacher, target, temperature=3.0, mask=mask)
-    assert found.item() == pytest.approx(expected, rel=1e-12)
+    loss = masked_correlation_loss(student, teacher, target, temperature=3.0, mask=mask)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_ties_with_the_true_class_are_masked():
@@ -102,7 +104,7 @@ def test_a_row_with_every_class_masked_adds_nothing():
     torch.testing.assert_close(loss, alone / 2)  # and still counts in the mean
 
 
-def test_shares_one_temperature_unless_told():
+def test_both_terms_have_one_temperature_by_default():
     student, teacher, target = examples.logits(0, 4, 5), examples.logits(1, 4, 5), examples.targets(2, 4, 5)
     numbers = {"alpha": 1.0, "beta": 2.0, "temperature": 4.0}
     shared = rld_loss(student, teacher, target, **numbers)

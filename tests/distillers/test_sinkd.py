@@ -1,4 +1,4 @@
-"""SinKD against cases worked by hand, a plain loop, the best assignment found by trying all, and its properties."""
+"""SinKD against cases worked by hand, a plain loop, the best of all assignments, and its properties."""
 
 from itertools import permutations
 from math import exp, log
@@ -46,8 +46,8 @@ def test_equals_a_loop_over_kernel_rows_and_columns(regularization, iterations):
         sums = [sum(column) for column in zip(*plan, strict=True)]
         plan = [[value / total for value, total in zip(row, sums, strict=True)] for row in plan]
     expected = sum(plan[i][j] * cost[i][j] for i in size for j in size) / 5
-    found = sinkhorn_loss(*logits, temperature=2.0, regularization=regularization, iterations=iterations)
-    assert found.item() == pytest.approx(expected, rel=1e-10)
+    loss = sinkhorn_loss(*logits, temperature=2.0, regularization=regularization, iterations=iterations)
+    assert loss.item() == pytest.approx(expected, rel=1e-10)
 
 
 def test_the_plan_has_uniform_marginals():
@@ -63,15 +63,15 @@ def test_a_small_regularization_finds_the_best_assignment():
     student, teacher = examples.logits(0, 5, 4), examples.logits(1, 5, 4)
     cost = (student.softmax(dim=1)[:, None] - teacher.softmax(dim=1)).abs().sum(dim=2)
     best = min(sum(cost[i, j].item() for i, j in enumerate(order)) / 5 for order in permutations(range(5)))
-    found = sinkhorn_loss(student, teacher, temperature=1.0, regularization=0.002, iterations=500)
-    assert found.item() == pytest.approx(best, rel=1e-4)
+    loss = sinkhorn_loss(student, teacher, temperature=1.0, regularization=0.002, iterations=500)
+    assert loss.item() == pytest.approx(best, rel=1e-4)
 
 
 def test_a_large_regularization_takes_every_pair_alike():
     student, teacher = examples.logits(0, 5, 4), examples.logits(1, 5, 4)
     cost = (student.softmax(dim=1)[:, None] - teacher.softmax(dim=1)).abs().sum(dim=2)
-    found = sinkhorn_loss(student, teacher, temperature=1.0, regularization=1e9, iterations=2)
-    assert found.item() == pytest.approx(cost.mean().item(), rel=1e-8)
+    loss = sinkhorn_loss(student, teacher, temperature=1.0, regularization=1e9, iterations=2)
+    assert loss.item() == pytest.approx(cost.mean().item(), rel=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -47,9 +47,9 @@ def test_equals_a_loop_over_powers_of_probabilities(power):
 def test_gradient_is_the_student_minus_the_transformed_teacher():
     """Eq. (20), for each row of the mean."""
     student, teacher = examples.logits(0, 4, 6).requires_grad_(), examples.logits(1, 4, 6)
-    (found,) = torch.autograd.grad(ttm_loss(student, teacher, power=0.3), student)
+    (gradient,) = torch.autograd.grad(ttm_loss(student, teacher, power=0.3), student)
     expected = (student.softmax(dim=1) - (0.3 * teacher).softmax(dim=1)) / 4
-    torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(gradient, expected.detach(), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("temperature", [2.0, 5.0])

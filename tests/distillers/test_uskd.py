@@ -50,9 +50,9 @@ def non_target_by_loop(logits, weak_logits, target):
 def test_equals_a_loop(seed):
     logits, weak_logits = examples.logits(seed, 12, 7), examples.logits(seed + 10, 12, 7)
     target = examples.targets(seed, 12, 7)
-    found = target_label_loss(logits, target), non_target_label_loss(logits, weak_logits, target)
+    losses = target_label_loss(logits, target), non_target_label_loss(logits, weak_logits, target)
     expected = target_by_loop(logits, target), non_target_by_loop(logits, weak_logits, target)
-    assert [loss.item() for loss in found] == pytest.approx(expected, rel=1e-10)
+    assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-10)
 
 
 def by_hand():
@@ -84,7 +84,7 @@ def test_weak_term_by_hand():
     assert loss.item() == pytest.approx(0.95 * log(4) + 0.05 * log(4 / 3), rel=1e-12)
 
 
-def test_both_networks_have_a_say_in_the_ranks():
+def test_both_networks_decide_the_ranks():
     """Normalised over the others: the network (0.6, 0.4), the weak head (0.3, 0.7). However sure each is of y."""
     target = torch.tensor([0])
     logits = torch.tensor([[0.0, log(0.6), log(0.4)]])
@@ -138,8 +138,8 @@ def test_soft_labels_have_no_gradient():
     assert torch.autograd.gradcheck(with_fixed_labels, (logits,))
     (expected,) = torch.autograd.grad(with_fixed_labels(logits), logits)
     loss = target_label_loss(logits, target) + non_target_label_loss(logits, weak_logits, target)
-    (found, none) = torch.autograd.grad(loss, (logits, weak_logits), allow_unused=True)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    (gradient, none) = torch.autograd.grad(loss, (logits, weak_logits), allow_unused=True)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
     assert none is None
 
 
@@ -190,7 +190,7 @@ def test_the_head_fits_the_stage_and_building_it_changes_nothing(stage, width):
 
 def test_the_head_is_saved_and_not_exported():
     distiller = examples.build("uskd")
-    assert {"head.weight", "head.bias"} <= set(distiller.training_state())
+    assert {"head.weight", "head.bias"} <= set(distiller.state_dict())
     assert distiller.students() == {"student": distiller.student}
     assert not [key for key, _ in distiller.student.named_parameters() if "head" in key]
     assert isinstance(distiller.head, nn.Linear)

@@ -1,6 +1,7 @@
 """Schedule, metrics, solver and evaluation, each against plain arithmetic."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from mdistill.data import DATASETS
 from mdistill.distillers import StepOutput
 from mdistill.engine.evaluate import evaluate
-from mdistill.engine.metrics import EpochSums, NonFiniteLoss
+from mdistill.engine.metrics import NonFiniteLoss, RunningMetrics
 from mdistill.optim.schedules import learning_rate
 from mdistill.optim.solvers import SGD
 
@@ -34,19 +35,24 @@ def test_the_cosine_goes_from_the_rate_to_nearly_0() -> None:
     )
 
 
-def output(logits: torch.Tensor, classes: list[int], **terms: float) -> StepOutput:
-    values = {name: torch.tensor(value) for name, value in terms.items()}
-    ce = {name: value for name, value in values.items() if name == "ce"}
-    distillation = {name: value for name, value in values.items() if name not in ce}
-    return StepOutput(logits, torch.tensor(classes), task=ce, distillation=distillation)
+def step_output(
+    logits: torch.Tensor, target: torch.Tensor, *, distillation: dict[str, torch.Tensor] | None = None, **task: Any
+) -> StepOutput:
+    """Metrics and solvers do not read the signals."""
+    return StepOutput(logits, target, task, distillation or {}, signals=None)  # type: ignore[arg-type]
 
 
-def test_sums_weigh_steps_by_their_images() -> None:
+def output(logits: torch.Tensor, classes: list[int], *, ce: float, kd: float | None = None) -> StepOutput:
+    distillation = {} if kd is None else {"kd": torch.tensor(kd)}
+    return step_output(logits, torch.tensor(classes), ce=torch.tensor(ce), distillation=distillation)
+
+
+def test_running_metrics_weigh_steps_by_their_images() -> None:
     """Steps of 4 and 2 images: ce (4*1 + 2*4)/6 = 2, kd (4*0.5 + 2*2)/6 = 1, 3 of 6 right."""
-    sums = EpochSums(CPU)
-    sums.update(output(torch.eye(4), [0, 1, 0, 0], ce=1.0, kd=0.5))
-    sums.update(output(torch.eye(2), [0, 0], ce=4.0, kd=2.0))
-    result = sums.read(epoch=1)
+    metrics = RunningMetrics(CPU)
+    metrics.update(output(torch.eye(4), [0, 1, 0, 0], ce=1.0, kd=0.5))
+    metrics.update(output(torch.eye(2), [0, 0], ce=4.0, kd=2.0))
+    result = metrics.read(epoch=1)
     assert result.terms == pytest.approx({"ce": 2.0, "kd": 1.0})
     assert result.loss == pytest.approx(3.0)
     assert result.top1 == pytest.approx(50.0)
@@ -54,30 +60,30 @@ def test_sums_weigh_steps_by_their_images() -> None:
 
 
 def test_a_mixed_image_counts_as_of_its_larger_share() -> None:
-    sums = EpochSums(CPU)
+    metrics = RunningMetrics(CPU)
     shares = torch.tensor([[0.6, 0.4, 0.0], [0.7, 0.3, 0.0], [0.0, 0.1, 0.9]])
-    sums.update(StepOutput(torch.eye(3), shares, task={"ce": torch.tensor(1.0)}))
-    assert sums.read(epoch=1).top1 == pytest.approx(200 / 3)
+    metrics.update(step_output(torch.eye(3), shares, ce=torch.tensor(1.0)))
+    assert metrics.read(epoch=1).top1 == pytest.approx(200 / 3)
 
 
-def test_sums_go_on_from_their_state() -> None:
-    whole, half = EpochSums(CPU), EpochSums(CPU)
+def test_running_metrics_go_on_from_their_state() -> None:
+    whole, half = RunningMetrics(CPU), RunningMetrics(CPU)
     for step in range(4):
         if step == 2:
-            state, half = half.state_dict(), EpochSums(CPU)
+            state, half = half.state_dict(), RunningMetrics(CPU)
             half.load_state_dict(state)
-        for sums in (whole, half):
-            sums.update(output(torch.eye(3), [0, 1, step % 3], ce=0.1 * step))
+        for metrics in (whole, half):
+            metrics.update(output(torch.eye(3), [0, 1, step % 3], ce=0.1 * step))
     assert whole.read(1) == half.read(1)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_the_first_non_finite_term_and_step_are_named(bad: float) -> None:
-    sums = EpochSums(CPU)
+    metrics = RunningMetrics(CPU)
     for ce, kd in ((1.0, 1.0), (1.0, bad), (bad, 1.0), (1.0, 1.0)):
-        sums.update(output(torch.eye(2), [0, 1], ce=ce, kd=kd))
+        metrics.update(output(torch.eye(2), [0, 1], ce=ce, kd=kd))
     with pytest.raises(NonFiniteLoss, match="loss term 'kd' is not finite from step 2 of epoch 7 on"):
-        sums.read(epoch=7)
+        metrics.read(epoch=7)
 
 
 def test_sgd_equals_the_textbook_update_over_20_steps() -> None:
@@ -90,10 +96,10 @@ def test_sgd_equals_the_textbook_update_over_20_steps() -> None:
         lr = 0.1 if step < 10 else 0.01
         solver.set_lr(lr)
         solver.step(
-            StepOutput(
-                logits=weight[None],
-                target=torch.tensor([0]),
-                task={"a": 0.3 * (weight - target).square().sum()},
+            step_output(
+                weight[None],
+                torch.tensor([0]),
+                a=0.3 * (weight - target).square().sum(),
                 distillation={"b": (weight * target).sum()},
             )
         )
@@ -107,7 +113,7 @@ def test_solver_state_goes_on_exactly() -> None:
     def steps(solver: SGD, weight: nn.Parameter, count: int) -> None:
         for _ in range(count):
             solver.set_lr(0.1)
-            solver.step(StepOutput(weight[None], torch.tensor([0]), task={"a": weight.square().sum()}))
+            solver.step(step_output(weight[None], torch.tensor([0]), a=weight.square().sum()))
 
     weights = [nn.Parameter(torch.tensor([1.0, 2.0])) for _ in range(2)]
     solvers = [SGD([{"params": [w]}], momentum=0.9, weight_decay=0.0) for w in weights]

@@ -1,4 +1,4 @@
-"""Runs beyond one teacher, one view and one student: what they write, say, keep apart and refuse."""
+"""Runs beyond one teacher, one view and one student: what they write, tell, keep apart and refuse."""
 
 import json
 from collections.abc import Callable
@@ -10,11 +10,12 @@ import torch
 
 from mdistill import config
 from mdistill.data import DATASETS, InMemoryDataset
-from mdistill.engine import build, trainer
+from mdistill.engine import trainer
 from mdistill.engine.run_folder import Mode, RunFolder, read_metrics
 from mdistill.errors import UserError
 from mdistill.models.ensemble import Ensemble
 
+from .. import runs
 from ..conftest import TinyNet, tiny_arrays
 
 Train = Callable[..., int]
@@ -27,22 +28,17 @@ def one_view(root: Path, download: bool) -> InMemoryDataset:
     return data
 
 
-def built(cfg: Path, *overrides: str, cache: bool = True) -> build.Experiment:
-    roots = {"data_root": cfg.parent, "checkpoint_root": cfg.parent, "output_root": cfg.parent / "runs"}
-    settings = config.load(cfg, overrides)
-    return build.build([settings], torch.device("cpu"), **roots, cache_root=cfg.parent / "cache" if cache else None)
-
-
 def run(cfg: Path, *overrides: str, mode: Mode = "new", cache: bool = True) -> tuple[Path, list[dict[str, Any]]]:
-    made = built(cfg, *overrides, cache=cache)
-    folder = cfg.parent / "runs" / made.trials[0].config.run_folder()
-    metrics = trainer.fit(made, [RunFolder(folder, mode)])
+    """A run in the folder that its configuration names, and its metrics."""
+    experiment = runs.experiment(cfg, *overrides, cache=cache)
+    folder = cfg.parent / "runs" / experiment.trials[0].config.run_folder()
+    metrics = trainer.fit(experiment, [RunFolder(folder, mode)])
     return folder, metrics[0]
 
 
 @pytest.fixture
 def two_views_cfg(kd_cfg: Path) -> Path:
-    settings = "ce_weight: 0.1, kd_weight: 0.9, temperature: 4.0, extra_temperatures: [3.0, 2.0], reading: published"
+    settings = "ce_weight: 0.1, kd_weight: 0.9, temperature: 4.0, extra_temperatures: [3.0, 2.0], variant: published"
     path = kd_cfg.with_name("two_views.yaml")
     path.write_text("\n".join([*kd_cfg.read_text().splitlines()[:-1], f"distiller: {{name: mlkd, {settings}}}"]) + "\n")
     return path
@@ -61,18 +57,17 @@ def ensemble_cfg(kd_cfg: Path, teacher_file: Path) -> Path:
 
 
 class TestTwoViews:
-    def test_the_table_keeps_the_weak_view_s_logits_and_changes_nothing(self, two_views_cfg, teacher_file):
-        made = built(two_views_cfg)
-        assert made.table is not None
-        assert made.teacher_note.endswith("those of the strong views in every step")
-        made.table.close()
-        folder, kept = run(two_views_cfg)
+    def test_the_weak_view_s_logits_are_cached_which_changes_nothing(self, two_views_cfg, teacher_file):
+        experiment = runs.experiment(two_views_cfg)
+        assert experiment.cache is not None
+        assert experiment.teacher_note.endswith("those of the strong views in every step")
+        folder, cached = run(two_views_cfg)
         state = torch.load(folder / "last.pt", weights_only=True)["model"]
         again, live = run(two_views_cfg, "variant=live", cache=False)
         without = torch.load(again / "last.pt", weights_only=True)["model"]
-        assert [line["train/loss"] for line in kept] == [line["train/loss"] for line in live]
+        assert [line["train/loss"] for line in cached] == [line["train/loss"] for line in live]
         assert all(torch.equal(value, without[key]) for key, value in state.items())
-        assert {"train/loss_ce", "train/loss_ce_strong", "train/loss_strong"} <= kept[0].keys()
+        assert {"train/loss_ce", "train/loss_ce_strong", "train/loss_strong"} <= cached[0].keys()
 
     def test_a_data_set_with_one_view_is_refused(self, two_views_cfg, teacher_file, train: Train, capsys):
         assert train(two_views_cfg, "data.name=one_view") == 2
@@ -86,18 +81,18 @@ class TestMixedImages:
     MIXUP = "data.mixing={name: mixup, alpha: 1.0}"
 
     def test_the_teacher_sees_the_same_mixed_images(self, kd_cfg, teacher_file):
-        made = built(kd_cfg, self.MIXUP)
-        assert made.table is None
-        assert made.teacher is None
-        assert made.teacher_note == "runs in every step: images are mixed"
-        distiller = made.trials[0].distiller
+        experiment = runs.experiment(kd_cfg, self.MIXUP)
+        assert experiment.cache is None
+        assert experiment.teacher is None
+        assert experiment.teacher_note == "runs in every step: images are mixed"
+        distiller = experiment.trials[0].distiller
         seen: dict[str, list[torch.Tensor]] = {"student": [], "teacher": []}
         for name, network in (("student", distiller.student), ("teacher", distiller.teacher)):
             network.register_forward_pre_hook(lambda module, given, name=name: seen[name].append(given[0].clone()))
-        trainer.dry_run(made)
+        trainer.dry_run(experiment)
         ((student,), (teacher,)) = seen.values()
         assert torch.equal(student, teacher)
-        plain = built(kd_cfg).dataset
+        plain = runs.experiment(kd_cfg).dataset
         assert not torch.isin(student[0].flatten(), plain.train_batch(torch.arange(150), torch.arange(150)).image).all()
 
     def test_a_run_learns(self, kd_cfg, teacher_file):
@@ -105,10 +100,10 @@ class TestMixedImages:
         assert metrics[-1]["train/loss"] < metrics[0]["train/loss"]
 
     @pytest.mark.parametrize(
-        ("words", "line"),
+        ("overrides", "line"),
         [
             (["data.mixing={name: mixup,alpha: 1}", "distiller={name: la, ce_weight: 0, kd_weight: 1, temperature: 4}"],
-             "data.mixing: 'mixup' gives an image shares of two classes and the method 'la' needs one class an image;"
+             "data.mixing: 'mixup' gives an image shares of two classes and the method 'la' needs one class per image;"
              " remove data.mixing or take another method"),
             (["data.mixing={name: mixup, alpha: 0}"],
              "command line: data.mixing.alpha: should be greater than 0, found 0"),
@@ -125,8 +120,8 @@ class TestMixedImages:
              " found None with 'cutmix_pick'"),
         ],
     )  # fmt: skip
-    def test_bad_settings_are_one_clear_line(self, words, line, kd_cfg, teacher_file, train: Train, capsys):
-        assert train(kd_cfg, *words) == 2
+    def test_bad_settings_are_one_clear_line(self, overrides, line, kd_cfg, teacher_file, train: Train, capsys):
+        assert train(kd_cfg, *overrides) == 2
         assert capsys.readouterr().err == f"error: {line}\n"
 
     def test_mixed_images_and_two_views_are_refused(self, two_views_cfg, teacher_file, train: Train, capsys):
@@ -145,45 +140,41 @@ class TestMixedImages:
 
 
 class TestEnsemble:
-    def test_it_is_one_teacher_with_a_table_and_a_folder_of_its_own(self, ensemble_cfg):
-        made = built(ensemble_cfg)
-        teacher = made.trials[0].distiller.teacher
+    def test_it_is_one_teacher_with_a_cache_and_a_folder_of_its_own(self, ensemble_cfg):
+        experiment = runs.experiment(ensemble_cfg)
+        teacher = experiment.trials[0].distiller.teacher
         assert isinstance(teacher, Ensemble)
         assert [member.hidden.out_features for member in teacher.members] == [32, 8]
         image = torch.zeros(2, 3, 32, 32)
         both = [network(image).softmax(dim=1) for network in teacher.members]
         torch.testing.assert_close(teacher(image).softmax(dim=1), (both[0] + both[1]) / 2)
-        made.table.close()
+        assert experiment.cache is not None
         folder, metrics = run(ensemble_cfg)
         assert folder.parent.name == "tiny_net+tiny_net_tiny_net"
         assert metrics[-1]["train/loss"] < metrics[0]["train/loss"]
         (session,) = json.loads((folder / "env.json").read_text())["sessions"]
         assert session["teacher"]["path"].count(".pt") == 2
 
-    def test_what_is_averaged_and_who_is_in_it_have_tables_of_their_own(self, ensemble_cfg, kd_cfg):
+    def test_what_is_averaged_and_who_is_in_it_have_caches_of_their_own(self, ensemble_cfg, kd_cfg):
         paths = set()
-        for cfg, *words in (
-            (ensemble_cfg,),
-            (ensemble_cfg, "teacher.average=logits"),
-            (kd_cfg,),
-        ):
-            made = built(cfg, *words)
-            made.table.close()
-            paths.add(made.table.path)
+        for cfg, *overrides in ((ensemble_cfg,), (ensemble_cfg, "teacher.average=logits"), (kd_cfg,)):
+            cache = runs.experiment(cfg, *overrides).cache
+            assert cache is not None
+            paths.add(cache.path)
         assert len(paths) == 3
 
     def test_every_member_s_accuracy_is_checked(self, ensemble_cfg):
         text = ensemble_cfg.read_text()
         ensemble_cfg.write_text(text.replace("checkpoint: second.pt", "checkpoint: second.pt, expected_top1: 99.0"))
         with pytest.raises(UserError, match=r"^teacher.ensemble.0.expected_top1: .*second.pt reaches"):
-            built(ensemble_cfg)
+            runs.experiment(ensemble_cfg)
 
     def test_features_of_several_networks_are_refused(self, ensemble_cfg, train: Train, capsys):
         nd = "distiller={name: nd, ce_weight: 1, kd_weight: 1, temperature: 4, nd_weight: 1}"
-        words = ("student={name: resnet8}", "teacher.name=resnet8", nd)
+        overrides = ("student={name: resnet8}", "teacher.name=resnet8", nd)
         text = ensemble_cfg.read_text().replace("name: tiny_net, width: 32", "name: resnet8")
         ensemble_cfg.write_text(text)
-        assert train(ensemble_cfg, *words) == 2
+        assert train(ensemble_cfg, *overrides) == 2
         assert capsys.readouterr().err == (
             "error: teacher.ensemble: the method 'nd' reads the teacher's features, and several networks share none;"
             " remove teacher.ensemble or take another method\n"
@@ -206,29 +197,29 @@ class TestEnsemble:
     def test_bad_members_are_one_clear_line(self, member, line, kd_cfg, teacher_file):
         kd_cfg.write_text(kd_cfg.read_text().replace("teacher.pt}", f"teacher.pt, ensemble: [{member}]}}"))
         with pytest.raises(UserError, match=line) as error:
-            built(kd_cfg)
+            runs.experiment(kd_cfg)
         assert len(str(error.value).splitlines()) == 1
 
 
 class TestAverages:
-    WORDS = ("distiller.ema_decay=0.9", "distiller.average_from=2")
+    SETTINGS = ("solver.ema_decay=0.9", "solver.average_from=2")
 
     def test_they_are_evaluated_and_exported_beside_the_student(self, kd_cfg, teacher_file, evaluate_tool, capsys):
-        folder, metrics = run(kd_cfg, *self.WORDS)
+        folder, metrics = run(kd_cfg, *self.SETTINGS)
         assert {"student.pt", "ema.pt", "average.pt"} <= {path.name for path in folder.iterdir()}
         assert {"test/top1", "ema/test/top1", "average/test/top1", "average/test/loss"} <= metrics[0].keys()
         out = capsys.readouterr().out
         assert f"  ema {metrics[-1]['ema/test/top1']:.2f}  average {metrics[-1]['average/test/top1']:.2f}" in out
         for name in ("ema", "average"):
             assert evaluate_tool([str(folder / f"{name}.pt"), "--json", "--device", "cpu"]) == 0
-            found = json.loads(capsys.readouterr().out)["top1"]
-            assert found == pytest.approx(metrics[-1][f"{name}/test/top1"])
+            top1 = json.loads(capsys.readouterr().out)["top1"]
+            assert top1 == pytest.approx(metrics[-1][f"{name}/test/top1"])
 
     def test_the_student_trains_as_without_them(self, kd_cfg, teacher_file):
-        folder, _ = run(kd_cfg, *self.WORDS)
+        folder, _ = run(kd_cfg, *self.SETTINGS)
         plain, _ = run(kd_cfg)
-        kept, expected = (torch.load(path / "student.pt", weights_only=True)["model"] for path in (folder, plain))
-        assert all(torch.equal(value, expected[key]) for key, value in kept.items())
+        averaged, expected = (torch.load(path / "student.pt", weights_only=True)["model"] for path in (folder, plain))
+        assert all(torch.equal(value, expected[key]) for key, value in averaged.items())
 
 
 class TestSolver:
@@ -298,9 +289,9 @@ class TestSettings:
             run(student_cfg, "solver.epochs=4", mode="resume")
 
     def test_an_average_that_never_begins_is_warned_of(self, student_cfg, train: Train, capsys):
-        assert train(student_cfg, "distiller.average_from=9", "--dry-run") == 0
+        assert train(student_cfg, "solver.average_from=9", "--dry-run") == 0
         assert capsys.readouterr().err == (
-            f"warning: {student_cfg}: distiller.average_from: 9 lies past the last epoch (3), so nothing is averaged\n"
+            f"warning: {student_cfg}: solver.average_from: 9 lies past the last epoch (3), so nothing is averaged\n"
         )
 
     def test_an_average_of_one_teacher_is_refused(self, kd_cfg, teacher_file, train: Train, capsys):

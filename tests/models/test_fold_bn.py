@@ -15,8 +15,10 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from mdistill.models import MODELS, Features, Network
 from mdistill.models.fold_bn import MAX_DECISIONS, fold_batchnorm
+from mdistill.models.layers import BatchNorm2d
 
-ZOO = [name for name in MODELS.names() if MODELS.get(name).__module__.startswith("mdistill.")]  # not other tests' own
+from .zoo import EACH
+
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 NOT_AFTER_A_LAYER = {"wrn_16": 7, "wrn_28": 13, "wrn_40": 19}  # BatchNorm layers of a sum or of a returned feature
 
@@ -59,7 +61,7 @@ def folds(network: nn.Module, *inputs: Tensor) -> int:
 # --- the zoo ---
 
 
-@pytest.fixture(scope="module", params=ZOO)
+@pytest.fixture(scope="module", params=EACH)
 def network(request: pytest.FixtureRequest) -> Network:
     """In training mode, float32."""
     with torch.random.fork_rng(devices=[]):
@@ -71,7 +73,7 @@ def network(request: pytest.FixtureRequest) -> Network:
 
 
 @torch.no_grad()
-def test_the_zoo_in_float32(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_network_folds_to_the_same_logits_in_float32(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     before = copy.deepcopy(network.state_dict())
     folded, count = fold_batchnorm(network)
 
@@ -88,17 +90,17 @@ def test_the_zoo_in_float32(network: Network, monkeypatch: pytest.MonkeyPatch) -
 
     x, calls, batch_norm = images(2, 3, 32, 32), [], F.batch_norm
     expected = copy.deepcopy(network).eval()(x)
-    monkeypatch.setattr(F, "batch_norm", lambda *args: calls.append(None) or batch_norm(*args))
+    monkeypatch.setattr(F, "batch_norm", lambda *x, **options: calls.append(None) or batch_norm(*x, **options))
     assert difference(folded(x), expected) <= 1e-5 * expected.abs().max().item()
     assert len(calls) == norms - count
 
 
 @torch.no_grad()
-def test_the_zoo_and_its_features_in_float64(network: Network) -> None:
+def test_every_network_folds_to_the_same_features_in_float64(network: Network) -> None:
     """VGG takes another way at 64 pixels."""
 
     def tensors(features: Features) -> list[Tensor]:
-        return [*features.stages, *(features.preacts or ()), features.last_map, features.pooled]
+        return [*features.stages, *features.preacts, features.last_map, features.pooled]
 
     reference = copy.deepcopy(network).double().eval()
     folded, _ = fold_batchnorm(reference)
@@ -113,7 +115,7 @@ def test_the_zoo_and_its_features_in_float64(network: Network) -> None:
             assert difference(one, other) <= 1e-10 * max(1.0, other.abs().max().item())
 
 
-def test_channels_last_and_dtype_are_kept() -> None:
+def test_memory_format_and_dtype_stay() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         network = trained_looking(MODELS.build("resnet8x4", 10)).to(dtype).to(memory_format=torch.channels_last)
         folded, count = fold_batchnorm(network)
@@ -130,13 +132,13 @@ def test_channels_last_and_dtype_are_kept() -> None:
             assert not torch.equal(after.weight, before.weight)
 
 
-def test_what_a_folded_network_still_offers() -> None:
+def test_folded_network_has_its_layers_copies_and_folds_no_further() -> None:
     network = MODELS.build("wrn_16_1", 10)
     assert isinstance(network, Network)
     folded, _ = fold_batchnorm(trained_looking(network))
     assert isinstance(folded, type(network))
     for one, other in zip(folded.bn_before_relu(), network.bn_before_relu(), strict=True):
-        assert type(one) is nn.BatchNorm2d
+        assert type(one) is BatchNorm2d
         assert torch.equal(one.weight, other.weight)
     x = images(1, 3, 32, 32)
     assert torch.equal(copy.deepcopy(folded)(x), folded(x))
@@ -165,7 +167,7 @@ def conv_bn(channels: int = 4, **options: Any) -> nn.Sequential:
     ],
     ids=["plain", "padded", "grouped", "no-affine", "1d", "3d", "linear", "linear-bare"],
 )
-def test_folds(network: nn.Module, x: Tensor) -> None:
+def test_norm_after_a_layer_is_folded(network: nn.Module, x: Tensor) -> None:
     assert folds(network, x) == 1
 
 
@@ -215,7 +217,7 @@ def returned_inside(m: Pair, x: Tensor) -> Tensor:
         returned_inside,
     ],
 )
-def test_folds_whatever_the_images_decide(call: Callable[[Any, Any], Any]) -> None:
+def test_norm_is_folded_whatever_the_images_decide(call: Callable[[Any, Any], Any]) -> None:
     assert folds(Pair(call), images(), images(2, 3, 12, 12)) == 1
 
 
@@ -249,7 +251,7 @@ def norm_of_either(m: Pair, x: Tensor) -> Tensor:
     return m.bn(m.conv(x) if x.shape[2] == 8 else m.other(x))
 
 
-def kept_in_a_result(m: Pair, x: Tensor) -> Tensor:
+def stored_in_a_result(m: Pair, x: Tensor) -> Tensor:
     y = m.conv(x)
     out = Output(m.bn(y), [y])
     return out.logits + out.rest[0]
@@ -259,7 +261,7 @@ def kept_in_a_result(m: Pair, x: Tensor) -> Tensor:
     "network",
     [
         Pair(lambda m, x: (lambda y: m.bn(y) + y)(m.conv(x))),
-        Pair(kept_in_a_result),
+        Pair(stored_in_a_result),
         Pair(lambda m, x: m.bn(m.conv(m.conv(x)))),
         Pair(lambda m, x: m.bn(m.bn(m.conv(x)))),
         Pair(lambda m, x: m.bn(m.conv(x)) + m.bn(m.other(x))),
@@ -278,11 +280,11 @@ def kept_in_a_result(m: Pair, x: Tensor) -> Tensor:
         nn.Sequential(nn.Flatten(2), nn.Linear(64, 3), nn.BatchNorm1d(3)),
     ],
 )
-def test_leaves(network: nn.Module) -> None:
+def test_norm_of_another_or_a_shared_output_is_left(network: nn.Module) -> None:
     assert folds(network, images(), *([images(2, 3, 12, 12)] if isinstance(network, Pair) else [])) == 0
 
 
-def kept_training() -> nn.Module:
+def always_training() -> nn.Module:
     """A BatchNorm that normalises by the batch whatever mode it is put in."""
     bn = nn.BatchNorm2d(3)
     bn.train = lambda mode=True: bn  # type: ignore[method-assign]
@@ -290,8 +292,8 @@ def kept_training() -> nn.Module:
 
 
 def test_others_are_folded_beside_what_is_left() -> None:
-    """Without running statistics; kept in training mode; of a number of channels that only a call would complain of."""
-    for bn in (nn.BatchNorm2d(3, track_running_stats=False), kept_training(), nn.BatchNorm2d(5)):
+    """Without running statistics; always in training mode; of a number of channels that only a call would refuse."""
+    for bn in (nn.BatchNorm2d(3, track_running_stats=False), always_training(), nn.BatchNorm2d(5)):
         network = Pair(lambda m, x: m.bn(m.conv(m.first(x))))
         network.first, network.bn = conv_bn(3), bn
         assert fold_batchnorm(network)[1] == 1
@@ -387,7 +389,7 @@ def test_a_meta_network_is_copied() -> None:
         assert fold_batchnorm(conv_bn())[1] == 0
 
 
-def test_tracing_leaves_no_mark() -> None:
+def test_tracing_changes_neither_network_nor_random_state() -> None:
     """A forward that draws, counts its calls and remembers its images."""
 
     def call(m: Any, x: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("beside", BESIDE)
-def test_weights_under_model(tmp_path: Path, state: dict[str, Tensor], beside: str, legacy: bool) -> None:
+def test_weights_under_model_load(tmp_path: Path, state: dict[str, Tensor], beside: str, legacy: bool) -> None:
     path = tmp_path / "ckpt_epoch_240.pth"
     torch.save({"model": state, **BESIDE[beside]}, path, _use_new_zipfile_serialization=not legacy)
     assert_same(read_checkpoint(path), state)
@@ -87,21 +87,21 @@ def test_weights_under_model(tmp_path: Path, state: dict[str, Tensor], beside: s
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_bare_state_dict(tmp_path: Path, state: dict[str, Tensor], prefix: str, legacy: bool) -> None:
+def test_bare_state_dict_loads(tmp_path: Path, state: dict[str, Tensor], prefix: str, legacy: bool) -> None:
     path = tmp_path / "student_best"
     torch.save(OrderedDict(prefixed(prefix, state)), path, _use_new_zipfile_serialization=not legacy)
     assert_same(read_checkpoint(path), state)
     assert_same(read_checkpoint(path, role="teacher"), state)
 
 
-def test_optimizer_state_and_options_beside(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_optimizer_state_and_options_beside_are_ignored(tmp_path: Path, state: dict[str, Tensor]) -> None:
     path = tmp_path / "resnet8_last.pth"
     torch.save({"opt": OPTIONS, "model": state, "optimizer": optimizer_state()}, path)
     assert_same(read_checkpoint(path), state)
 
 
 @pytest.mark.parametrize("prefix", ["module.", ""])
-def test_the_wanted_network_of_a_distiller(tmp_path: Path, state: dict[str, Tensor], prefix: str) -> None:
+def test_the_wanted_network_of_a_distiller_loads(tmp_path: Path, state: dict[str, Tensor], prefix: str) -> None:
     teacher = dict(network("vgg8").state_dict())
     whole = {
         **prefixed(f"{prefix}student.", state),
@@ -132,8 +132,23 @@ def test_a_teacher_alone_is_no_student(tmp_path: Path, state: dict[str, Tensor])
     assert "holds a teacher but no student" in refusal(path)
 
 
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_tensors_saved_on_a_gpu_load_on_the_cpu(
+    tmp_path: Path, state: dict[str, Tensor], legacy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file names the device of each tensor's values; here a GPU, whatever this machine has."""
+    path = tmp_path / "ckpt_epoch_240.pth"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+        torch.save({"model": state, "best_acc": torch.tensor(72.5)}, path, _use_new_zipfile_serialization=not legacy)
+    assert path.read_bytes().count(b"cuda:0") >= 1
+    loaded = read_checkpoint(path)
+    assert_same(loaded, state)
+    assert {value.device.type for value in loaded.values()} == {"cpu"}
+
+
 @pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
-def test_scalars_as_numpy_1_and_2_name_them(tmp_path: Path, state: dict[str, Tensor], module: str) -> None:
+def test_scalars_as_numpy_1_and_2_name_them_are_ignored(tmp_path: Path, state: dict[str, Tensor], module: str) -> None:
     """The same bytes but for the module's name, which both versions write with its length as a text line."""
     path = tmp_path / "best"
     torch.save({"model": state, "best_acc": np.float64(72.5)}, path, _use_new_zipfile_serialization=False)
@@ -147,9 +162,9 @@ def test_scalars_as_numpy_1_and_2_name_them(tmp_path: Path, state: dict[str, Ten
 def test_parameters_and_saved_views_become_plain_tensors(tmp_path: Path) -> None:
     path = tmp_path / "p.pth"
     torch.save({"fc.weight": nn.Parameter(torch.ones(2, 3)), "fc.bias": torch.arange(6.0)[::3]}, path)
-    found = read_checkpoint(path)
-    assert all(type(value) is Tensor and not value.requires_grad for value in found.values())
-    assert found["fc.bias"].tolist() == [0.0, 3.0]
+    state = read_checkpoint(path)
+    assert all(type(value) is Tensor and not value.requires_grad for value in state.values())
+    assert state["fc.bias"].tolist() == [0.0, 3.0]
 
 
 def test_run_folder_means_its_student(tmp_path: Path, state: dict[str, Tensor]) -> None:
@@ -224,31 +239,31 @@ def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
     assert message.endswith("did you mean 'resnet32x4_vanilla'?")
 
 
-def test_folder_without_student(tmp_path: Path) -> None:
+def test_folder_without_student_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
     assert "is a folder without student.pt (it holds: config.yaml)" in refusal(tmp_path)
 
 
-def test_unreadable_path(tmp_path: Path) -> None:
+def test_unreadable_path_is_refused(tmp_path: Path) -> None:
     assert "cannot be read: File name too long" in refusal(tmp_path / ("a" * 5000))
 
 
-def test_empty_file(tmp_path: Path) -> None:
+def test_empty_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.pth").touch()
     assert "is empty (0 bytes)" in refusal(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-@pytest.mark.parametrize("kept", [0.05, 0.5, 0.99])
-def test_truncated_file(tmp_path: Path, state: dict[str, Tensor], kept: float, legacy: bool) -> None:
+@pytest.mark.parametrize("fraction", [0.05, 0.5, 0.99])
+def test_truncated_file_is_refused(tmp_path: Path, state: dict[str, Tensor], fraction: float, legacy: bool) -> None:
     path = tmp_path / "a.pth"
     torch.save({"model": state}, path, _use_new_zipfile_serialization=not legacy)
     data = path.read_bytes()
-    path.write_bytes(data[: int(kept * len(data))])
+    path.write_bytes(data[: int(fraction * len(data))])
     assert "is truncated" in refusal(path)
 
 
-def test_damaged_file(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_damaged_file_is_refused(tmp_path: Path, state: dict[str, Tensor]) -> None:
     path = tmp_path / "a.pth"
     torch.save({"model": state}, path)
     data = bytearray(path.read_bytes())
@@ -269,7 +284,7 @@ def test_damaged_file(tmp_path: Path, state: dict[str, Tensor]) -> None:
     ],
     ids=["yaml", "png", "lfs", "zeros", "plain pickle"],
 )
-def test_other_files(tmp_path: Path, content: bytes, start: str) -> None:
+def test_other_files_are_refused(tmp_path: Path, content: bytes, start: str) -> None:
     path = tmp_path / "a.pth"
     path.write_bytes(content)
     message = refusal(path)
@@ -277,7 +292,7 @@ def test_other_files(tmp_path: Path, content: bytes, start: str) -> None:
     assert start in message
 
 
-def test_archives(tmp_path: Path) -> None:
+def test_archives_are_refused(tmp_path: Path) -> None:
     archive = tmp_path / "cifar_teachers.tar"
     with tarfile.open(archive, "w") as tar:
         tar.addfile(tarfile.TarInfo("resnet32x4_vanilla/ckpt_epoch_240.pth"), io.BytesIO())
@@ -302,14 +317,16 @@ def test_archives(tmp_path: Path) -> None:
     ],
     ids=["tensor", "list", "numbers", "name", "mixed", "nothing"],
 )
-def test_no_weights(tmp_path: Path, content: Any, expected: str) -> None:
+def test_files_without_weights_are_refused(tmp_path: Path, content: Any, expected: str) -> None:
     path = tmp_path / "a.pth"
     torch.save(content, path)
     assert expected in refusal(path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_weights(tmp_path: Path, state: dict[str, Tensor], value: float) -> None:
+def test_non_finite_weights_are_refused_in_reading_and_writing(
+    tmp_path: Path, state: dict[str, Tensor], value: float
+) -> None:
     state["layer2.0.bn1.running_var"][3] = value
     path = tmp_path / "a.pth"
     torch.save({"model": state}, path)
@@ -331,7 +348,7 @@ def mismatch(path: Path, model: nn.Module, name: str) -> str:
     return str(caught.value)
 
 
-def test_load_weights(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_weights_with_a_prefix_load_into_a_model(tmp_path: Path, state: dict[str, Tensor]) -> None:
     path = tmp_path / "a.pth"
     torch.save({"model": prefixed("module.", state)}, path)
     model = network(seed=2)
@@ -358,14 +375,14 @@ def test_another_width_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet8", "mobilenet_v2", "vgg8", "shufflenet_v2", "wrn_16_1"])
-def test_other_number_of_classes(tmp_path: Path, name: str) -> None:
+def test_other_number_of_classes_is_named(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.pth"
     torch.save(network(name, 10).state_dict(), path)
     message = mismatch(path, network(name, 100), name)
     assert message == f"checkpoint {path}: {name} was trained for 10 classes, the data set has 100"
 
 
-def test_weights_of_no_known_model(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_weights_of_no_known_model_are_refused_with_the_differences(tmp_path: Path, state: dict[str, Tensor]) -> None:
     del state["conv1.weight"]
     state["extra"] = torch.zeros(1)
     state["fc.bias"] = torch.zeros(9)
@@ -390,7 +407,7 @@ def test_naming_a_model_draws_no_random_numbers(tmp_path: Path) -> None:
 # --- writing ---
 
 
-def test_save_and_read(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_saved_weights_read_back(tmp_path: Path, state: dict[str, Tensor]) -> None:
     path = tmp_path / "run" / "student.pt"
     save_weights(path, state)
     assert_same(read_checkpoint(path), state)
@@ -412,7 +429,7 @@ def test_a_view_is_saved_without_what_it_views(tmp_path: Path) -> None:
     assert (tmp_path / "a.pt").stat().st_size < 10_000
 
 
-def test_fingerprint(state: dict[str, Tensor]) -> None:
+def test_fingerprint_depends_on_keys_types_shapes_and_values(state: dict[str, Tensor]) -> None:
     expected = fingerprint(state)
     assert re.fullmatch(r"[0-9a-f]{64}", expected)
     assert fingerprint(dict(reversed(state.items()))) == expected
@@ -428,7 +445,7 @@ def test_fingerprint(state: dict[str, Tensor]) -> None:
     assert fingerprint({"a": torch.zeros(2, dtype=torch.int32)}) != fingerprint({"a": torch.zeros(2)})
 
 
-def test_fingerprint_of_a_known_state() -> None:
+def test_fingerprint_of_a_known_state_is_its_sha256() -> None:
     """The bytes written out: key, type and shape, each ended by a zero byte, then the values, by sorted key."""
     text = b"a\0torch.float32\0(2,)\0" + np.array([1, 2], np.float32).tobytes()
     text += b"b\0torch.int64\0()\0" + np.int64(5).tobytes()

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from mdistill.distillers import StepOutput
-from mdistill.engine.cuda_graph import WARM_UP, Launcher
+from mdistill.engine import cuda_graph
+from mdistill.engine.cuda_graph import WARM_UP, CapturedStep
 from mdistill.errors import UserError
 from mdistill.optim import solvers as module
-from mdistill.optim.solvers import DOT, SGD, SOLVERS, Solver
+from mdistill.optim.dot import DOT
+from mdistill.optim.solvers import SGD, SOLVERS, Solver
 
 from ..conftest import TinyNet
 from ..host_reads import NoHostReads
@@ -43,9 +45,7 @@ def make_groups(weights: list[nn.Parameter]) -> list[dict[str, Any]]:
 
 def output(task: dict[str, Tensor], distillation: dict[str, Tensor]) -> StepOutput:
     """Solvers read the terms alone."""
-    return StepOutput(
-        logits=torch.zeros(1, 2), target=torch.zeros(1, dtype=torch.int64), task=task, distillation=distillation
-    )
+    return StepOutput(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), task, distillation, signals=None)  # type: ignore[arg-type]
 
 
 def losses(weights: list[Tensor]) -> StepOutput:
@@ -169,7 +169,7 @@ def test_delta_matters() -> None:
 def test_a_saved_state_goes_on_exactly(stop: int, rate_in_tensor: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through a file; the first step after it at the loaded rate."""
     if rate_in_tensor:
-        monkeypatch.setattr(module, "_rate", lambda device, value=0.0: torch.tensor(value, dtype=torch.float64))
+        monkeypatch.setattr(module, "rate_tensor", lambda device, value=0.0: torch.tensor(value, dtype=torch.float64))
     whole, parts = make_weights(torch.float32), make_weights(torch.float32)
     train(DOT(make_groups(whole), **SETTINGS), whole)
     first = DOT(make_groups(parts), **SETTINGS)
@@ -303,7 +303,7 @@ def test_a_dot_step_reads_nothing_on_the_host() -> None:
 
 def test_a_replayed_dot_step_equals_an_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the rate in a tensor, as on CUDA, which drops after the capture; two groups."""
-    monkeypatch.setattr(module, "_rate", lambda device, value=0.0: torch.tensor(value, dtype=torch.float64))
+    monkeypatch.setattr(module, "rate_tensor", lambda device, value=0.0: torch.tensor(value, dtype=torch.float64))
     generator = torch.Generator().manual_seed(1)
     batches = [
         (torch.randn(6, 3, 8, 8, generator=generator), torch.arange(6) % 4, torch.randn(6, 4, generator=generator))
@@ -317,12 +317,15 @@ def test_a_replayed_dot_step_equals_an_eager_one(monkeypatch: pytest.MonkeyPatch
         last = {"params": list(network.classifier.parameters()), "lr_scale": 0.1}
         solver = DOT([{"params": inner}, last], **SETTINGS)
         static = tuple(torch.zeros_like(part) for part in batches[0])
-        launch = Launcher(network_step(network, solver, *static), record=recorder)
+        if recorder is not None:
+            monkeypatch.setattr(cuda_graph, "capture_graph", recorder)
+        step = network_step(network, solver, *static)
+        launch = CapturedStep(lambda size, step=step: step(), 6, capture=recorder is not None, name="step")
         for number, batch in enumerate(batches):
             solver.set_lr(0.1 if number < 6 else 0.01)
             for place, part in zip(static, batch, strict=True):
                 place.copy_(part)
-            launch()
+            launch(6)
         if recorder is not None:
             assert [replay.calls for replay in recorder.replays] == [10 - WARM_UP]
         results.append({"model": dict(network.state_dict()), "solver": solver.state_dict()})

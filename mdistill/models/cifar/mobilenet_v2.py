@@ -2,7 +2,7 @@
 arXiv:1801.04381.
 
 Half the width of the paper's Table 2. Differs from the paper: the stage of 24 channels has stride 1, ReLU stands for
-ReLU6, channel counts are not rounded to multiples of 8, the first block has its 1x1 convolution although it does not
+ReLU6, channel counts are not rounded to multiples of 8, the first block has its 1x1 convolution although that does not
 expand, and there is no dropout.
 """
 
@@ -11,7 +11,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from mdistill.models.base import MODELS, Features, Network
-from mdistill.models.layers import conv, global_average, init_classifier, init_convolutions
+from mdistill.models.layers import BatchNorm2d, conv, global_average, init_classifier, init_convolutions
 
 # expansion, channels at full width, blocks, stride of the first block
 STAGES = (
@@ -27,10 +27,7 @@ HEAD_CHANNELS = 1280
 
 
 class InvertedResidual(nn.Module):
-    """Expanding 1x1, depthwise 3x3 and linear 1x1 convolutions, plus the input where the shape stays.
-
-    Shapes: (B, C, H, W) to (B, C', H / stride, W / stride), which no ReLU follows.
-    """
+    """Expanding 1x1, depthwise 3x3 and linear 1x1 convolutions, plus the input where the shape stays; no ReLU after."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -38,16 +35,21 @@ class InvertedResidual(nn.Module):
         self.residual = stride == 1 and in_channels == channels
         self.conv = nn.Sequential(
             conv(in_channels, inner, 1),
-            nn.BatchNorm2d(inner),
+            BatchNorm2d(inner),
             nn.ReLU(inplace=True),
             conv(inner, inner, 3, stride=stride, groups=inner),
-            nn.BatchNorm2d(inner),
+            BatchNorm2d(inner),
             nn.ReLU(inplace=True),
             conv(inner, channels, 1),
-            nn.BatchNorm2d(channels),
+            BatchNorm2d(channels),
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """The block's output (B, K', H / stride, W / stride).
+
+        Args:
+            x: (B, K, H, W).
+        """
         out = self.conv(x)
         return cast(Tensor, x + out if self.residual else out)
 
@@ -56,7 +58,7 @@ class NumberedLinear(nn.Linear):
     """A linear layer that also answers to the name ``0``.
 
     The layer is published as ``classifier.0`` while ``classifier`` is the layer itself: what follows parameter names
-    by attribute (``get_submodule``, ``functional_call``, ``torch.export``) finds it all the same.
+    by attribute (``get_submodule``, ``functional_call``, ``torch.export``) finds the layer all the same.
     """
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
@@ -67,7 +69,7 @@ class MobileNetV2(Network):
     """A 3x3 stem of stride 2, seven stages of ``InvertedResidual``, a 1x1 convolution to 1280 channels.
 
     ``stages``: the stem (after ReLU), then stages 1, 2, 4 and 6 counted from 0 (linear, so of either sign), at 1/2,
-    1/2, 1/4, 1/8 and 1/16 of the image size. ``preacts`` is None: no ReLU ends a stage.
+    1/2, 1/4, 1/8 and 1/16 of the image size. ``preacts`` are the same maps: no ReLU ends a stage.
     """
 
     def __init__(self, width: float, num_classes: int) -> None:
@@ -99,18 +101,22 @@ class MobileNetV2(Network):
         last_map = self.conv2(out)
         pooled = global_average(last_map)
         return Features(
-            logits=self.classifier(pooled), stages=tuple(stages), preacts=None, last_map=last_map, pooled=pooled
+            logits=self.classifier(pooled),
+            stages=tuple(stages),
+            preacts=tuple(stages),
+            last_map=last_map,
+            pooled=pooled,
         )
 
     def bn_before_relu(self) -> list[nn.BatchNorm2d]:
-        """The last BatchNorm of stages 1, 2, 4 and 6; being linear bottlenecks, no ReLU follows it."""
+        """The last BatchNorm of stages 1, 2, 4 and 6, which no ReLU follows: they end in linear bottlenecks."""
         lasts = (cast(nn.Sequential, self.blocks[number])[-1] for number in (1, 2, 4, 6))
         return [cast(nn.BatchNorm2d, cast(InvertedResidual, last).conv[-1]) for last in lasts]
 
 
 def _conv_bn_relu(in_channels: int, channels: int, kernel: int, *, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
-        conv(in_channels, channels, kernel, stride=stride), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+        conv(in_channels, channels, kernel, stride=stride), BatchNorm2d(channels), nn.ReLU(inplace=True)
     )
 
 

@@ -11,26 +11,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistill.models.base import MODELS, Features, Network
-from mdistill.models.layers import ReLUStage, conv, global_average, init_convolutions
+from mdistill.models.layers import BatchNorm2d, ReLUStage, conv, global_average, init_convolutions
 
 NARROW = (16, 16, 32, 64)
 WIDE = (32, 64, 128, 256)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut: (B, C, H, W) to (B, C', H / stride, W / stride), before the ReLU."""
+    """Two 3x3 convolutions beside a shortcut; the ReLU after the sum is left to the stage."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = conv(in_channels, channels, 3, stride=stride)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = BatchNorm2d(channels)
         self.conv2 = conv(channels, channels, 3)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNorm2d(channels)
         self.downsample: nn.Module = nn.Identity()
         if stride != 1 or in_channels != channels:
-            self.downsample = nn.Sequential(conv(in_channels, channels, 1, stride=stride), nn.BatchNorm2d(channels))
+            self.downsample = nn.Sequential(conv(in_channels, channels, 1, stride=stride), BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The sum before its ReLU, (B, K', H / stride, W / stride).
+
+        Args:
+            x: (B, K, H, W).
+        """
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return cast(Tensor, self.bn2(self.conv2(out)) + self.downsample(x))
 
@@ -45,7 +50,7 @@ class ResNet(Network):
         super().__init__()
         blocks = (depth - 2) // 6
         self.conv1 = conv(3, widths[0], 3)
-        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.bn1 = BatchNorm2d(widths[0])
         self.layer1 = _stage(widths[0], widths[1], blocks, stride=1)
         self.layer2 = _stage(widths[1], widths[2], blocks, stride=2)
         self.layer3 = _stage(widths[2], widths[3], blocks, stride=2)

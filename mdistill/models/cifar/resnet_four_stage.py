@@ -10,20 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistill.models.base import MODELS, Features, Network
-from mdistill.models.layers import ReLUStage, conv, global_average, init_convolutions
+from mdistill.models.layers import BatchNorm2d, ReLUStage, conv, global_average, init_convolutions
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut: (B, C, H, W) to (B, C', H / stride, W / stride), before the ReLU."""
+    """Two 3x3 convolutions beside a shortcut; the ReLU after the sum is left to the stage."""
 
     expansion = 1
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = conv(in_channels, channels, 3, stride=stride)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = BatchNorm2d(channels)
         self.conv2 = conv(channels, channels, 3)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNorm2d(channels)
         self.shortcut = _shortcut(in_channels, channels, stride)
 
     @property
@@ -31,23 +31,28 @@ class BasicBlock(nn.Module):
         return self.bn2
 
     def forward(self, x: Tensor) -> Tensor:
+        """The sum before its ReLU, (B, K', H / stride, W / stride).
+
+        Args:
+            x: (B, K, H, W).
+        """
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return cast(Tensor, self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions beside a shortcut: (B, C, H, W) to (B, 4 * channels, H / stride, W / stride)."""
+    """1x1, 3x3 and 1x1 convolutions beside a shortcut, to 4 times ``channels``; the ReLU is left to the stage."""
 
     expansion = 4
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = conv(in_channels, channels, 1)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = BatchNorm2d(channels)
         self.conv2 = conv(channels, channels, 3, stride=stride)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNorm2d(channels)
         self.conv3 = conv(channels, self.expansion * channels, 1)
-        self.bn3 = nn.BatchNorm2d(self.expansion * channels)
+        self.bn3 = BatchNorm2d(self.expansion * channels)
         self.shortcut = _shortcut(in_channels, self.expansion * channels, stride)
 
     @property
@@ -55,6 +60,11 @@ class Bottleneck(nn.Module):
         return self.bn3
 
     def forward(self, x: Tensor) -> Tensor:
+        """The sum before its ReLU, (B, K', H / stride, W / stride).
+
+        Args:
+            x: (B, K, H, W).
+        """
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         return cast(Tensor, self.bn3(self.conv3(out)) + self.shortcut(x))
@@ -71,7 +81,7 @@ class FourStageResNet(Network):
     ) -> None:
         super().__init__()
         self.conv1 = conv(3, 64, 3)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.bn1 = BatchNorm2d(64)
         self.layer1 = _stage(block, 64, 64, blocks[0], stride=1)
         self.layer2 = _stage(block, 64 * block.expansion, 128, blocks[1], stride=2)
         self.layer3 = _stage(block, 128 * block.expansion, 256, blocks[2], stride=2)
@@ -107,7 +117,7 @@ class FourStageResNet(Network):
 def _shortcut(in_channels: int, channels: int, stride: int) -> nn.Module:
     if stride == 1 and in_channels == channels:
         return nn.Identity()
-    return nn.Sequential(conv(in_channels, channels, 1, stride=stride), nn.BatchNorm2d(channels))
+    return nn.Sequential(conv(in_channels, channels, 1, stride=stride), BatchNorm2d(channels))
 
 
 def _stage(

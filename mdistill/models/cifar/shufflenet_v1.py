@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistill.models.base import MODELS, Features, Network
-from mdistill.models.layers import ReLUStage, conv, global_average
+from mdistill.models.layers import BatchNorm2d, ReLUStage, conv, global_average
 
 GROUPS = 3
 STEM_CHANNELS = 24
 
 
 class ShuffleUnit(nn.Module):
-    """1x1 grouped convolution, channel shuffle, depthwise 3x3, 1x1 grouped: (B, C, H, W) to (B, C', H', W').
+    """1x1 grouped convolution, channel shuffle, depthwise 3x3, 1x1 grouped; the ReLU after them is left to the stage.
 
-    At stride 2 the averaged input is concatenated after the branch, else the input is added; before the ReLU.
+    At stride 2 the averaged input is concatenated after the branch, else the input is added.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
@@ -31,13 +31,18 @@ class ShuffleUnit(nn.Module):
         inner = branch // 4
         self.groups = 1 if in_channels == STEM_CHANNELS else GROUPS  # as in the paper: too few channels to group
         self.conv1 = conv(in_channels, inner, 1, groups=self.groups)
-        self.bn1 = nn.BatchNorm2d(inner)
+        self.bn1 = BatchNorm2d(inner)
         self.conv2 = conv(inner, inner, 3, stride=stride, groups=inner)
-        self.bn2 = nn.BatchNorm2d(inner)
+        self.bn2 = BatchNorm2d(inner)
         self.conv3 = conv(inner, branch, 1, groups=GROUPS)
-        self.bn3 = nn.BatchNorm2d(branch)
+        self.bn3 = BatchNorm2d(branch)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The unit's output before its ReLU, (B, K', H / stride, W / stride).
+
+        Args:
+            x: (B, K, H, W).
+        """
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = F.channel_shuffle(out, self.groups)
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
@@ -56,7 +61,7 @@ class ShuffleNetV1(Network):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.conv1 = conv(3, STEM_CHANNELS, 1)
-        self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
+        self.bn1 = BatchNorm2d(STEM_CHANNELS)
         self.layer1 = _stage(STEM_CHANNELS, 240, units=4)
         self.layer2 = _stage(240, 480, units=8)
         self.layer3 = _stage(480, 960, units=4)
@@ -79,6 +84,10 @@ class ShuffleNetV1(Network):
             last_map=out3,
             pooled=pooled,
         )
+
+    def bn_before_relu(self) -> list[nn.BatchNorm2d]:
+        """The last BatchNorm of each stage's last unit, before its input is added; the published network names none."""
+        return [cast(ShuffleUnit, stage[-1]).bn3 for stage in (self.layer1, self.layer2, self.layer3)]
 
 
 def _stage(in_channels: int, channels: int, *, units: int) -> ReLUStage:

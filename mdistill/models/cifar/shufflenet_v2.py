@@ -10,27 +10,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistill.models.base import MODELS, Features, Network
-from mdistill.models.layers import conv, global_average
+from mdistill.models.layers import BatchNorm2d, conv, global_average
 
 
 class DownUnit(nn.Module):
-    """Halves the map, Fig. 3 (d): two branches see the whole input (B, C, H, W); out (B, C', H / 2, W / 2)."""
+    """Halves the map, Fig. 3 (d): two branches see the whole input."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
         half = channels // 2
         self.conv1 = conv(in_channels, in_channels, 3, stride=2, groups=in_channels)
-        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.bn1 = BatchNorm2d(in_channels)
         self.conv2 = conv(in_channels, half, 1)
-        self.bn2 = nn.BatchNorm2d(half)
+        self.bn2 = BatchNorm2d(half)
         self.conv3 = conv(in_channels, half, 1)
-        self.bn3 = nn.BatchNorm2d(half)
+        self.bn3 = BatchNorm2d(half)
         self.conv4 = conv(half, half, 3, stride=2, groups=half)
-        self.bn4 = nn.BatchNorm2d(half)
+        self.bn4 = BatchNorm2d(half)
         self.conv5 = conv(half, half, 1)
-        self.bn5 = nn.BatchNorm2d(half)
+        self.bn5 = BatchNorm2d(half)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The unit's output (B, K', H / 2, W / 2).
+
+        Args:
+            x: (B, K, H, W).
+        """
         left = self.bn1(self.conv1(x))
         left = F.relu(self.bn2(self.conv2(left)), inplace=True)
         right = F.relu(self.bn3(self.conv3(x)), inplace=True)
@@ -46,27 +51,35 @@ class SplitUnit(nn.Module):
         super().__init__()
         half = channels // 2
         self.conv1 = conv(half, half, 1)
-        self.bn1 = nn.BatchNorm2d(half)
+        self.bn1 = BatchNorm2d(half)
         self.conv2 = conv(half, half, 3, groups=half)
-        self.bn2 = nn.BatchNorm2d(half)
+        self.bn2 = BatchNorm2d(half)
         self.conv3 = conv(half, half, 1)
-        self.bn3 = nn.BatchNorm2d(half)
+        self.bn3 = BatchNorm2d(half)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) to the output and its form before the last ReLU and before the shuffle, each (B, C, H, W)."""
-        kept, branch = x.chunk(2, dim=1)
+        """The unit's output, and the same before its ReLU and its shuffle, both (B, K, H, W).
+
+        Args:
+            x: (B, K, H, W).
+        """
+        passed, branch = x.chunk(2, dim=1)
         branch = F.relu(self.bn1(self.conv1(branch)), inplace=True)
         branch = self.bn2(self.conv2(branch))
         branch = self.bn3(self.conv3(branch))
-        out = F.channel_shuffle(torch.cat([kept, F.relu(branch)], dim=1), 2)
-        return out, torch.cat([kept, branch], dim=1)
+        out = F.channel_shuffle(torch.cat([passed, F.relu(branch)], dim=1), 2)
+        return out, torch.cat([passed, branch], dim=1)
 
 
 class ShuffleStage(nn.Sequential):
     """A ``DownUnit``, then ``SplitUnit`` layers."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) to the last unit's output and its form before ReLU and shuffle, each (B, C', H / 2, W / 2)."""
+        """The last unit's output, and the same before its ReLU and its shuffle, both (B, K', H / 2, W / 2).
+
+        Args:
+            x: (B, K, H, W).
+        """
         down, *splits = self
         x = preact = down(x)
         for split in splits:
@@ -78,18 +91,19 @@ class ShuffleNetV2(Network):
     """A 1x1 stem of 24 channels, three stages with 116, 232 and 464 channels, a 1x1 convolution to 1024.
 
     ``stages`` and ``preacts``: 4 maps, at 1, 1/2, 1/4 and 1/8 of the image size; the stem's is after ReLU in both, and
-    the others' channels are shuffled in ``stages`` but not in ``preacts``.
+    the others' channels are shuffled in ``stages`` but not in ``preacts``, whose first half (what the last unit passes
+    through) is after an earlier ReLU.
     """
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.conv1 = conv(3, 24, 1)
-        self.bn1 = nn.BatchNorm2d(24)
+        self.bn1 = BatchNorm2d(24)
         self.layer1 = _stage(24, 116, units=4)
         self.layer2 = _stage(116, 232, units=8)
         self.layer3 = _stage(232, 464, units=4)
         self.conv2 = conv(464, 1024, 1)
-        self.bn2 = nn.BatchNorm2d(1024)
+        self.bn2 = BatchNorm2d(1024)
         self.linear = nn.Linear(1024, num_classes)
 
     @property

@@ -1,6 +1,6 @@
 """VGG: Simonyan, Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", arXiv:1409.1556.
 
-Configurations A, B, D and E of the paper's Table 1 (``vgg11`` to ``vgg19``), and ``vgg8`` with one convolution a block.
+Configurations A, B, D and E of the paper's Table 1 (``vgg11`` to ``vgg19``), and ``vgg8`` with one per block.
 Differs from the paper: BatchNorm after each convolution; one linear layer on the pooled map in place of three; the map
 is halved after the first three blocks only (after the fourth too when the image is 64 pixels high).
 """
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistill.models.base import MODELS, Features, Network
-from mdistill.models.layers import global_average, init_classifier, init_convolutions
+from mdistill.models.layers import BatchNorm2d, global_average, init_classifier, init_convolutions
 
 
 class VGG(Network):
@@ -63,7 +63,7 @@ def _block(in_channels: int, channels: int, convolutions: int) -> nn.Sequential:
     for _ in range(convolutions):
         layers += [
             nn.Conv2d(in_channels, channels, 3, padding=1),
-            nn.BatchNorm2d(channels),
+            BatchNorm2d(channels),
             nn.ReLU(inplace=True),
         ]
         in_channels = channels

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistill.models.base import MODELS, Features, Network
-from mdistill.models.layers import conv, global_average, init_convolutions
+from mdistill.models.layers import BatchNorm2d, conv, global_average, init_convolutions
 
 
 class PreactBlock(nn.Module):
@@ -22,14 +22,18 @@ class PreactBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.bn1 = BatchNorm2d(in_channels)
         self.conv1 = conv(in_channels, channels, 3, stride=stride)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNorm2d(channels)
         self.conv2 = conv(channels, channels, 3)
         self.convShortcut = conv(in_channels, channels, 1, stride=stride) if in_channels != channels else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) to the sum (B, C', H / stride, W / stride) and ``x`` after the first BatchNorm (B, C, H, W)."""
+        """The sum (B, K', H / stride, W / stride), and ``x`` after the first BatchNorm.
+
+        Args:
+            x: (B, K, H, W).
+        """
         preact = self.bn1(x)
         active = F.relu(preact)
         shortcut = x if self.convShortcut is None else self.convShortcut(active)
@@ -50,7 +54,11 @@ class WideStage(nn.Module):
         return cast(PreactBlock, self.layer[0]).bn1
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) to the output (B, C', H', W') and ``x`` after ``first_bn`` (B, C, H, W)."""
+        """The stage's output (B, K', H', W'), and ``x`` after ``first_bn``.
+
+        Args:
+            x: (B, K, H, W).
+        """
         first, *rest = self.layer
         x, preact = first(x)
         for block in rest:
@@ -72,7 +80,7 @@ class WideResNet(Network):
         self.block1 = WideStage(16, 16 * width, blocks, stride=1)
         self.block2 = WideStage(16 * width, 32 * width, blocks, stride=2)
         self.block3 = WideStage(32 * width, 64 * width, blocks, stride=2)
-        self.bn1 = nn.BatchNorm2d(64 * width)
+        self.bn1 = BatchNorm2d(64 * width)
         self.fc = nn.Linear(64 * width, num_classes)
         init_convolutions(self)
         nn.init.zeros_(self.fc.bias)

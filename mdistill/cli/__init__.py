@@ -1,0 +1,1 @@
+"""The commands, one file each; none imports torch before its arguments are read."""

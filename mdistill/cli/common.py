@@ -1,0 +1,246 @@
+"""What the commands share: parsers, folders, seeds, and how signals and errors end a command."""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+from mdistill.engine.console import on_stop_signal, stop_signals
+from mdistill.errors import Stopped, UserError, suggestion
+
+if TYPE_CHECKING:
+    from mdistill.config import Config
+
+EXIT_CODES = """exit codes: 0 done, 1 the run failed, 2 bad input, 75 stopped and saved: run again with --resume,
+130 interrupted"""
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, with the nearest flag."""
+
+    def error(self, message: str) -> NoReturn:
+        near = ""
+        if message.startswith("unrecognized arguments:"):
+            near = suggestion(message.split()[2].split("=")[0], self._option_string_actions)
+        self.exit(2, f"error: {message}{near} (see --help)\n")
+
+
+def plain_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser for ``mdistill <command>`` whose ``--help`` shows ``description`` and ``examples`` as written."""
+    return _Parser(
+        prog=f"mdistill {command}",
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=120),
+        allow_abbrev=False,
+    )
+
+
+def machine_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """A ``plain_parser`` with the machine flags."""
+    parser = plain_parser(command, description, examples)
+    machine = parser.add_argument_group("machine (does not change results)")
+    machine.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
+    machine.add_argument("--data-root", type=Path, default=Path("data"), help="folder of the data sets (%(default)s)")
+    machine.add_argument("--download", action="store_true", help="fetch the data set if it is not there")
+    return parser
+
+
+def add_imports(parser: argparse.ArgumentParser) -> None:
+    """The flag that names user modules."""
+    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE", help="your code")
+
+
+def add_configuration(parser: argparse.ArgumentParser, what: str) -> None:
+    """The arguments that ``load_configs`` reads; ``what`` says which file ``--cfg`` takes."""
+    parser.add_argument("--cfg", type=Path, required=True, help=f"{what}, a YAML file")
+    parser.add_argument(
+        "--pair", help="the method of --cfg (or of that folder) with another teacher and student: res56_res20"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
+    add_imports(parser)
+
+
+def add_roots(parser: argparse.ArgumentParser) -> None:
+    """The folders of runs and of teacher weights."""
+    parser.add_argument("--output", type=Path, default=Path("runs"), help="folder of all runs (%(default)s)")
+    parser.add_argument(
+        "--checkpoint-root", type=Path, default=Path("checkpoints"), help="folder of teacher weights (%(default)s)"
+    )
+
+
+def add_cache_root(parser: argparse.ArgumentParser) -> None:
+    """The flag that says where teacher logits are cached; see ``cache_root``."""
+    parser.add_argument(
+        "--cache-root",
+        type=Path,
+        help="folder of cached teacher logits ($MDISTILL_CACHE, else OUTPUT/teacher_cache)",
+    )
+
+
+def cache_root(args: argparse.Namespace) -> Path:
+    """``--cache-root``, else $MDISTILL_CACHE, else a folder under ``--output``."""
+    if args.cache_root is not None:
+        return Path(args.cache_root)
+    return Path(os.environ.get("MDISTILL_CACHE") or args.output / "teacher_cache")
+
+
+def seeds(text: str) -> list[int]:
+    """``"0,1,2"`` as numbers.
+
+    Raises:
+        argparse.ArgumentTypeError: a part that is no seed, or one given twice.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        if not part.strip().isdecimal():
+            raise argparse.ArgumentTypeError(f"{part.strip()!r} in {text!r} is not a seed; write whole numbers, 0,1,2")
+        if int(part) in numbers:
+            raise argparse.ArgumentTypeError(f"{int(part)} is given twice in {text!r}; each seed is one run")
+        numbers.append(int(part))
+    return numbers
+
+
+def load_configs(args: argparse.Namespace, seeds: Sequence[int | None]) -> "list[Config]":
+    """The configuration that ``add_configuration``'s arguments name, once for each seed; None keeps the file's seed.
+
+    Raises:
+        UserError: anything in it that does not fit.
+    """
+    from mdistill import config
+
+    source = args.cfg
+    if args.pair is not None:
+        source, note = config.for_pair(args.cfg, args.pair)
+        print(note, file=sys.stderr)
+    return [config.load(source, args.overrides, imports=args.imports, seed=seed) for seed in seeds]
+
+
+def project_root() -> Path:
+    """The clone of the project that holds ``configs/`` and ``docs/``: the package's own, else the current folder."""
+    own = Path(__file__).resolve().parents[2]
+    return own if (own / "configs").is_dir() else Path.cwd()
+
+
+def run(
+    command: Callable[[argparse.Namespace], int | None],
+    parse: Callable[[Sequence[str] | None], argparse.Namespace],
+    arguments: Sequence[str] | None,
+    *,
+    when_stopped: str = "nothing had begun",
+) -> int:
+    """Parse ``arguments`` and run ``command``; a mistake or a stop ends as a message, without a traceback.
+
+    Args:
+        command: does the work and returns its exit code, or None for 0. Slow imports belong in it: signals are
+            answered from here on.
+        parse: from ``arguments`` to what ``command`` takes.
+        arguments: of the command line; None for those of this process, which is taken to end with the command.
+        when_stopped: what a signal outside training leaves behind, for the message.
+
+    Returns:
+        0 done, 1 the run failed, 2 bad input, 75 stopped and saved (resume it), 130 interrupted.
+    """
+    outer = signal.getsignal(signal.SIGTERM)
+    interrupt = _Interrupt(when_stopped, arguments is None or (isinstance(outer, _Interrupt) and outer.owns_process))
+    with on_stop_signal(interrupt):  # while training, the engine's own handler is in its place
+        try:
+            code = command(parse(arguments)) or 0
+            sys.stdout.flush()
+        except BaseException as error:
+            interrupt.armed = False
+            message, code = _explain(error, interrupt)
+            with suppress(OSError):  # a terminal that has hung up takes no message
+                print(message, file=sys.stderr, end="\n" if message else "")
+    if arguments is None and code in {Stopped.exit_code, INTERRUPTED}:
+        for number in stop_signals():  # more of them must not change the exit code while the interpreter shuts down
+            signal.signal(number, signal.SIG_IGN)
+    return code
+
+
+class _Interrupt:
+    """A signal handler that ends a command: it raises, or within an import leaves the process at once.
+
+    Signals within a second of the last one change nothing, as job schedulers send several; a later one raises again,
+    in case the first was lost in a place that swallows exceptions, such as a destructor. Extension modules swallow them
+    while they are imported, and there is nothing to undo by then.
+    """
+
+    def __init__(self, when_stopped: str, owns_process: bool) -> None:
+        self.armed = True
+        self.asked: signal.Signals | None = None
+        self.owns_process = owns_process
+        self._when_stopped = when_stopped
+        self._last = 0.0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.armed or (self.asked is not None and now - self._last < 1.0):
+            return
+        self.asked, self._last = signal.Signals(number), now
+        if self.owns_process and _is_importing(frame):
+            os.write(2, f"{self.message}\n".encode())
+            os._exit(self.exit_code)
+        raise KeyboardInterrupt if number == signal.SIGINT else Stopped
+
+    @property
+    def message(self) -> str:
+        """What a user is told."""
+        if self.asked in {None, signal.SIGINT}:
+            return "interrupted"
+        return f"{self.asked.name}: stopped, {self._when_stopped}"
+
+    @property
+    def exit_code(self) -> int:
+        """75 for a signal that asks to stop, 130 for Ctrl-C."""
+        return INTERRUPTED if self.asked in {None, signal.SIGINT} else Stopped.exit_code
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _explain(error: BaseException, interrupt: _Interrupt) -> tuple[str, int]:
+    """The message and the exit code of a command that ``error`` ended; what is no user's matter is raised again."""
+    saved = _engine_stop(error)
+    if saved:
+        return saved, Stopped.exit_code
+    if isinstance(error, KeyboardInterrupt) or interrupt.asked is not None:  # whatever became of its exception
+        return interrupt.message, interrupt.exit_code
+    if isinstance(error, UserError):
+        return "\n".join(f"error: {line}" for line in str(error).splitlines()), error.exit_code
+    if isinstance(error, BrokenPipeError):  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return "", 1
+    if isinstance(error, OSError):
+        return f"error: {error}", 1
+    if _is_out_of_memory(error):
+        first = str(error).splitlines()[0]
+        return f"error: out of memory, a smaller data.batch_size needs less: {first}", 1
+    raise error
+
+
+def _engine_stop(error: BaseException | None) -> str:
+    """What the engine said when it stopped a run, if that is among what led to ``error``."""
+    while error is not None:
+        if isinstance(error, Stopped) and str(error):
+            return str(error)
+        error = error.__context__
+    return ""
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """As torch puts it, on CUDA and on the CPU."""
+    kind = getattr(sys.modules.get("torch"), "OutOfMemoryError", ())
+    return isinstance(error, kind) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))

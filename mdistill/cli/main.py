@@ -1,0 +1,54 @@
+"""``mdistill COMMAND ...``: find the command and hand it the rest; its module alone is imported."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from mdistill import __version__
+from mdistill.cli.common import EXIT_CODES, run
+from mdistill.errors import UserError, suggestion
+
+COMMANDS = {
+    "train": "train a student from a teacher, or a network alone",
+    "eval": "evaluate a run folder or a checkpoint",
+    "cache": "compute a teacher's logits ahead of training",
+    "methods": "list the methods: paper, loss, needs, published settings",
+    "quickstart": "the main job on the embedded data set, in minutes on a CPU",
+}
+
+HELP = """usage: mdistill COMMAND ...
+
+Logit distillation of image classifiers.
+
+commands:
+{commands}
+
+options:
+  --help       show this text; `mdistill COMMAND --help` shows a command's flags and examples
+  --version    show the version
+
+{exit_codes}
+"""
+
+
+def dispatch(args: argparse.Namespace) -> int:
+    name, *rest = args.arguments or ["--help"]
+    if name in {"-h", "--help"}:
+        commands = "\n".join(f"  {command:<12} {line}" for command, line in COMMANDS.items())
+        print(HELP.format(commands=commands, exit_codes=EXIT_CODES), end="")
+        return 0 if args.arguments else 2
+    if name == "--version":
+        print(f"mdistill {__version__}")
+        return 0
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}{suggestion(name, COMMANDS)} (commands: {', '.join(COMMANDS)})")
+    return int(importlib.import_module(f"mdistill.cli.{name}").main(rest))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    return argparse.Namespace(arguments=sys.argv[1:] if arguments is None else arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(dispatch, parse, arguments)

@@ -1,0 +1,82 @@
+"""``mdistill train``: train a student from a teacher, or a network alone, as a YAML file says."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mdistill.cli import common
+
+DESCRIPTION = """Train a network as a configuration says.
+
+A configuration is a YAML file plus those that its `base:` names; together they hold everything that changes the result.
+Change single values with key=value: solver.lr=0.1 distiller.beta=4. What a run wrote is under
+<output>/<dataset>/<method>/<teacher>_<student>[/<overrides>]/seed<N>/: config.yaml, env.json, metrics.jsonl,
+tensorboard/, last.pt (to resume) and student.pt (the trained network; averages of it beside it, where asked for)."""
+
+EXAMPLES = f"""  mdistill train --cfg configs/quickstart/vanilla/vgg8.yaml               a teacher, no data needed
+  mdistill train --cfg configs/cifar100/vanilla/resnet32x4.yaml --download   a CIFAR-100 teacher
+  mdistill train --cfg configs/cifar100/mcld/res32x4_res8x4.yaml --seed 1    a student
+  mdistill train --cfg configs/cifar100/dkd/res32x4_res8x4.yaml distiller.beta=4 solver.lr=0.1
+  mdistill train --cfg ... --pair res56_res20   the same method with another teacher and student
+  mdistill train --cfg ... --seeds 0,1,2   three trials at once, each a run of its own
+  mdistill train --cfg ... --resume        go on where a run stopped (or start, if nothing is there)
+  mdistill train --cfg ... --dry-run       build everything and do one step, write nothing
+
+{common.EXIT_CODES}"""
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = common.machine_parser("train", DESCRIPTION, EXAMPLES)
+    common.add_configuration(parser, "the configuration")
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", type=int, help="fixes initial weights, order and views (default: the file's)")
+    seeds.add_argument("--seeds", type=common.seeds, help="several, such as 0,1,2: trained together, a run folder each")
+    common.add_roots(parser)
+    common.add_cache_root(parser)
+    parser.add_argument(
+        "--no-cache", action="store_true", help="recompute teacher logits every step: the same result, slower"
+    )
+    exclusive = parser.add_mutually_exclusive_group()
+    exclusive.add_argument("--resume", action="store_true", help="resume from the last checkpoint, if there is one")
+    exclusive.add_argument("--overwrite", action="store_true", help="replace the run that is there")
+    exclusive.add_argument("--print-config", action="store_true", help="print the complete configuration and stop")
+    exclusive.add_argument("--dry-run", action="store_true", help="one step, no files")
+    return parser.parse_intermixed_args(arguments)
+
+
+def train(args: argparse.Namespace) -> None:
+    configs = common.load_configs(args, args.seeds or [args.seed])
+    if args.print_config:
+        print(configs[0].to_yaml(), end="")
+        return
+    from mdistill.engine import build, trainer
+    from mdistill.engine.run_folder import RunFolder, run_mode
+
+    for warning in configs[0].warnings():
+        print(f"warning: {args.cfg}: {warning}", file=sys.stderr)
+    device = build.pick_device(args.device)
+    mode = run_mode(args.resume, args.overwrite)
+    folders = [] if args.dry_run else [RunFolder(args.output / config.run_folder(), mode) for config in configs]
+    experiment = build.build(
+        configs,
+        device,
+        data_root=args.data_root,
+        checkpoint_root=args.checkpoint_root,
+        output_root=args.output,
+        cache_root=None if args.no_cache or args.dry_run else common.cache_root(args),
+        download=args.download,
+        check_teacher=not args.dry_run,
+    )
+    experiment.metadata["config_folder"] = str((args.cfg if args.cfg.is_dir() else args.cfg.parent).resolve())
+    for note in experiment.metadata["data"]["notes"]:
+        print(f"data: {note}")
+    if "loss" in experiment.metadata:
+        print(f"loss: {experiment.metadata['loss']}")
+    if args.dry_run:
+        print(trainer.dry_run(experiment))
+        return
+    trainer.fit(experiment, folders)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return common.run(train, parse, arguments)

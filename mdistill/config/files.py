@@ -1,0 +1,415 @@
+"""From YAML files, their bases and the command line to a checked configuration; every message names its source."""
+
+import hashlib
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import yaml
+
+from mdistill.config.schema import COMPONENTS, Config, check, leaves, results_only
+from mdistill.distillers import DISTILLERS
+from mdistill.errors import UserError, suggestion
+from mdistill.registry import Registry
+
+MAX_DEPTH = 16  # files that are based on each other
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?\.?inf|\.?nan", re.IGNORECASE)
+_NAME_LIMIT = 180  # characters of a folder name, below the 255 bytes of common file systems
+
+RETIRED = {
+    "*.ema_decay": (None, "write solver.ema_decay"),
+    "*.average_from": (None, "write solver.average_from"),
+    "kd.divergence": ("forward", "the balanced divergence is distiller.name: bd_kd, the others are gone"),
+    "kd.balance": (None, "it is a setting of distiller.name: bd_kd"),
+    "kd.target": ("teacher", "the moving target is distiller.name: taid"),
+    "kd.interpolation": (None, "its keys are settings of distiller.name: taid"),
+}
+"""Settings of methods (``*``: of all) in the run folders of earlier versions: the value that had no effect, and what to
+write now. A setting that a method does take is its own."""
+
+RENAMED = {"mlkd.reading": "variant"}
+"""Settings of methods that have a new name."""
+
+
+def load(
+    path: Path | str | Sequence[Path],
+    overrides: Sequence[str] = (),
+    *,
+    imports: Sequence[str] = (),
+    seed: int | None = None,
+    search: Sequence[Path] = (),
+) -> Config:
+    """Read ``path``, its bases and ``key=value`` overrides; check everything and resolve all defaults.
+
+    ``base:`` of a file is a path, or a list of paths, relative to it. Bases are merged key by key, depth first and in
+    order: later ones win, the file's own keys win over all of them. Where a file names another component than its
+    bases, their arguments are dropped that the old one knows and the new one does not.
+
+    Args:
+        path: a file; or several, which are merged in order, as ``for_pair`` gives them.
+        overrides: ``solver.lr=0.1`` and the like; values are YAML.
+        imports: further modules to load first, as ``imports:`` in the file.
+        seed: replaces the file's.
+        search: folders with user modules, beside the current one and the file's.
+
+    Raises:
+        UserError: every unknown, missing and ill-typed key together, one line each with its file and key.
+    """
+    files = [Path(path)] if isinstance(path, (str, Path)) else list(path)
+    draft = _Draft()
+    for file in files:
+        for source, tree in _with_bases(file):
+            draft.add(tree, str(source))
+    variant = _apply_overrides(draft, overrides)
+    tree = draft.tree
+    if variant:
+        tree["variant"] = _shortened(",".join(part for part in (str(tree.get("variant") or ""), variant) if part))
+    if seed is not None:
+        draft.set(("seed",), seed, "--seed")
+    modules = [*_as_list(tree.get("imports"))]
+    if imports:
+        tree["imports"] = modules = [*modules, *(module for module in imports if module not in modules)]
+    for module in modules:
+        import_user_module(str(module), [*(file.resolve().parent for file in files), Path.cwd(), *search])
+    draft.drop_foreign_arguments()
+    retired = _retire(tree)
+    config, problems = check(tree)
+    if config is None or retired:
+        raise UserError("\n".join(f"{draft.origin(line, files[-1])}: {line}" for line in [*retired, *problems]))
+    return config
+
+
+def for_pair(cfg: Path, pair: str) -> tuple[list[Path], str]:
+    """The files of a method and a pair: the method's own for that pair, else the pair's and the method's base.
+
+    Settings that are published for one pair are in that pair's file alone, so none is carried over to another pair.
+
+    Args:
+        cfg: the method's folder, or any file in it.
+        pair: such as ``res56_res20``, a file of ``_pairs`` beside the method's folder.
+
+    Returns:
+        what ``load`` takes, and a line that says which files these are.
+
+    Raises:
+        UserError: there is no such folder or pair.
+    """
+    if not cfg.exists():
+        raise UserError(f"no such configuration file or folder: {cfg}{_near(cfg)}")
+    folder = cfg if cfg.is_dir() else cfg.parent
+    method = folder / "_method.yaml"
+    pairs = (folder / ".." / "_pairs").glob("*.yaml") if method.is_file() else ()
+    own = {path.stem: path for path in folder.glob("[!_]*.yaml")}
+    general = {path.stem: _tidy(path) for path in pairs}
+    if pair in own:
+        return [own[pair]], f"pair {pair}: {own[pair]}"
+    if pair in general:
+        return [general[pair], method], (
+            f"pair {pair}: {folder} has no file for it, so {general[pair]} and {method}; settings published for other"
+            " pairs are left out"
+        )
+    known = sorted({*own, *general})
+    raise UserError(f"--pair: unknown pair {pair!r} in {folder}{suggestion(pair, known)} (known: {', '.join(known)})")
+
+
+# ---- putting it together -------------------------------------------------------------------------------------------
+
+_Key = tuple[str, ...]
+_ABSENT = object()
+
+
+@dataclass
+class _Draft:
+    """A configuration in the making, and where each of its keys comes from."""
+
+    tree: dict[str, Any] = field(default_factory=dict)
+    origins: dict[_Key, str] = field(default_factory=dict)
+    names: dict[str, Any] = field(default_factory=dict)  # of the components, as the files say
+    written_for: dict[_Key, Any] = field(default_factory=dict)  # (section, argument): the name at the time
+
+    def add(self, tree: Mapping[str, Any], source: str) -> None:
+        """Merge ``tree``, of a file, key by key; an empty section changes nothing."""
+        changes = {
+            key: value for key, value in leaves(tree) if value != {} or not isinstance(_get(self.tree, key), dict)
+        }
+        for key, value in changes.items():
+            self.set(key, value, source)
+        for section, *rest in changes:
+            if section in COMPONENTS and rest:
+                self.names[section] = self.tree[section].get("name")
+                self.written_for[section, rest[0]] = self.names[section]
+
+    def set(self, key: _Key, value: Any, source: str) -> None:
+        """Put ``value`` at ``key``, whole."""
+        tree = self.tree
+        for depth, part in enumerate(key[:-1]):
+            below = tree.get(part)
+            if below is None:
+                below = tree[part] = {}
+            if not isinstance(below, dict):
+                place = ".".join(key[: depth + 1])
+                raise UserError(f"{source}: {'.'.join(key)}: {place} is not a section, it holds {below!r}")
+            tree = below
+        tree[key[-1]] = value
+        for known in (self.origins, self.written_for):
+            for old in [old for old in known if old[: len(key)] == key[: len(old)]]:
+                del known[old]
+        self.origins[key] = source
+
+    def drop_foreign_arguments(self) -> None:
+        """Leave out what a file has for a component that a later one replaced, where it does not apply."""
+        for (section, argument), name in self.written_for.items():
+            registry, model = COMPONENTS[section]
+            old, new = _canonical(registry, name), _canonical(registry, self.names[section])
+            if old is None or new is None or old == new:
+                continue
+            if argument in model.model_fields:
+                foreign = argument in {"checkpoint", "expected_top1"}  # of the network that was named then
+            else:
+                foreign = argument in registry.arguments(old) and argument not in registry.arguments(new)
+            if foreign:
+                del self.tree[section][argument]
+                self.origins.pop((section, argument), None)
+
+    def origin(self, problem: str, default: Path) -> str:
+        """Where the key that ``problem`` begins with was set."""
+        key = tuple(problem.split(":")[0].split("."))
+        while key and key not in self.origins:
+            key = key[:-1]
+        return self.origins.get(key, str(default))
+
+
+def _apply_overrides(draft: _Draft, overrides: Sequence[str]) -> str:
+    """Apply ``key=value`` in place; return what they change of the result, as part of a folder name."""
+    original = results_only(draft.tree)
+    keys = []
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not name or not all(name.split(".")):
+            raise UserError(f"command line: {override!r} is not an override; write key=value, such as solver.lr=0.1")
+        try:
+            value = _parse(text)
+        except _UNREADABLE as error:
+            raise UserError(f"command line: {override!r}: not a YAML value: {_one_line(error)}") from None
+        key = tuple(name.split("."))
+        if len(key) == 1 and key[0] not in Config.model_fields:
+            known = {dotted[-1]: ".".join(dotted) for dotted, _ in leaves(draft.tree)}
+            hint = f"; did you mean {known[name]}?" if name in known else suggestion(name, known.values())
+            raise UserError(
+                f"command line: {override!r}: unknown key {name!r}{hint} (sections: {', '.join(Config.model_fields)})"
+            )
+        draft.set(key, value, "command line")
+        keys.append(key)
+    final = results_only(draft.tree)
+    changed = {key: _get(final, key) for key in keys if _get(final, key) != _get(original, key)}
+    if _get(final, ("solver", "schedule")) != "cosine":
+        changed.pop(("solver", "epochs"), None)  # a run may grow; not under a cosine, where every epoch depends on it
+    return _variant(changed)
+
+
+def _retire(tree: dict[str, Any]) -> list[str]:
+    """Take settings of earlier versions out of ``tree``; a line for each that did something."""
+    given = tree.get("distiller")
+    if not isinstance(given, dict) or (method := _canonical(DISTILLERS, given.get("name"))) is None:
+        return []
+    problems, allowed = [], DISTILLERS.arguments(method)
+    for owner, key in (setting.split(".") for setting in (*RETIRED, *RENAMED)):
+        if owner not in {"*", method} or key not in given or key in allowed:
+            continue
+        value, setting = given.pop(key), f"{owner}.{key}"
+        if setting in RENAMED:
+            given.setdefault(RENAMED[setting], value)
+        elif value != RETIRED[setting][0]:
+            problems.append(f"distiller.{key}: {value!r} is no setting of {method!r} any more; {RETIRED[setting][1]}")
+    return problems
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise yaml.MarkedYAMLError(problem="merge keys (<<) are not read", problem_mark=key_node.start_mark)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key should be a word", problem_mark=key_node.start_mark)
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """What ``path`` and its bases hold, in the order of merging: every file after its bases.
+
+    Args:
+        above: the files that this one is a base of, the first one first.
+    """
+    tree = _read(path)
+    bases = tree.pop("base", None)
+    bases = [bases] if isinstance(bases, str) else [] if bases is None else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{path}: base: should be a path or a list of paths relative to this file, found {bases!r}")
+    chain = (*above, path)
+    for base in bases:
+        base_path = _tidy(path.parent / base)
+        if not base_path.is_file():
+            raise UserError(f"{path}: base: no such file {base_path}{_near(base_path)}")
+        if any(base_path.samefile(file) for file in chain):
+            raise UserError(f"{path}: base: {base_path} is based on this file in turn")
+        if len(chain) == MAX_DEPTH:
+            raise UserError(f"{path}: base: more than {MAX_DEPTH} files are based on each other, from {chain[0]} on")
+        yield from _with_bases(base_path, chain)
+    yield path, tree
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file in it, or one of its pairs with --pair")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"no such configuration file: {path}{_near(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a YAML file: {error}") from None
+    try:
+        tree = _parse(text)
+    except _UNREADABLE as error:
+        raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: should hold `key: value` lines, found {type(tree).__name__}")
+    return tree
+
+
+_UNREADABLE = (yaml.YAMLError, ValueError, TypeError, RecursionError)  # the latter of impossible dates, or cycles
+
+
+def _parse(text: str) -> Any:
+    return _numbers(yaml.load(text, Loader=_Loader))
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads ``5e-4`` as text: turn text that is a number into it. Booleans stay booleans."""
+    if isinstance(value, dict):
+        return {str(key): _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        try:
+            return int(value)
+        except ValueError:
+            return float(value.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    return value
+
+
+def _get(tree: Any, key: _Key) -> Any:
+    """What ``tree`` holds at ``key``, or ``_ABSENT``."""
+    for part in key:
+        if not isinstance(tree, Mapping) or part not in tree:
+            return _ABSENT
+        tree = tree[part]
+    return tree
+
+
+def _canonical(registry: Registry[Any], name: Any) -> str | None:
+    """The canonical form of ``name``; None where it is no name."""
+    try:
+        return registry.canonical(name)
+    except (UserError, TypeError):
+        return None
+
+
+def _tidy(path: Path) -> Path:
+    """``path`` without ``..``, where that is the same file."""
+    short = Path(os.path.normpath(path))
+    return short if short.exists() and short.samefile(path) else path
+
+
+def _near(path: Path) -> str:
+    """The YAML file beside ``path`` whose name is most like its own, for a message."""
+    return suggestion(path.name, [other.name for other in path.parent.glob("*.yaml")])
+
+
+# ---- naming --------------------------------------------------------------------------------------------------------
+
+
+def _variant(changed: Mapping[_Key, Any]) -> str:
+    """``beta=4,temperature=2``: what overrides changed, as part of a folder name."""
+    last = [key[-1] for key in changed]
+    parts = [
+        f"{key[-1] if last.count(key[-1]) == 1 else '.'.join(key)}={_value_text(value)}"
+        for key, value in changed.items()
+    ]
+    return ",".join(sorted(parts))
+
+
+def _shortened(text: str) -> str:
+    """``text`` if it fits a folder name; else its beginning and a hash of it all."""
+    if len(text.encode()) <= _NAME_LIMIT:
+        return text
+    return f"{text[: _NAME_LIMIT - 9]}~{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "null"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, dict):
+        return "+".join(f"{key}={_value_text(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, list):
+        return "+".join(_value_text(item) for item in value) or "none"
+    return quote(str(value), safe="")
+
+
+# ---- user modules --------------------------------------------------------------------------------------------------
+
+
+def _as_list(value: Any) -> list[str]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def import_user_module(module: str, folders: Sequence[Path]) -> None:
+    """Import ``module`` from one of ``folders`` or the installed packages.
+
+    Raises:
+        UserError: there is no such module, or it fails to load.
+    """
+    sys.path[:0] = [folder for folder in dict.fromkeys(map(str, folders)) if folder not in sys.path]
+    if module.endswith(".py") or "/" in module:
+        raise UserError(f"imports: {module!r} is a file; name the module, {Path(module).stem!r}")
+    try:
+        importlib.import_module(module)
+    except UserError:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise UserError(
+                f"imports: module {module!r} was found but needs {error.name!r}, which is missing"
+            ) from None
+        raise UserError(
+            f"imports: no module {module!r} in {', '.join(map(str, folders))} or among the installed packages"
+        ) from None
+    except (Exception, SystemExit) as error:
+        raise UserError(f"imports: module {module!r} failed to load: {type(error).__name__}: {error}") from error

@@ -1,0 +1,346 @@
+"""What a run is: its sections and their types, what must hold between them, the folder it writes, its identity."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, ValidationError
+
+from mdistill.data import DATASETS
+from mdistill.data.mixing import Mixing
+from mdistill.distillers import DISTILLERS
+from mdistill.errors import UserError, suggestion
+from mdistill.models import MODELS
+from mdistill.optim import SOLVERS
+from mdistill.optim.schedules import Schedule, learning_rate
+from mdistill.precision import Precision
+from mdistill.registry import NonNegativeInt, Positive, PositiveInt, Registry, problem_lines
+
+
+def _folder_name(text: str) -> str:
+    if text in {".", ".."} or not text.isprintable() or set(text) & {"/", "\\"} or len(text.encode()) > 255:
+        raise ValueError("should be usable as the name of one folder")
+    return text
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class _Component(_Section):
+    """A section that names something registered; its other keys are that builder's arguments."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    name: str  # registered name
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The builder's keyword arguments."""
+        return dict(self.model_extra or {})
+
+
+class MixingConfig(_Section):
+    """How training images are mixed."""
+
+    name: Literal["mixup", "cutmix", "cutmix_pick"]
+    alpha: Positive  # of Beta(alpha, alpha), the distribution of lam; 1 is uniform
+    probability: Annotated[float, Field(gt=0, le=1)] = 1.0  # that an image is mixed at all
+    candidates: Annotated[int, Field(ge=2)] | None = None  # cutmix_pick: mixed images for each one trained on
+
+
+class DataConfig(_Component):
+    """The data set and how it is cut into batches."""
+
+    batch_size: PositiveInt  # images per training step
+    eval_batch_size: PositiveInt | None = None  # images per forward pass of evaluation; null: what suits the device
+    holdout: NonNegativeInt = 0  # training images held out as a validation split
+    mixing: MixingConfig | None = None  # of training images; null: none
+
+    @property
+    def mixing_settings(self) -> Mixing | None:
+        """``mixing`` as the data code takes it."""
+        mixing = self.mixing
+        return None if mixing is None else Mixing(mixing.name, mixing.alpha, mixing.probability, mixing.candidates or 1)
+
+
+class ModelConfig(_Component):
+    """A network."""
+
+
+class MemberConfig(_Component):
+    """A frozen network and its weights."""
+
+    checkpoint: str  # a run folder, our student.pt or a published file; relative to the checkpoint root
+    expected_top1: Annotated[float, Field(ge=0, le=100)] | None = None  # percent on the test split; checked to 1 point
+
+
+class TeacherConfig(MemberConfig):
+    """The teacher: one network, or several that are averaged."""
+
+    ensemble: Annotated[tuple[MemberConfig, ...], Field(strict=False)] = ()  # further networks
+    average: Literal["probabilities", "logits"] = "probabilities"  # what is averaged over an ensemble
+
+    @property
+    def members(self) -> tuple[MemberConfig, ...]:
+        """All its networks, the first one first."""
+        return (self, *self.ensemble)
+
+
+class DistillerConfig(_Component):
+    """The method."""
+
+
+class SolverConfig(_Component):
+    """The optimiser, its schedule, and the averages of the student's weights."""
+
+    epochs: PositiveInt
+    lr: Annotated[float, Field(gt=0, le=1e6)]  # initial learning rate
+    schedule: Schedule = "step"  # or cosine, which takes no milestones
+    milestones: Annotated[tuple[StrictInt, ...], Field(strict=False)]  # epochs after which the rate drops
+    gamma: Annotated[float, Field(gt=0, le=1e6)]  # factor of each drop
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # of a moving average of the student's weights
+    average_from: PositiveInt | None = None  # first epoch of a plain average of the student's weights
+
+    def rate(self, epoch: int) -> float:
+        """The learning rate in ``epoch``, counted from 1."""
+        return learning_rate(
+            epoch,
+            schedule=self.schedule,
+            lr=self.lr,
+            milestones=self.milestones,
+            gamma=self.gamma,
+            epochs=self.epochs,
+        )
+
+
+class RunConfig(_Section):
+    """How the numbers are computed."""
+
+    precision: Precision = "tf32"  # of the student; tf32: convolutions on TF32 units where the device has them
+    teacher_precision: Precision | None = None  # of the teacher; null: the student's
+    teacher_logits: Literal["float16", "float32"] = "float16"  # what the teacher's logits are stored in
+    engine: Literal["auto", "eager", "graph", "compile"] = "auto"  # how steps are launched
+    evaluate_every: PositiveInt = 1  # epochs; the last one is always evaluated
+    deterministic: bool = False  # deterministic kernels on CUDA (slower); a CPU run always is
+
+
+class Config(_Section):
+    """A complete run."""
+
+    imports: Annotated[tuple[str, ...], Field(strict=False)] = ()  # user modules loaded before anything is built
+    data: DataConfig
+    teacher: TeacherConfig | None = None
+    student: ModelConfig
+    distiller: DistillerConfig
+    solver: SolverConfig
+    run: RunConfig = RunConfig()
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    variant: Annotated[str, AfterValidator(_folder_name)] = (
+        ""  # what sets this run apart from others of its method and pair; names its folder
+    )
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain containers, every default written out."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML that ``load`` reads back unchanged."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, default_flow_style=None, width=120)
+
+    def run_folder(self) -> Path:
+        """``<dataset>/<method>/<teacher>_<student>[/<variant>]/seed<k>``."""
+        teacher = "+".join(member.name for member in self.teacher.members) if self.teacher else None
+        pair = f"{teacher}_{self.student.name}" if teacher else self.student.name
+        return Path(self.data.name, self.distiller.name, pair, self.variant, f"seed{self.seed}")
+
+    def warnings(self) -> list[str]:
+        """Settings that are legal but probably not meant."""
+        solver, warnings = self.solver, []
+        late = [milestone for milestone in solver.milestones if milestone >= solver.epochs]
+        if late:
+            warnings.append(
+                f"solver.milestones: {late} lie at or past the last epoch ({solver.epochs}) and have no effect"
+            )
+        if solver.average_from is not None and solver.average_from > solver.epochs:
+            warnings.append(
+                f"solver.average_from: {solver.average_from} lies past the last epoch ({solver.epochs}),"
+                " so nothing is averaged"
+            )
+        return warnings
+
+
+COMPONENTS: dict[str, tuple[Registry[Any], type[_Component]]] = {
+    "data": (DATASETS, DataConfig),
+    "teacher": (MODELS, TeacherConfig),
+    "student": (MODELS, ModelConfig),
+    "distiller": (DISTILLERS, DistillerConfig),
+    "solver": (SOLVERS, SolverConfig),
+}
+"""The sections that name something registered."""
+
+
+# ---- identity ------------------------------------------------------------------------------------------------------
+
+_NO_RESULT = {
+    "imports",
+    "seed",
+    "variant",
+    "data.eval_batch_size",
+    *(f"{member}.{key}" for member in ("teacher", "teacher.ensemble") for key in ("checkpoint", "expected_top1")),
+    "run.engine",
+    "run.evaluate_every",
+}
+
+
+def cell_identity(config: Config, fingerprints: Mapping[str, str]) -> str:
+    """16 hex digits that are equal exactly where two runs are trials of one cell of a table.
+
+    In it are all settings that change results, the final number of epochs and the schedule among them, but not the
+    seed. A setting at its default is left out, so that a new setting changes no identity; no default may change.
+
+    Args:
+        fingerprints: of the teacher's weights and the data, which stand for their paths.
+    """
+    settings = config.model_dump(exclude_defaults=True)
+    for section, (registry, model) in COMPONENTS.items():
+        given = settings.get(section)
+        for component in [given, *given.get("ensemble", ())] if given else ():
+            parameters = registry.arguments(component["name"])
+            for key in component.keys() - model.model_fields.keys():
+                if component[key] == parameters[key].default:
+                    del component[key]
+    if config.run.teacher_precision == config.run.precision:
+        del settings["run"]["teacher_precision"]
+    chosen = {section: given for section, given in results_only(settings).items() if given != {}}
+    text = json.dumps([chosen, dict(fingerprints)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def results_only(tree: Any, place: str = "") -> Any:
+    """``tree``, a configuration in plain containers, without what changes no result: paths, names, how it is run."""
+    if isinstance(tree, Mapping):
+        return {
+            key: results_only(value, f"{place}{key}.")
+            for key, value in tree.items()
+            if f"{place}{key}" not in _NO_RESULT and not isinstance(value, Path)
+        }
+    if isinstance(tree, (list, tuple)):
+        return [results_only(value, place) for value in tree]
+    return tree
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys at which two resolved configurations differ, with both values (None where absent)."""
+    old_leaves, new_leaves = dict(leaves(old)), dict(leaves(new))
+    keys = [*old_leaves, *(key for key in new_leaves if key not in old_leaves)]
+    return {
+        ".".join(key): (old_leaves.get(key), new_leaves.get(key))
+        for key in keys
+        if old_leaves.get(key) != new_leaves.get(key)
+    }
+
+
+def leaves(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every value of ``tree`` that is no section, or an empty one, with its key."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, (*prefix, str(key)))
+        else:
+            yield (*prefix, str(key)), value
+
+
+# ---- checking ------------------------------------------------------------------------------------------------------
+
+
+def check(tree: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
+    """The run that ``tree`` describes, with every default filled in.
+
+    Returns:
+        the run, or None where something is wrong, and every problem: a line each, which begins with its dotted key.
+    """
+    problems: list[str] = []
+    complete = dict(tree)
+    for section, (registry, model) in COMPONENTS.items():
+        if section in tree:
+            complete[section] = _filled(section, tree[section], registry, model, problems)
+    teacher = complete.get("teacher")
+    if isinstance(teacher, dict) and isinstance(teacher.get("ensemble"), list):
+        complete["teacher"] = teacher | {
+            "ensemble": [
+                _filled(f"teacher.ensemble.{number}", member, MODELS, MemberConfig, problems)
+                for number, member in enumerate(teacher["ensemble"])
+            ]
+        }
+    config = None
+    try:
+        config = Config.model_validate(complete)
+    except ValidationError as error:
+        problems += _schema_problems(error)
+    if config is not None and not problems:
+        problems += _cross_checks(config)
+    return (None if problems else config), problems
+
+
+def _filled(place: str, given: Any, registry: Registry[Any], model: type[_Component], problems: list[str]) -> Any:
+    """``given`` with its builder's arguments checked and complete; as it is where it names nothing."""
+    if not isinstance(given, dict) or not isinstance(given.get("name"), str):
+        return given
+    own = {key: value for key, value in given.items() if key in model.model_fields}
+    rest = {key: value for key, value in given.items() if key not in model.model_fields}
+    try:
+        own["name"] = registry.canonical(given["name"])
+    except UserError as error:
+        problems.append(f"{place}.name: {error}")
+        return own
+    arguments, mistakes = registry.check(own["name"], rest, where=f"{place}.", beside=tuple(model.model_fields))
+    problems += mistakes
+    return {**own, **arguments}
+
+
+def _schema_problems(error: ValidationError) -> list[str]:
+    problems = []
+    for detail, line in zip(error.errors(), problem_lines(error), strict=True):
+        place = ".".join(str(step) for step in detail["loc"])
+        known = _known_keys(detail["loc"][:-1])
+        if detail["type"] == "extra_forbidden":
+            near = suggestion(str(detail["loc"][-1]), known)
+            line = f"{place}: unknown key (value {detail['input']!r}){near} (allowed: {', '.join(known)})"
+        elif detail["type"] == "missing":
+            line = f"{place}: missing"
+        elif detail["type"] in {"model_type", "dict_type", "model_attributes_type"}:
+            line = f"{place}: should be a section of `key: value` lines, found {detail['input']!r}"
+        problems.append(line)
+    return problems
+
+
+def _known_keys(section: tuple[int | str, ...]) -> list[str]:
+    if not section:
+        return list(Config.model_fields)
+    if section == ("data", "mixing"):
+        return list(MixingConfig.model_fields)
+    return list(RunConfig.model_fields)  # the other sections take a builder's arguments and are checked against it
+
+
+def _cross_checks(config: Config) -> list[str]:
+    milestones = config.solver.milestones
+    problems = []
+    if list(milestones) != sorted(set(milestones)) or any(milestone < 1 for milestone in milestones):
+        problems.append(f"solver.milestones: should be epochs from 1 in rising order, found {list(milestones)}")
+    if config.solver.schedule == "cosine" and milestones:
+        problems.append(f"solver.milestones: a cosine schedule takes none, found {list(milestones)}; set it to []")
+    if config.teacher is not None and config.teacher.average != "probabilities" and not config.teacher.ensemble:
+        problems.append(
+            f"teacher.average: {config.teacher.average!r} says what to average over teacher.ensemble, which is empty"
+        )
+    mixing = config.data.mixing
+    if mixing is not None and (mixing.name == "cutmix_pick") != (mixing.candidates is not None):
+        problems.append(
+            f"data.mixing.candidates: cutmix_pick needs a number of 2 or more and the others take none,"
+            f" found {mixing.candidates} with {mixing.name!r}"
+        )
+    if mixing is not None and mixing.name == "cutmix_pick" and config.teacher is None:
+        problems.append("data.mixing.name: cutmix_pick lets the teacher pick, and the configuration has no teacher")
+    return problems

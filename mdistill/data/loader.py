@@ -1,0 +1,257 @@
+"""The batches of an epoch, put together on static device memory so that a training step can be captured.
+
+Letters: N training samples of this process, B batch, S image size.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mdistill import distributed
+from mdistill.data import mixing as mixed_images
+from mdistill.data.batch import Batch
+from mdistill.data.dataset import Dataset, StreamedDataset
+from mdistill.data.mixing import Mixing
+from mdistill.data.sampling import EpochPlan, epoch_plan, strong_views
+
+Indices = npt.NDArray[np.int64]
+READ_AHEAD = 3  # batches that are read from a streamed data set before they are trained on
+
+
+class TeacherLogitSource(Protocol):
+    """Where a loader gets the frozen teacher's logits of an epoch from; ``engine.teacher`` has the one in use."""
+
+    logits: Tensor  # (N + 1, C) on the device, in epoch order, filled as far as was required
+
+    def look_up(self, index: Indices, view: Indices, *, first: int = 0) -> Any:
+        """Which logits of the epoch are known, from position ``first`` on. Host only; does not touch the device."""
+
+    def begin(self, found: Any, *, first: int = 0) -> None:
+        """Go over to an epoch that was looked up; its (index, view) pairs are on the device by now."""
+
+    def require(self, count: int) -> None:
+        """Fill the first ``count`` positions of ``logits``."""
+
+    def flush(self) -> None:
+        """Store what was computed. The host waits for the device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What the host has drawn and looked up of an epoch, from ``step`` on."""
+
+    epoch: int
+    step: int
+    plan: EpochPlan
+    extra: Indices  # (rows, N): strong views, or the columns of mixed images
+    teacher_logits: Any
+
+
+class BatchLoader:
+    """Walks through epochs batch by batch; which images, in which order and view, is fixed by (seed, epoch) alone.
+
+    The host calls ``begin`` for an epoch and ``fetch`` before each step; ``batch`` then reads static tensors alone (the
+    position within the epoch among them), so that a captured step can replay it. Nothing here waits for the device.
+
+    Args:
+        dataset: on ``device``.
+        seed: fixes order, views and mixing.
+        batch_size: images per training step, over all processes; the last batch of an epoch may be smaller.
+        device: where batches are wanted.
+        strong: whether batches carry a second, strongly augmented view.
+        mixing: how images are mixed; None: not at all.
+        teacher_logits: makes the source of teacher logits from the (2, N + 1) pairs of the epoch, whose last column
+            is padding; None leaves the teacher to the method.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        seed: int,
+        batch_size: int,
+        device: torch.device,
+        strong: bool = False,
+        mixing: Mixing | None = None,
+        teacher_logits: Callable[[Tensor], TeacherLogitSource] | None = None,
+    ) -> None:
+        assert not (strong and mixing is not None)
+        self.dataset, self.seed, self.device = dataset, seed, device
+        self._own = shard(dataset.num_samples, batch_size, distributed.rank(), distributed.world_size())
+        self.samples = len(self._own)  # N
+        self.batch_size = min(batch_size // distributed.world_size(), self.samples)  # of this process
+        self.steps = -(-self.samples // self.batch_size)  # in an epoch
+        self._strong, self._mixing = strong, mixing
+        self._pairs = torch.zeros(2, self.samples + 1, dtype=torch.int64, device=device)  # index, view
+        rows = 1 if strong else mixing.rows if mixing is not None else 0
+        self._extra = torch.zeros(rows, self.samples, dtype=torch.int64, device=device)
+        self._position = torch.zeros((), dtype=torch.int64, device=device)  # images of the epoch already seen
+        self._offsets = torch.arange(self.batch_size, device=device)
+        self._teacher = teacher_logits(self._pairs) if teacher_logits is not None else None
+        self._reader = Reader(dataset, self.batch_size, device) if isinstance(dataset, StreamedDataset) else None
+        self._prepared: Prepared | None = None
+
+    # ---- on the host, between steps ----
+
+    def prepare(self, epoch: int, step: int = 0) -> None:
+        """Draw an epoch and look up its teacher logits, while the device may still be busy with another one."""
+        data, own = self.dataset, self._own
+        plan = epoch_plan(self.seed, epoch, data.num_samples, data.num_views)
+        extra = np.zeros((0, data.num_samples), dtype=np.int64)
+        if self._strong:
+            extra = strong_views(self.seed, epoch, data.num_samples)[None]
+        elif self._mixing is not None:
+            extra = mixed_images.plan(self._mixing, self.seed, epoch, data.num_samples, data.num_views, data.image_size)
+        plan = EpochPlan(index=plan.index[own], view=plan.view[own])
+        first = step * self.batch_size
+        logits = self._teacher.look_up(plan.index, plan.view, first=first) if self._teacher is not None else None
+        self._prepared = Prepared(epoch, step, plan, extra[:, own], logits)
+
+    def begin(self, epoch: int, step: int) -> None:
+        """Go to ``step`` (from 0) of ``epoch`` (from 1)."""
+        ready = self._prepared
+        if ready is None or (ready.epoch, ready.step) != (epoch, step):
+            self.prepare(epoch, step)
+            ready = self._prepared
+        assert ready is not None
+        self._prepared = None
+        first = step * self.batch_size
+        self._pairs[:, :-1].copy_(upload(np.stack([ready.plan.index, ready.plan.view]), self.device))
+        if len(ready.extra):
+            self._extra.copy_(upload(ready.extra, self.device))
+        self._position.fill_(first)
+        if self._teacher is not None:
+            self._teacher.begin(ready.teacher_logits, first=first)
+        if self._reader is not None:
+            self._reader.begin(ready.plan, first)
+
+    def fetch(self, step: int) -> int:
+        """Have everything of step ``step`` on the device that a batch cannot compute there; returns its batch size."""
+        first = step * self.batch_size
+        size = min(self.batch_size, self.samples - first)
+        if self._teacher is not None:
+            self._teacher.require(first + size)
+        if self._reader is not None:
+            self._reader.fetch()
+        return size
+
+    def finish(self) -> None:
+        """Store the teacher logits that were computed. The host waits for the device."""
+        if self._teacher is not None:
+            self._teacher.flush()
+
+    def close(self) -> None:
+        """End the threads that read images, if there are any."""
+        if self._reader is not None:
+            self._reader.close()
+
+    # ---- within the step ----
+
+    def batch(self, size: int) -> Batch:
+        """The next ``size`` images of the epoch. Static shapes, no read by the host; moves the position on."""
+        positions = self._position + self._offsets[:size]
+        index, view = self._pairs.index_select(1, positions).unbind()
+        if self._reader is not None:
+            batch = self._reader.dataset.finish_batch(self._reader.pixels[:size], index, view)
+        else:
+            batch = self.dataset.train_batch(index, view)
+        if self._strong:
+            strong_view = self._extra[0].index_select(0, positions)
+            strong_image = self.dataset.strong_image(index, strong_view)
+            batch = dataclasses.replace(batch, strong_image=strong_image, strong_view=strong_view)
+        elif self._mixing is not None:
+            batch = self._mixed(batch, self._extra.index_select(1, positions))
+        if self._teacher is not None:
+            batch = dataclasses.replace(batch, teacher_logits=self._teacher.logits.index_select(0, positions))
+        self._position.add_(size)
+        return batch
+
+    def _mixed(self, batch: Batch, columns: Tensor) -> Batch:
+        assert self._mixing is not None
+        candidates = []
+        for each in columns.chunk(self._mixing.candidates):
+            partner = self.dataset.train_batch(each[0], each[1])
+            candidates.append(mixed_images.mix(self._mixing, batch, partner, each, self.dataset.num_classes))
+        if len(candidates) == 1:
+            return candidates[0]
+        return mixed_images.together(candidates, keep=len(batch.index))
+
+
+class Reader:
+    """Reads the pixels of a streamed data set ahead of the steps, in a thread, and uploads them to one static buffer.
+
+    On CUDA the host's buffers are pinned, and one is written again only when its upload has ended.
+    """
+
+    def __init__(self, dataset: StreamedDataset, batch_size: int, device: torch.device) -> None:
+        self.dataset, self.batch_size, self.device = dataset, batch_size, device
+        shape = (batch_size, dataset.image_size, dataset.image_size, 3)
+        self.pixels = torch.zeros(shape, dtype=torch.uint8, device=device)  # of the step at hand
+        pinned = device.type == "cuda"
+        self._buffers = [torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned) for _ in range(READ_AHEAD + 1)]
+        self._uploaded: list[Any] = [None] * len(self._buffers)  # CUDA events
+        self._pending: deque[Future[tuple[int, int]]] = deque()  # number of the buffer and of its images
+        self._plan = EpochPlan(np.zeros(0, np.int64), np.zeros(0, np.int64))
+        self._next = self._buffer = 0  # position of the next batch to read, and the buffer for it
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mdistill-read")
+
+    def begin(self, plan: EpochPlan, first: int) -> None:
+        """Read from position ``first`` of ``plan`` on."""
+        while self._pending:  # of an epoch that was left early
+            self._pending.popleft().exception()
+        self._plan, self._next = plan, first
+        for _ in range(READ_AHEAD):
+            self._read_next()
+
+    def fetch(self) -> None:
+        """Upload the next batch into ``pixels``, and have one more read; waits for its pixels, not for the device."""
+        buffer, size = self._pending.popleft().result()
+        self.pixels[:size].copy_(self._buffers[buffer][:size], non_blocking=True)
+        if self.device.type == "cuda":
+            self._uploaded[buffer] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._uploaded[buffer].record()
+        self._read_next()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _read_next(self) -> None:
+        size = min(self.batch_size, len(self._plan.index) - self._next)
+        if size <= 0:
+            return
+        part = slice(self._next, self._next + size)
+        self._pending.append(
+            self._thread.submit(self._read, self._buffer, self._plan.index[part], self._plan.view[part])
+        )
+        self._next, self._buffer = self._next + size, (self._buffer + 1) % len(self._buffers)
+
+    def _read(self, buffer: int, index: Indices, view: Indices) -> tuple[int, int]:
+        if self._uploaded[buffer] is not None:
+            self._uploaded[buffer].synchronize()
+        self._buffers[buffer].numpy()[: len(index)] = self.dataset.read(index, view)
+        return buffer, len(index)
+
+
+def shard(samples: int, batch_size: int, rank: int, world_size: int) -> Indices:
+    """The positions of an epoch that one of several processes trains on: its part of each batch, in order.
+
+    Every process gets as many, so that all take the same steps; at most ``world_size`` - 1 images of the last batch of
+    an epoch are left out.
+    """
+    starts = range(0, samples, batch_size)
+    parts = [(start, min(batch_size, samples - start) // world_size) for start in starts]
+    return np.concatenate([np.arange(start + rank * size, start + (rank + 1) * size) for start, size in parts])
+
+
+def upload(values: npt.NDArray[Any] | Tensor, device: torch.device) -> Tensor:
+    """Host to device; the host does not wait."""
+    tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

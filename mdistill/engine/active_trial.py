@@ -1,0 +1,346 @@
+"""A trial on its way through the epochs: where it is, what it reads and writes, and what it tells."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdistill import distributed
+from mdistill.config import cell_identity
+from mdistill.data.loader import BatchLoader
+from mdistill.engine import checkpoint
+from mdistill.engine.build import Experiment, Trial
+from mdistill.engine.checkpoint import Progress, Snapshot, Writer
+from mdistill.engine.console import end_line, epoch_line, print_line, start_line
+from mdistill.engine.cuda_graph import CapturedStep, Engine, choose_engine, compile_network, side_stream, uncompiled
+from mdistill.engine.evaluate import LaunchedEvaluation, launch_evaluation
+from mdistill.engine.metrics import RunningMetrics
+from mdistill.engine.run_folder import RunFolder, environment, read_metrics
+from mdistill.engine.teacher import CACHE_DTYPES, TeacherLogits
+from mdistill.errors import RunFailed, Stopped, UserError
+from mdistill.models.weights import save_weights
+
+Step = Callable[["ActiveTrial", int], None]
+
+
+class ActiveTrial:
+    """A ``Trial`` with its batch loader, running metrics, place in the run, and run folder.
+
+    As a context it holds the folder's lock; leaving it waits for what is being written.
+
+    Args:
+        train_step: one step, given this trial and the number of images.
+        folder: where it writes, and resumes from; None for steps alone.
+        engine: how steps are launched; None for what the configuration asks.
+        several: whether other trials run beside this one, so that lines name its seed.
+
+    Attributes:
+        epoch: (), the epoch under way, on the device.
+        stream: a context in which the trial's work is launched, on CUDA a stream of its own.
+        ended: what stopped the trial before its last epoch.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        trial: Trial,
+        train_step: Step,
+        folder: RunFolder | None = None,
+        *,
+        engine: Engine | None = None,
+        several: bool = False,
+    ) -> None:
+        self.experiment, self.config, self.device = experiment, trial.config, experiment.device
+        self.distiller, self.solver, self.averages, self.students = (
+            trial.distiller,
+            trial.solver,
+            trial.averages,
+            trial.students,
+        )
+        self.student = next(iter(self.students.values()))
+        self._folder = folder
+        self._label = f"seed {trial.config.seed}: " if several else ""
+        self.metrics, self.progress = RunningMetrics(self.device), Progress()
+        self.epoch: Tensor = torch.ones((), dtype=torch.int64, device=self.device)
+        self.engine = engine or choose_engine(self.config.run.engine, self.device)
+        compiled = self.engine.name == "compile"
+        make_logits = None
+        if experiment.teacher is not None:
+            make_logits = partial(
+                TeacherLogits,
+                experiment.teacher,
+                experiment.dataset,
+                cache_dtype=CACHE_DTYPES[self.config.run.teacher_logits],
+                cache=experiment.cache,
+                capture=self.engine.captures,
+            )
+        self.loader = BatchLoader(
+            experiment.dataset,
+            seed=self.config.seed,
+            batch_size=self.config.data.batch_size,
+            device=self.device,
+            strong=self.distiller.needs.views > 1,
+            mixing=self.config.data.mixing_settings,
+            teacher_logits=make_logits,
+        )
+        self.step = CapturedStep(
+            partial(train_step, self),
+            self.loader.batch_size,
+            capture=self.engine.captures,
+            name="step",
+            compiled=compiled,
+        )
+        self.writer = Writer()
+        self.ended: UserError | Stopped | None = None
+        self.stream = side_stream(self.device)
+        self._clock = Stopwatch(self.device)
+        if compiled:
+            self._compile()
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where it writes."""
+        assert self._folder is not None
+        return self._folder
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes, of several that train together."""
+        return distributed.rank() == 0
+
+    def __enter__(self) -> "ActiveTrial":
+        """Lock the folder and read its checkpoint; the folder stays as it was."""
+        with ExitStack() as undo:
+            undo.push(self)  # a folder whose checkpoint is refused is given up again
+            if self.writes:
+                self.folder.acquire()
+            if self.folder.resumable:
+                state = checkpoint.read(self.folder.checkpoint, self.config, self.experiment.fingerprints)
+                self.progress = checkpoint.restore(state, self.distiller, self.averages, self.solver, self.metrics)
+                if state["versions"]["torch"] != torch.__version__:
+                    before = state["versions"]["torch"]
+                    print_line(f"note: begun under torch {before}, so the last bits may differ from here on")
+            undo.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with ExitStack() as closing:  # the last one first, whatever goes wrong on the way
+            closing.callback(self.folder.close)
+            closing.callback(self.writer.close)
+            closing.callback(self.loader.close)
+            closing.enter_context(suppress(UserError))  # which was told before
+            self.loader.finish()  # what the teacher has computed is not lost
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """On the trial's own stream; an error that ends the trial is noted, and the others go on."""
+        try:
+            with self.stream:
+                yield
+        except (UserError, Stopped) as error:
+            self.ended = type(error)(f"{self._label}{error}")
+
+    def prepare_folder(self) -> None:
+        """Clear or cut back the folder and write what is known by now; nothing is written before."""
+        if not self.writes:
+            return
+        cell = cell_identity(self.config, self.experiment.fingerprints)
+        metadata = {**self.experiment.metadata, "engine": self.engine.name, "cell": cell}
+        self.folder.prepare(
+            self.config.to_yaml(), environment(self.device, metadata), epochs_done=self.progress.epoch - 1
+        )
+
+    def print_start(self) -> None:
+        """What this session begins with."""
+        self._print(start_line(self.folder, self.progress, self.config.solver.epochs))
+
+    # ---- an epoch ----
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Set rate, mode and batches for what is left of ``epoch``."""
+        self.solver.set_lr(self.config.solver.rate(epoch))
+        self.epoch.fill_(epoch)
+        self.distiller.train()
+        self.loader.begin(epoch, self.progress.step)
+        self._images_before = self.progress.step * self.config.data.batch_size
+        self._clock.start()
+
+    def end_training(self) -> bool:
+        """The epoch's steps are launched; True when it is complete. Processes that train together average buffers."""
+        self._clock.stop()
+        own = [value for name, value in self.distiller.named_buffers() if not name.startswith("teacher.")]
+        averaged = [value for average in self.averages.values() for value in average.buffers()]
+        distributed.average_([value for value in (*own, *averaged) if value.is_floating_point()])
+        return self.progress.step == self.loader.steps
+
+    def launch_evaluations(self, epoch: int) -> dict[str, LaunchedEvaluation]:
+        """Every student on every split, where ``epoch`` is evaluated; the host does not wait.
+
+        The first student is the headline; the keys of the others start with their name.
+        """
+        config = self.config
+        if not self.writes or (epoch % config.run.evaluate_every and epoch != config.solver.epochs):
+            return {}
+        launched = {}
+        for number, (name, student) in enumerate(self.students.items()):
+            prefix = f"{name}/" if number else ""
+            for split in self.experiment.dataset.splits:
+                with uncompiled() if self.engine.name == "compile" else nullcontext():
+                    launched[f"{prefix}{split}"] = launch_evaluation(
+                        student,
+                        self.experiment.dataset,
+                        split,
+                        batch_size=config.data.eval_batch_size,
+                        precision=config.run.precision,
+                    )
+        return launched
+
+    def read_metrics(self, epoch: int, evaluations: Mapping[str, LaunchedEvaluation]) -> dict[str, Any]:
+        """The epoch's line of metrics so far. Here the host waits for the device.
+
+        Raises:
+            RunFailed: a loss, or a logit of the teacher, is not finite.
+        """
+        try:
+            self.loader.finish()  # first: a teacher that overflows is the reason for a loss that does
+            train = self.metrics.read(epoch)
+        except RunFailed as error:
+            raise RunFailed(f"{error}; {self._last_good()}") from None
+        seconds = self._clock.seconds()
+        self.progress.seconds += seconds
+        results: dict[str, Any] = {
+            "epoch": epoch,
+            "lr": self.config.solver.rate(epoch),
+            "train/loss": train.loss,
+            **{f"train/loss_{name}": value for name, value in train.terms.items()},
+            "train/top1": train.top1,
+            "images_per_second": (train.images - self._images_before) / seconds,
+        }
+        for name, launched in evaluations.items():
+            evaluation = launched.read()
+            results |= {f"{name}/{key}": getattr(evaluation, key) for key in ("top1", "top5", "loss")}
+        return results | {"seconds/train": self.progress.seconds, "seconds/eval": self._clock.seconds_since_stop()}
+
+    def complete_epoch(self, results: dict[str, Any]) -> None:
+        """Note the best epoch in ``results``, and stand before the next epoch."""
+        progress, headline = self.progress, self.experiment.dataset.splits[0]
+        top1 = results.get(f"{headline}/top1")
+        if top1 is not None and (not progress.best or top1 > progress.best["top1"]):
+            progress.best = {"epoch": results["epoch"], "split": headline, "top1": top1}
+        if progress.best:
+            results |= {"best/epoch": progress.best["epoch"], "best/top1": progress.best["top1"]}
+        self.progress = Progress(epoch=progress.epoch + 1, best=progress.best)
+        self.metrics.reset()
+
+    def save(self, results: Mapping[str, Any] | None) -> None:
+        """Copy the state as it is; a thread logs ``results``, if there are any, and writes checkpoint and students.
+
+        In this order: a kill between the two repeats the epoch and drops its line. An epoch that is printed is saved.
+
+        Raises:
+            RunFailed: what was to be written before could not be.
+        """
+        if not self.writes:
+            return
+        state = checkpoint.state_of(
+            self.distiller,
+            self.averages,
+            self.solver,
+            self.progress,
+            self.metrics,
+            config=self.config,
+            fingerprints=self.experiment.fingerprints,
+        )
+        students = {name: student.state_dict() for name, student in self.students.items()}
+        self.writer.submit(partial(self._write, Snapshot({"state": state, "students": students}), results))
+
+    def finish(self) -> None:
+        """Wait for what is being written, and tell how the run ended."""
+        self.writer.wait()
+        if not self.writes or self.ended is not None:
+            return
+        self._export({name: student.state_dict() for name, student in self.students.items()})
+        metrics = read_metrics(self.folder.path)
+        if metrics:
+            self._print(end_line(metrics[-1], self.experiment.dataset.splits[0], self.folder))
+
+    def _write(self, snapshot: Snapshot, results: Mapping[str, Any] | None) -> None:
+        copied = snapshot.get()
+        if results is not None:
+            self.folder.log(results)
+        checkpoint.write(self.folder.checkpoint, copied["state"])
+        if results is not None:
+            self._export(copied["students"])
+            self._print(epoch_line(results, self.config.solver.epochs, self.experiment.dataset.splits[0]))
+
+    def _export(self, students: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for name, state in students.items():
+            save_weights(self.folder.path / f"{name}.pt", state)
+
+    def _compile(self) -> None:
+        size = self.experiment.dataset.image_size
+        blank = torch.zeros(self.loader.batch_size, 3, size, size, device=self.device)
+        compile_network(
+            self.distiller.train().student,
+            blank.to(memory_format=torch.channels_last),
+            self.config.run.precision,
+            features=self.distiller.needs.student_features,
+        )
+
+    def _print(self, message: str) -> None:
+        print_line(f"{self._label}{message}")
+
+    def _last_good(self) -> str:
+        if self.folder.checkpoint.exists():
+            return f"{self.folder.checkpoint} keeps the state before this epoch"
+        return "there was no checkpoint yet; try a smaller solver.lr"
+
+
+class Stopwatch:
+    """Seconds of work on a device, without a wait for it until they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._times = [0.0, 0.0]
+        self._events: list[Any] = [None, None]
+
+    def start(self) -> None:
+        """Begin with what is launched from here on."""
+        self._note(0)
+
+    def stop(self) -> None:
+        """End with what was launched so far."""
+        self._note(1)
+
+    def seconds(self) -> float:
+        """Between the two; the device must have been waited for."""
+        if self._on_cuda:
+            return float(self._events[0].elapsed_time(self._events[1])) / 1000
+        return self._times[1] - self._times[0]
+
+    def seconds_since_stop(self) -> float:
+        """Host time since ``stop``."""
+        return time.perf_counter() - self._times[1]
+
+    def _note(self, number: int) -> None:
+        self._times[number] = time.perf_counter()
+        if self._on_cuda:
+            self._events[number] = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._events[number].record()
+
+
+def raise_what_ended(trials: Sequence[ActiveTrial]) -> None:
+    """Raise the error that ended a trial, or one that names all of them."""
+    ended = [trial.ended for trial in trials if trial.ended is not None]
+    if len(ended) == 1:
+        raise ended[0]
+    if ended:
+        failed = any(isinstance(error, UserError) for error in ended)
+        raise (RunFailed if failed else Stopped)("\n".join(str(error) for error in ended))

@@ -1,0 +1,55 @@
+"""The published figures, from ``results/published.csv``."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from mdistill.errors import UserError
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number in a paper or a README."""
+
+    dataset: str
+    method: str  # as it is registered; vanilla for a network alone
+    variant: str  # as in a configuration
+    teacher: str  # "" for a network alone
+    student: str
+    epochs: int | None  # of its training; None where the source does not say
+    metric: str
+    value: float  # percent
+    source: str
+    table: str  # its number in the source, or ""
+    note: str
+
+
+COLUMNS = tuple(field.name for field in fields(Figure))
+
+
+def read_published(path: Path) -> list[Figure]:
+    """All figures in ``path``, in its order.
+
+    Raises:
+        UserError: it cannot be read, or a line of it holds something else.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            header, *lines = list(csv.reader(file, strict=True)) or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as a CSV file: {error}") from None
+    if tuple(header) != COLUMNS:
+        raise UserError(f"{path}: the first line should be {','.join(COLUMNS)}, found {','.join(header)}")
+    return [_figure(line, f"{path}: line {number}") for number, line in enumerate(lines, start=2)]
+
+
+def _figure(line: Sequence[str], where: str) -> Figure:
+    if len(line) != len(COLUMNS):
+        raise UserError(f"{where}: should hold {len(COLUMNS)} values, found {len(line)}")
+    dataset, method, variant, teacher, student, epochs, metric, value, source, table, note = line
+    try:
+        numbers = int(epochs) if epochs else None, float(value)
+    except ValueError:
+        raise UserError(f"{where}: epochs and value should be numbers, found {epochs!r} and {value!r}") from None
+    return Figure(dataset, method, variant, teacher, student, numbers[0], metric, numbers[1], source, table, note)

@@ -1,0 +1,164 @@
+"""``mdistill eval``: run folders, their files, published checkpoints, and one clear line for each mistake."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mdistill.data import DataInfo
+from mdistill.distillers import DISTILLERS, Distiller, Needs, Signals
+from mdistill.models import MODELS
+
+from ..conftest import refused
+
+Train = Callable[..., int]
+Evaluate = Callable[[Sequence[str]], int]
+
+
+def test_trains_and_evaluates_a_run_folder_and_its_files(
+    capsys: pytest.CaptureFixture[str],
+    train: Train,
+    evaluate_tool: Evaluate,
+    kd_cfg: Path,
+    teacher_file: Path,
+    tmp_path: Path,
+) -> None:
+    assert train(kd_cfg, "solver.epochs=2") == 0
+    out = capsys.readouterr().out
+    assert len([line for line in out.splitlines() if line.startswith("epoch ")]) == 2
+    folder = tmp_path / "runs" / "tiny" / "kd" / "tiny_net_tiny_net" / "seed0"
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    for what in (folder, folder / "student.pt", folder / "last.pt"):
+        assert evaluate_tool([str(what), "--device", "cpu", "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["model"] == "tiny_net"
+        assert (result["top1"], result["top5"]) == (last["test/top1"], last["test/top5"])
+        assert result["loss"] == pytest.approx(last["test/loss"], rel=1e-6)
+        assert result["images_per_second"] > 0
+    assert evaluate_tool([str(folder), "--device", "cpu"]) == 0
+    assert "tiny_net  test (60 images)  top-1" in capsys.readouterr().out
+
+
+def test_a_loss_without_cross_entropy_is_labelled(
+    capsys: pytest.CaptureFixture[str],
+    train: Train,
+    evaluate_tool: Evaluate,
+    kd_cfg: Path,
+    teacher_file: Path,
+    tmp_path: Path,
+) -> None:
+    assert train(kd_cfg, "distiller.ce_weight=0", "solver.epochs=1") == 0
+    assert "loss: trained without cross-entropy" in capsys.readouterr().out
+    folder = tmp_path / "runs/tiny/kd/tiny_net_tiny_net/ce_weight=0/seed0"
+    assert "not comparable" in json.loads((folder / "env.json").read_text())["sessions"][0]["loss"]
+    assert evaluate_tool([str(folder), "--device", "cpu"]) == 0
+    assert "note: trained without cross-entropy" in capsys.readouterr().out
+    assert evaluate_tool([str(folder), "--device", "cpu", "--json"]) == 0
+    assert "not comparable" in json.loads(capsys.readouterr().out)["note"]
+
+
+def test_evaluates_a_published_checkpoint(
+    capsys: pytest.CaptureFixture[str], evaluate_tool: Evaluate, tmp_path: Path
+) -> None:
+    state = MODELS.build("resnet8", 10).state_dict()
+    path = tmp_path / "ckpt_epoch_240.pth"
+    torch.save(
+        {"epoch": 240, "model": {f"module.{k}": v for k, v in state.items()}, "best_acc": torch.tensor(50.0)}, path
+    )
+    assert evaluate_tool(["--model", "resnet8", "--weights", str(path), "--data", "tiny", "--device", "cpu"]) == 0
+    assert "resnet8  test (60 images)" in capsys.readouterr().out
+
+
+def test_eval_finds_user_code_beside_the_original_configuration(
+    capsys: pytest.CaptureFixture[str],
+    train: Train,
+    evaluate_tool: Evaluate,
+    student_cfg: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "beside_cfg.py").write_text("LOADED = True\n")
+    student_cfg.write_text("imports: [beside_cfg]\n" + student_cfg.read_text())
+    assert train(student_cfg, "solver.epochs=1") == 0
+    monkeypatch.delitem(sys.modules, "beside_cfg")
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder != str(tmp_path)])
+    assert evaluate_tool([str(tmp_path / "runs/tiny/vanilla/tiny_net/seed0"), "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        ([], "name one thing to evaluate"),
+        (["nowhere", "--model", "resnet8"], "--model, --role and --data go with --weights"),
+        (["nowhere"], "no run folder or checkpoint at nowhere"),
+        (["--weights", "x.pt"], "--weights x.pt needs --model"),
+        (
+            ["--weights", "x.pt", "--model", "resnet9", "--data", "tiny"],
+            "unknown model 'resnet9' in --model; did you mean",
+        ),
+        (["--weights", "x.pt", "--model", "resnet8", "--data", "tiny"], "x.pt"),
+        (
+            ["--weights", "x.pt", "--model", "resnet8", "--data", "tinny"],
+            "unknown data set 'tinny' in --data; did you mean",
+        ),
+        (["nowhere", "--batch-size", "0"], "--batch-size: should be at least 1, found 0"),
+        (["--weights", "x.pt", "--model", "resnet8", "--data", "tiny", "--split", "val"], "no split 'val' here"),
+    ],
+)
+def test_eval_bad_input_is_one_line(
+    arguments: list[str], pattern: str, capsys: pytest.CaptureFixture[str], evaluate_tool: Evaluate
+) -> None:
+    assert pattern in refused(capsys, evaluate_tool([*arguments, "--device", "cpu"]))
+
+
+class ProjectedStudent(nn.Module):
+    """The student and a layer behind it: what a method may leave instead of the bare student."""
+
+    def __init__(self, network: nn.Module, projector: nn.Linear) -> None:
+        super().__init__()
+        self.network, self.projector = network, projector
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projector(self.network(x))
+
+
+@DISTILLERS.register("projected")
+class Projected(Distiller):
+    """Its student at inference is another network than the one that is configured."""
+
+    needs = Needs(teacher="logits")
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, data: DataInfo, **shared: Any) -> None:
+        super().__init__(student, teacher, data, **shared)
+        self.projector = nn.Linear(data.num_classes, data.num_classes)
+
+    def students(self) -> dict[str, nn.Module]:
+        return {"student": ProjectedStudent(self.student, self.projector), "bare": self.student}
+
+    def distillation(self, signals: Signals) -> dict[str, Tensor]:
+        difference = self.projector(signals.student_logits) - signals.teacher_logits
+        return {"projected": difference.square().mean()}
+
+
+@pytest.mark.usefixtures("teacher_file")
+def test_a_student_that_is_another_network_is_rebuilt_through_its_method(
+    capsys: pytest.CaptureFixture[str], train: Train, evaluate_tool: Evaluate, kd_cfg: Path, tmp_path: Path
+) -> None:
+    kd_cfg.write_text(kd_cfg.read_text().split("distiller:")[0] + "distiller: {name: projected, ce_weight: 1.0}\n")
+    assert train(kd_cfg, "solver.epochs=1") == 0
+    folder = tmp_path / "runs" / "tiny" / "projected" / "tiny_net_tiny_net" / "seed0"
+    recorded = json.loads((folder / "metrics.jsonl").read_text())
+    capsys.readouterr()
+    for what, key in (
+        (folder, "test/loss"),
+        (folder / "student.pt", "test/loss"),
+        (folder / "bare.pt", "bare/test/loss"),
+    ):
+        assert evaluate_tool([str(what), "--device", "cpu", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(recorded[key], rel=1e-6)
+    assert recorded["test/loss"] != recorded["bare/test/loss"]

@@ -1,0 +1,330 @@
+"""Every shipped YAML is complete, builds, is where its content says and holds nothing that is not published."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from mdistill.config import Config, for_pair, load
+from mdistill.data import DataInfo
+from mdistill.distillers import DISTILLERS
+from mdistill.engine import build
+from mdistill.errors import UserError
+from mdistill.models import MODELS
+from mdistill.models.names import SHORT_NAMES, pair_file_name
+from mdistill.optim.solvers import SOLVERS
+from mdistill.reporting.published import read_published
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+EVERY = sorted(CONFIGS.rglob("*.yaml"))
+FILES = [path for path in EVERY if not any(part.startswith("_") for part in path.relative_to(CONFIGS).parts)]
+BASES = [path for path in EVERY if path not in FILES]
+CIFAR100 = [path for path in FILES if path.is_relative_to(CONFIGS / "cifar100")]
+FIGURES = read_published(ROOT / "results" / "published.csv")
+EXAMPLE = "res32x4_res8x4.yaml"
+
+MAIN_TABLE_PAIRS = [  # MCLD paper, Tables 1 and 2; RLD paper, Tables 2 and 3
+    ("resnet32x4", "shufflenet_v2"),
+    ("resnet32x4", "wrn_16_2"),
+    ("resnet32x4", "wrn_40_2"),
+    ("wrn_40_2", "resnet8x4"),
+    ("wrn_40_2", "mobilenet_v2"),
+    ("vgg13", "mobilenet_v2"),
+    ("resnet50", "mobilenet_v2"),
+    ("resnet32x4", "resnet8x4"),
+    ("vgg13", "vgg8"),
+    ("wrn_40_2", "wrn_40_1"),
+    ("wrn_40_2", "wrn_16_2"),
+    ("resnet56", "resnet20"),
+    ("resnet110", "resnet32"),
+    ("resnet110", "resnet20"),
+]
+OF_ALL_PAIRS = {
+    *("kd", "dkd", "rld", "mcld", "ctkd", "mlkd", "la", "rc", "label_revision"),
+    *("kd_lskd", "ctkd_lskd", "dkd_lskd", "mlkd_lskd", "dkd_dot"),
+}
+OF_SOME_PAIRS = {
+    "rld_lskd": 3,
+    "kd_dot": 3,
+    "ttm": 10,
+    "wttm": 10,
+    "dist": 5,
+    "luminet": 9,
+    "nd": 5,
+    "kd_assistant": 2,
+}
+WITH_ONE_EXAMPLE = {
+    *("mlkd_noaug", "nkd", "dhkd", "sinkd", "pesf_kd", "bd_kd", "taid", "uskd", "ps_kd"),
+    *("kd_function_matching", "kd_mixup", "kd_cutmix", "kd_cutmix_pick", "kd_ensemble", "kd_averaged"),
+}
+
+
+LIGHT = {"mobilenet_v2", "shufflenet_v1", "shufflenet_v2"}
+SCHEDULES: dict[str, tuple[int, float]] = {  # epochs and rate where they are not the recipe's
+    "mlkd/res32x4_shuv2.yaml": (960, 0.01),
+    "mlkd/res32x4_wrn16_2.yaml": (480, 0.025),
+    "mlkd/res32x4_wrn40_2.yaml": (480, 0.025),
+    "mlkd/wrn40_2_res8x4.yaml": (480, 0.025),
+    "mlkd/wrn40_2_mv2.yaml": (480, 0.005),
+    "mlkd/vgg13_mv2.yaml": (480, 0.01),
+    "mlkd/res50_mv2.yaml": (480, 0.01),
+    "mlkd/res32x4_res8x4.yaml": (240, 0.025),
+    "mlkd/vgg13_vgg8.yaml": (240, 0.025),
+    "mlkd/wrn40_2_wrn40_1.yaml": (240, 0.025),
+    "mlkd/wrn40_2_wrn16_2.yaml": (240, 0.025),
+    "mlkd/res56_res20.yaml": (240, 0.025),
+    "mlkd/res110_res32.yaml": (240, 0.025),
+    "mlkd/res110_res20.yaml": (480, 0.025),
+    "mlkd_lskd/res32x4_shuv2.yaml": (960, 0.01),
+    "mlkd_lskd/res32x4_wrn16_2.yaml": (480, 0.025),
+    "mlkd_lskd/res32x4_wrn40_2.yaml": (480, 0.025),
+    "mlkd_lskd/wrn40_2_res8x4.yaml": (480, 0.025),
+    "mlkd_lskd/wrn40_2_mv2.yaml": (480, 0.005),
+    "mlkd_lskd/vgg13_mv2.yaml": (480, 0.01),
+    "mlkd_lskd/res50_mv2.yaml": (480, 0.01),
+    "mlkd_lskd/res32x4_res8x4.yaml": (480, 0.025),
+    "mlkd_lskd/vgg13_vgg8.yaml": (480, 0.01),
+    "mlkd_lskd/wrn40_2_wrn40_1.yaml": (480, 0.025),
+    "mlkd_lskd/wrn40_2_wrn16_2.yaml": (480, 0.025),
+    "mlkd_lskd/res56_res20.yaml": (480, 0.025),
+    "mlkd_lskd/res110_res32.yaml": (480, 0.025),
+    "mlkd_lskd/res110_res20.yaml": (480, 0.025),
+    "kd_function_matching/res32x4_res8x4.yaml": (1200, 0.05),
+}
+
+DISTILLER_VALUES: dict[str, dict[str, Any]] = {  # some of them, by hand from what is published
+    "dkd/wrn40_2_mv2.yaml": {"alpha": 1.0, "beta": 6.0, "temperature": 4.0, "warmup_epochs": 20},
+    "ctkd/vgg13_vgg8.yaml": {"ce_weight": 0.1, "kd_weight": 0.9, "module": "global", "temperature_range": 20.0},
+    "mlkd/res50_mv2.yaml": {"kd_weight": 0.9, "temperature": 4.0, "extra_temperatures": [3.0, 5.0, 2.0, 6.0]},
+    "la/res56_res20.yaml": {"ce_weight": 0.0, "kd_weight": 1.0, "temperature": 4.0},
+    "rc/res56_res20.yaml": {"ce_weight": 1.0, "kd_weight": 1.0, "rc_weight": 0.1, "temperature": 4.0},
+    "label_revision/res56_res20.yaml": {"lambda1": 4.0, "lambda2": 1.0, "eta": 0.8},
+    "kd_lskd/res32x4_res8x4.yaml": {"ce_weight": 0.1, "kd_weight": 9.0, "temperature": 2.0},
+    "kd_lskd/res110_res20.yaml": {"ce_weight": 0.1, "kd_weight": 12.0, "temperature": 4.0},
+    "kd_lskd/res50_mv2.yaml": {"ce_weight": 0.1, "kd_weight": 1.0, "temperature": 3.0},
+    "ctkd_lskd/res110_res20.yaml": {"ce_weight": 0.1, "kd_weight": 9.0, "temperature_init": 1.0},
+    "dkd_lskd/res32x4_res8x4.yaml": {"alpha": 9.0, "beta": 9.0 * 8.0, "temperature": 2.0, "warmup_epochs": 20},
+    "dkd_lskd/vgg13_vgg8.yaml": {"alpha": 15.0, "beta": 15.0 * 2.0, "temperature": 2.0, "warmup_epochs": 20},
+    "dkd_lskd/res56_res20.yaml": {"alpha": 18.0, "beta": 18.0 * 2.0, "temperature": 3.0, "ce_weight": 1.0},
+    "mlkd_lskd/res32x4_shuv2.yaml": {"ce_weight": 0.1, "kd_weight": 6.0, "temperature": 2.0},
+    "mlkd_lskd/res56_res20.yaml": {"ce_weight": 0.1, "kd_weight": 9.0, "temperature": 2.0},
+    "rld_lskd/vgg13_mv2.yaml": {"alpha": 9.0, "beta": 72.0, "temperature": 2.0, "sc_temperature": None},
+    "dkd_dot/res110_res32.yaml": {"alpha": 1.0, "beta": 2.0, "temperature": 4.0, "standardize_logits": False},
+    "luminet/wrn40_2_wrn40_1.yaml": {"ce_weight": 1.0, "luminet_weight": (75 / 8) ** 2, "temperature": 8.0},
+    "nd/res50_mv2.yaml": {"ce_weight": 1.0, "kd_weight": 3.0, "nd_weight": 0.5, "temperature": 4.0},
+}
+
+PUBLISHED = {  # some figures of results/published.csv, by hand: value, source, table
+    "kd/wrn40_2_res8x4": [("73.07", "MCLD paper", "1"), ("73.97", "RLD paper", "2")],
+    "la/vgg13_mv2": [("68.09", "RLD paper", "2")],
+    "rld_lskd/res50_mv2": [("71.06", "RLD paper", "6")],
+    "dkd_dot/vgg13_mv2": [("61.43", "MCLD paper", "1")],
+    "kd_lskd/res110_res20": [("71.48", "README of sunshangquan/logit-standardization-KD", "")],
+    "mlkd_lskd/res32x4_res8x4": [
+        ("71.21", "MCLD paper", "3"),
+        ("78.28", "README of sunshangquan/logit-standardization-KD", ""),
+    ],
+    "mlkd_lskd/res32x4_shuv2": [("78.76", "README of sunshangquan/logit-standardization-KD", "")],
+    "vanilla/wrn_28_2": [("75.45", "MCLD paper", "10")],
+}
+
+
+def figures(folder: str, stem: str) -> list[tuple[str, str, str]]:
+    """The figures that are published for a file of ``configs/cifar100``."""
+    return [
+        (f"{figure.value:.2f}", figure.source, figure.table)
+        for figure in FIGURES
+        if "_".join(part for part in (figure.method, figure.variant) if part) == folder
+        and (pair_file_name(figure.teacher, figure.student) if figure.teacher else f"{figure.student}.yaml")
+        == f"{stem}.yaml"
+    ]
+
+
+def place(path: Path) -> str:
+    return "/".join(path.parts[-2:])
+
+
+@functools.cache
+@functools.cache
+def network(make: Callable[..., nn.Module], section: str, name: str, info: DataInfo) -> nn.Module:
+    """Each network once in each place: without values there is nothing that a method could change in it."""
+    return make(section, name, {}, info, seed=0)
+
+
+@pytest.fixture
+def shared_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = build.build_network
+
+    def shared(section: str, name: str, arguments: dict[str, Any], info: DataInfo, *, seed: int) -> nn.Module:
+        return make(section, name, arguments, info, seed=seed) if arguments else network(make, section, name, info)
+
+    monkeypatch.setattr(build, "build_network", shared)
+
+
+def test_finds_all_files() -> None:
+    pairs = {pair_file_name(*pair) for pair in MAIN_TABLE_PAIRS}
+    names = {folder: {path.name for path in CIFAR100 if path.parent.name == folder} for folder in folders()}
+    assert {folder for folder, files in names.items() if files == pairs} == OF_ALL_PAIRS
+    assert {folder: len(names[folder]) for folder in OF_SOME_PAIRS} == OF_SOME_PAIRS
+    assert names["vanilla"] == {f"{model}.yaml" for model in SHORT_NAMES}
+    for folder in WITH_ONE_EXAMPLE:
+        assert names[folder] == {"resnet8x4.yaml" if folder in {"uskd", "ps_kd"} else EXAMPLE}
+    assert set(names) == {*OF_ALL_PAIRS, *OF_SOME_PAIRS, *WITH_ONE_EXAMPLE, "vanilla"}
+    assert len(CIFAR100) == 14 * 14 + 47 + 15 + 26
+    assert len(FILES) - len(CIFAR100) == 6
+
+
+def folders() -> set[str]:
+    return {path.parent.name for path in CIFAR100}
+
+
+def test_every_method_has_a_folder_and_every_folder_a_base() -> None:
+    assert {name for name in DISTILLERS.names() if DISTILLERS.get(name).__module__.startswith("mdistill.")} <= folders()
+    assert {path.parent.name for path in BASES if path.name == "_method.yaml"} == folders()
+
+
+def test_only_bases_are_longer_than_15_lines() -> None:
+    assert [path for path in FILES if len(path.read_text().splitlines()) > 15] == []
+
+
+@pytest.mark.parametrize("path", CIFAR100, ids=place)
+def test_holds_something_published_or_is_an_example(path: Path) -> None:
+    """A file beside a method's one example has a figure in results/published.csv or settings of its own."""
+    own = set(yaml.safe_load(path.read_text())) - {"base"}
+    siblings = [other for other in CIFAR100 if other.parent == path.parent]
+    an_example = path == next((other for other in siblings if other.name == EXAMPLE), siblings[0])
+    assert an_example or own or figures(path.parent.name, path.stem)
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert len(head) <= 2
+    assert len(own) <= 5
+
+
+def test_every_base_is_used() -> None:
+    named = set()
+    for path in EVERY:
+        bases = yaml.safe_load(path.read_text()).get("base", [])
+        named |= {(path.parent / base).resolve() for base in ([bases] if isinstance(bases, str) else bases)}
+    assert [path for path in BASES if path not in named] == []
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "cifar100" / "_pairs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_pair_s_teacher_is_as_good_as_published(path: Path) -> None:
+    pair = yaml.safe_load(path.read_text())
+    assert path.name == pair_file_name(pair["teacher"]["name"], pair["student"]["name"])
+    published = {value for value, *_ in figures("vanilla", pair["teacher"]["name"])}
+    assert published == {f"{pair['teacher']['expected_top1']:.2f}"}
+
+
+def test_a_pair_without_a_file_is_the_pair_and_the_method() -> None:
+    files, note = for_pair(CONFIGS / "cifar100" / "ttm" / EXAMPLE, "wrn40_2_mv2")
+    assert "has no file for it" in note
+    config, example = load(files), load(CONFIGS / "cifar100" / "ttm" / EXAMPLE)
+    assert config.run_folder() == Path("cifar100/ttm/wrn_40_2_mobilenet_v2/seed0")
+    assert (config.solver.lr, config.distiller) == (0.01, example.distiller)
+
+
+def test_a_value_of_one_pair_is_not_carried_to_another() -> None:
+    files, _ = for_pair(CONFIGS / "cifar100" / "dkd_dot", "res110_res56")
+    with pytest.raises(UserError, match=r"distiller.beta: missing; method 'dkd' needs it$"):
+        load(files)
+
+
+def test_short_names_cover_the_zoo_and_are_unique() -> None:
+    assert set(SHORT_NAMES) <= set(MODELS.names())
+    assert len(SHORT_NAMES) == len(set(SHORT_NAMES.values())) == 26
+
+
+@pytest.mark.usefixtures("shared_networks")
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_loads_and_builds(path: Path) -> None:
+    config = load(path)
+    dataset, folder, name = path.relative_to(CONFIGS).parts
+    info = DataInfo(
+        num_classes=100,
+        num_samples=50_000,
+        image_size=32,
+        num_views=162,
+        batch_size=config.data.batch_size,
+        strong_views=True,
+    )
+    with torch.device("meta"):
+        distiller = build.build_distiller(config, info, build.build_teacher(config, info))
+    assert isinstance(distiller, DISTILLERS.get(config.distiller.name))  # type: ignore[arg-type]
+    solver = SOLVERS.build(config.solver.name, distiller.param_groups(), **config.solver.arguments)
+    solver.set_lr(config.solver.lr)
+    assert config.warnings() == []
+    assert folder == "_".join(part for part in (config.distiller.name, config.variant) if part)
+    assert config.teacher is None or (
+        config.teacher.checkpoint and name == pair_file_name(config.teacher.name, config.student.name)
+    )
+    assert config.teacher is not None or name == f"{config.student.name}.yaml"
+    head, *others = path.read_text().splitlines()
+    assert f"tools/train.py --cfg configs/{dataset}/{folder}/{name}" in head
+    assert all(len(line) <= 130 for line in others)
+
+
+@pytest.mark.parametrize("path", CIFAR100, ids=place)
+def test_cifar100_recipe(path: Path) -> None:
+    """64 images a step, 240 epochs, drops after 150, 180 and 210; 0.01 for light students; but for ``SCHEDULES``."""
+    config = load(path)
+    usual = (240, 0.01 if config.student.name in LIGHT else 0.05)
+    assert (config.solver.epochs, config.solver.lr) == SCHEDULES.get(place(path), usual)
+    assert (config.data.batch_size, config.solver.gamma) == (64, 0.1)
+    cosine = path.parent.name == "kd_function_matching"
+    assert (config.solver.schedule, config.solver.milestones) == (
+        ("cosine", ()) if cosine else ("step", (150, 180, 210))
+    )
+    sgd = {"momentum": 0.9, "weight_decay": 5e-4}
+    if config.variant == "dot":
+        assert (config.solver.name, config.solver.arguments) == ("dot", {**sgd, "delta": 0.075})
+    else:
+        assert (config.solver.name, config.solver.arguments) == ("sgd", {**sgd, "nesterov": False})
+    assert config.distiller.arguments["standardize_logits"] == (config.variant == "lskd")
+    if config.distiller.name == "mcld":
+        assert config.teacher is not None
+        assert config.distiller.arguments["ce_weight"] == (config.teacher.name in {"resnet56", "resnet110"})
+    if "epochs" in config.distiller.arguments:
+        assert config.distiller.arguments["epochs"] == config.solver.epochs
+
+
+@pytest.mark.parametrize("name", DISTILLER_VALUES)
+def test_published_settings(name: str) -> None:
+    arguments = load(CONFIGS / "cifar100" / name).distiller.arguments
+    assert {key: arguments[key] for key in DISTILLER_VALUES[name]} == DISTILLER_VALUES[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_figures(name: str) -> None:
+    assert figures(*name.split("/")) == PUBLISHED[name]
+
+
+def test_recipes_set_what_they_are_named_after() -> None:
+    def recipe(folder: str) -> Config:
+        return load(CONFIGS / "cifar100" / folder / "res32x4_res8x4.yaml")
+
+    for folder in ("kd_mixup", "kd_cutmix", "kd_cutmix_pick"):
+        mixing = recipe(folder).data.mixing
+        assert mixing is not None
+        assert (f"kd_{mixing.name}", mixing.alpha, mixing.probability) == (folder, 1.0, 1.0)
+    matching = recipe("kd_function_matching")
+    assert matching.data.mixing is not None
+    assert (matching.data.mixing.name, matching.distiller.arguments["ce_weight"]) == ("mixup", 0.0)
+    ensemble = recipe("kd_ensemble").teacher
+    assert ensemble is not None
+    assert [(member.name, member.expected_top1) for member in ensemble.members] == [
+        ("resnet32x4", 79.42),
+        ("wrn_40_2", 75.61),
+    ]
+    averaged = recipe("kd_averaged").solver
+    assert (averaged.ema_decay, averaged.average_from) == (0.999, 1)
+    chain = CONFIGS / "cifar100" / "kd_assistant"
+    first, second = load(chain / "res110_res56.yaml"), load(chain / "res56_res20.yaml")
+    assert second.teacher is not None
+    assert (second.teacher.checkpoint, second.teacher.expected_top1) == (f"runs/{first.run_folder()}", None)
+    assert second.teacher.name == first.student.name

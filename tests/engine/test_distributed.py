@@ -1,0 +1,267 @@
+"""Two processes that train together, over gloo on the CPU; rank 0 writes for both.
+
+Starting processes takes seconds, so that one pair of them does all the ``JOBS``, and each test looks at what came out.
+Run as a module, this file is one of the two.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mdistill import distributed
+from mdistill.data import DataInfo
+from mdistill.distillers import DISTILLERS, Distiller, Needs, Signals
+from mdistill.engine import trainer
+from mdistill.engine.active_trial import ActiveTrial
+from mdistill.engine.run_folder import RunFolder, read_metrics
+from mdistill.errors import Stopped, UserError
+from mdistill.models import MODELS
+
+from .. import runs, streamed  # noqa: F401  (the second registers a data set, and conftest what it builds on)
+from ..distillers import hooks
+from ..same import assert_same
+
+ROOT = Path(__file__).resolve().parents[2]
+RANKS = 2
+PATIENCE = 120  # seconds until a pair that hangs fails
+NARROW = {"epochs": 2, "ema_decay": 0.9}
+
+
+@DISTILLERS.register("gathered_queue")
+class GatheredQueue(Distiller):
+    """KD towards teacher and student logits of the last steps of all processes."""
+
+    needs = Needs(teacher="logits", labels="none")
+    queue: Tensor  # (Q, C), the newest first
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, data: DataInfo, **shared: Any) -> None:
+        super().__init__(student, teacher, data, **shared)
+        self.register_buffer("queue", torch.zeros(40, data.num_classes))
+
+    def distillation(self, signals: Signals) -> dict[str, Tensor]:
+        goal = signals.teacher_logits + self.queue.mean(dim=0)
+        return {"queue": (signals.student_logits - goal).square().mean()}
+
+    def after_step(self, signals: Signals) -> None:
+        rows = self.gather(signals.student_logits)
+        self.queue.copy_(torch.cat([rows, self.queue])[: len(self.queue)])
+
+
+@MODELS.register("net_without_batchnorm")
+def net_without_batchnorm(num_classes: int) -> nn.Module:
+    return nn.Sequential(
+        nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 16), nn.Tanh(), nn.Linear(16, num_classes)
+    )
+
+
+def write_configs(folder: Path) -> None:
+    runs.write_config(folder, "gathered_queue", solver=NARROW)
+    runs.write_config(folder, "hooks_memory", distiller=hooks.SETTINGS["hooks_memory"], solver={"epochs": 2})
+    (folder / "plain").mkdir()  # with a teacher of its own
+    runs.write_config(folder / "plain", "kd", student="net_without_batchnorm", solver={"epochs": 2})
+    runs.write_config(folder, "vanilla", data={"name": "streamed_blobs"}, solver={"epochs": 2})
+
+
+# --- what each of the two processes does ---
+
+
+def train_whole(folder: Path, rank: int) -> Any:
+    """Into a folder of its own for each rank, to see who writes."""
+    results = {}
+    for method in ("gathered_queue", "hooks_memory", "vanilla"):
+        experiment = runs.experiment(folder / f"{method}.yaml", cache=False, output=folder / f"rank{rank}")
+        trainer.fit(experiment, [RunFolder(folder / f"rank{rank}" / method / "seed0", "new")])
+        distiller = experiment.trials[0].distiller
+        results[method] = {key: value for key, value in distiller.state_dict().items() if "teacher" not in key}
+    return results
+
+
+def train_in_parts(folder: Path, rank: int) -> Any:
+    """One epoch and then another, in one folder."""
+    for method in ("gathered_queue", "hooks_memory", "vanilla"):
+        cfg, output = folder / f"{method}.yaml", folder / "parts" / method
+        runs.train(cfg, output, "solver.epochs=1", cache=False)
+        distributed.barrier()
+        runs.train(cfg, output, mode="resume", cache=False)
+
+
+def stop_one(folder: Path, rank: int) -> Any:
+    """SIGTERM reaches the second process alone, in mid-epoch."""
+    cfg, output = folder / "gathered_queue.yaml", folder / "stopped"
+    experiment = runs.experiment(cfg, cache=False)
+    with runs.stopping(3 if rank == 1 else 10**9):
+        try:
+            trainer.fit(experiment, [RunFolder(output / "seed0", "new")])
+            message = "went on"
+        except Stopped as error:
+            message = str(error)
+    distributed.barrier()
+    runs.train(cfg, output, mode="resume", cache=False)
+    return message
+
+
+def first_gradients(folder: Path, rank: int) -> Any:
+    return gradients(folder)
+
+
+def gradients(folder: Path) -> list[Tensor]:
+    """Of the first step, as the solver used them."""
+    experiment = runs.experiment(folder / "plain" / "kd.yaml", cache=False)
+    trial = ActiveTrial(experiment, experiment.trials[0], trainer.train_step)
+    trial.begin_epoch(1)
+    trainer.train_step(trial, trial.loader.fetch(0))
+    trial.loader.close()
+    return [parameter.grad.clone() for parameter in trial.student.parameters() if parameter.grad is not None]
+
+
+def train_without_batchnorm(folder: Path, rank: int) -> Any:
+    return runs.train(folder / "plain" / "kd.yaml", folder / "together", cache=False)
+
+
+def uneven_batch(folder: Path, rank: int) -> Any:
+    try:
+        runs.experiment(folder / "plain" / "kd.yaml", "data.batch_size=25")
+    except UserError as error:
+        return str(error)
+
+
+JOBS: list[Callable[[Path, int], Any]] = [
+    train_whole, train_in_parts, stop_one, first_gradients, train_without_batchnorm, uneven_batch
+]  # fmt: skip
+
+
+def main(folder: Path, rank: int) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=RANKS)
+    results = {job.__name__: job(folder, rank) for job in JOBS}
+    torch.save(results, folder / f"results{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+# --- what came out ---
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where both have done everything."""
+    path = tmp_path_factory.mktemp("ranks")
+    write_configs(path)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "tests.engine.test_distributed", str(path)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        outputs = [process.communicate(timeout=PATIENCE) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (out, err) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, err
+        path.joinpath(f"out{processes.index(process)}").write_text(out)
+    return path
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"results{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+pytestmark = pytest.mark.slow
+METHODS = pytest.mark.parametrize("method", ["gathered_queue", "hooks_memory", "vanilla"])
+
+
+@METHODS
+def test_both_ranks_end_with_equal_weights_and_method_state(method: str, results: list[dict[str, Any]]) -> None:
+    one, other = (result["train_whole"][method] for result in results)
+    assert_same(one, other)
+    assert all(value.isfinite().all() for value in one.values() if value.is_floating_point())
+
+
+@METHODS
+def test_they_learn(method: str, folder: Path) -> None:
+    first, last = read_metrics(folder / "rank0" / method / "seed0")
+    assert last["train/loss"] < first["train/loss"]
+
+
+def test_rank_0_alone_writes(folder: Path) -> None:
+    assert (folder / "rank0" / "gathered_queue" / "seed0" / "last.pt").exists()
+    assert not (folder / "rank1").exists()
+
+
+def test_rank_0_alone_tells_how_the_run_goes(folder: Path) -> None:
+    outs = [folder.joinpath(f"out{rank}").read_text() for rank in range(RANKS)]
+    assert "epoch 2/2" in outs[0]
+    assert outs[1] == ""
+
+
+@METHODS
+def test_a_run_resumed_after_an_epoch_equals_an_unbroken_one(method: str, folder: Path) -> None:
+    runs.assert_same_runs(folder / "rank0" / method, folder / "parts" / method)
+
+
+def test_a_signal_to_one_rank_stops_both_after_the_epoch(folder: Path, results: list[dict[str, Any]]) -> None:
+    path = folder / "stopped" / "seed0" / "last.pt"
+    for rank, name in ((0, "another process was asked to stop"), (1, "SIGTERM")):
+        expected = f"{name}: stopped after epoch 1, saved to {path}; continue with --resume"
+        assert results[rank]["stop_one"] == expected
+    runs.assert_same_runs(folder / "rank0" / "gathered_queue", folder / "stopped")
+
+
+def test_the_first_gradient_is_that_of_the_whole_batch(folder: Path, results: list[dict[str, Any]]) -> None:
+    """Up to the order of the sums; for a network whose images do not see each other."""
+    expected = gradients(folder)
+    assert len(expected) == 4
+    for rank in range(RANKS):
+        for ours, whole in zip(results[rank]["first_gradients"], expected, strict=True):
+            assert (ours - whole).abs().max() <= 1e-6 * whole.abs().max()
+    assert_same(*(result["first_gradients"] for result in results))
+
+
+def test_a_run_equals_that_of_one_process_up_to_the_order_of_sums(folder: Path) -> None:
+    ((*_, alone),) = runs.train(folder / "plain" / "kd.yaml", folder / "alone", cache=False)
+    *_, together = read_metrics(folder / "together" / "seed0")
+    keys = ("train/loss", "train/loss_ce", "train/loss_kd", "test/loss")
+    assert [together[key] for key in keys] == pytest.approx([alone[key] for key in keys], rel=1e-5)
+    assert together["train/top1"] == pytest.approx(alone["train/top1"], abs=1.01)  # one image in a hundred may tip
+
+
+def test_a_batch_that_cannot_be_split_evenly_is_refused(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        assert result["uneven_batch"] == (
+            "data.batch_size: 25 images cannot be shared evenly by 2 processes; take a multiple of 2"
+        )
+
+
+# --- alone ---
+
+
+def test_alone_every_function_hands_back_what_it_was_given() -> None:
+    rows = torch.arange(6.0).view(3, 2)
+    assert distributed.gather(rows) is rows
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.arange(2.0)
+    distributed.average_gradients([weight])
+    distributed.average_([rows])
+    distributed.barrier()
+    assert weight.grad.tolist() == [0, 1]
+    assert rows.tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert distributed.sum_(torch.tensor([2.0])).tolist() == [2]
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert [distributed.any_rank(flag) for flag in (True, False)] == [True, False]
+
+
+if __name__ == "__main__":
+    signal.alarm(PATIENCE)
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,81 @@
+"""A data set whose pixels are read while training goes on: what the contract asks of one, and no more."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from mdistill.data import DATASETS, Batch, Dataset, StreamedDataset
+from mdistill.errors import UserError
+
+from .conftest import tiny_arrays
+
+PADDING = 4
+Indices = npt.NDArray[np.int64]
+
+
+class StreamedBlobs(StreamedDataset):
+    """The blobs of the tiny data set: cropped on the host by bits of the view, flipped on the device by another bit.
+
+    Attributes:
+        log: the samples of each call of ``read``.
+    """
+
+    splits = ("test",)
+    image_size = 32
+
+    def __init__(self, images: int = 150, classes: int = 10) -> None:
+        self.num_samples, self.num_classes = images, classes
+        self.notes = []
+        self._pixels, labels = tiny_arrays(images, classes)
+        self._test_pixels, test_labels = tiny_arrays(60, classes, seed=1)
+        self.labels, self._test_labels = torch.from_numpy(labels), torch.from_numpy(test_labels)
+        self._device_labels = self.labels
+        self.log: list[Indices] = []
+
+    def to(self, device: torch.device | str) -> Self:
+        self._device_labels = self.labels.to(device)
+        return self
+
+    def hold_out(self, count: int) -> Dataset:
+        if count:
+            raise UserError("data.holdout: the streamed blobs hold nothing out")
+        return self
+
+    def read(self, index: Indices, view: Indices) -> npt.NDArray[np.uint8]:
+        self.log.append(index.copy())
+        size = self.image_size
+        padded = np.pad(self._pixels[index], ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0)))
+        tops, lefts = (view >> 1) % (2 * PADDING + 1), (view >> 8) % (2 * PADDING + 1)
+        crops = zip(padded, tops, lefts, strict=True)
+        return np.stack([image[top : top + size, left : left + size] for image, top, left in crops])
+
+    def finish_batch(self, pixels: Tensor, index: Tensor, view: Tensor) -> Batch:
+        flips = (view & 1).bool()[:, None, None, None]
+        image = self._normalise(torch.where(flips, pixels.flip(2), pixels))
+        return Batch(image, self._device_labels.index_select(0, index), index, view)
+
+    def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self._test_labels), batch_size):
+            part = slice(start, start + batch_size)
+            yield self._normalise(torch.from_numpy(self._test_pixels[part])), self._test_labels[part]
+
+    def size(self, split: str) -> int:
+        return len(self._test_labels)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._pixels.tobytes() + self._test_pixels.tobytes()).hexdigest()
+
+    @staticmethod
+    def _normalise(pixels: Tensor) -> Tensor:
+        return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+@DATASETS.register("streamed_blobs")
+def streamed_blobs(root: Path, download: bool, *, images: int = 150, classes: int = 10) -> StreamedBlobs:
+    return StreamedBlobs(images, classes)
