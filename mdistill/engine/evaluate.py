@@ -64,7 +64,8 @@ def launch_evaluation(
 
     Args:
         batch_size: images per forward pass; None for what suits the network's device (``BATCH``).
-        precision: of the network; None leaves it as the caller has it.
+        precision: of the network; bf16 is evaluated in float32, since its eight bits make ties of close logits, which
+            count against the network. None leaves it as the caller has it.
     """
     started = time.perf_counter()
     was_training = network.training
@@ -72,7 +73,7 @@ def launch_evaluation(
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for image, target in dataset.eval_batches(split, batch_size or BATCH[device.type]):
-        with computing(precision, image.device):
+        with computing("fp32" if precision == "bf16" else precision, image.device):
             logits = network(image)
         logits = logits.float()
         true = logits.gather(1, target.unsqueeze(1))

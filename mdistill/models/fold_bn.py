@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mdistill.models.base import Network
-from mdistill.models.layers import BatchNorm2d
+from mdistill.models.layers import BatchNorm2d, Classifier
 
 NORMS_AFTER: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
     nn.Conv1d: (nn.BatchNorm1d,),
@@ -71,7 +71,7 @@ class _Tracer(fx.Tracer):
         self.decisions, self.taken = decisions, 0
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, BatchNorm2d | Classifier) or super().is_leaf_module(m, module_qualified_name)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         if self.taken == len(self.decisions):

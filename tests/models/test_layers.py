@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from mdistill.models import MODELS
-from mdistill.models.layers import BatchNorm2d, count_batches
+from mdistill.models.layers import BatchNorm2d, Classifier, count_batches
 
 from ..same import assert_same
+from .zoo import FAMILIES
+
+# --- BatchNorm2d and its count ---
 
 
 def maps(*, batch: int = 4, seed: int = 0) -> Tensor:
@@ -104,3 +107,39 @@ def test_zoo_counts_one_batch_in_every_layer() -> None:
     count_batches(network)
     counts = {int(value) for key, value in network.state_dict().items() if key.endswith("num_batches_tracked")}
     assert counts == {1}
+
+
+# --- Classifier ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_classifier_equals_torchs_linear_layer(dtype: torch.dtype) -> None:
+    ours, theirs = Classifier(6, 4).to(dtype), nn.Linear(6, 4).to(dtype)
+    theirs.load_state_dict(ours.state_dict())
+    pooled = torch.randn(5, 6, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ours(pooled), theirs(pooled))
+
+
+def test_classifier_computes_in_float32_under_autocast() -> None:
+    classifier = Classifier(6, 4)
+    pooled = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = classifier(pooled)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, classifier(pooled.float()))
+    logits.sum().backward()
+    assert classifier.weight.grad is not None
+    assert pooled.grad is not None
+
+
+def test_classifier_of_a_network_in_bfloat16_gives_float32() -> None:
+    assert Classifier(6, 4).bfloat16()(torch.ones(5, 6, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_ends_in_a_classifier(name: str) -> None:
+    network = MODELS.build(name, 10).eval()
+    assert isinstance(network.classifier, Classifier)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert network(images).dtype == torch.float32

@@ -11,7 +11,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from mdistill.models.base import MODELS, Features, Network
-from mdistill.models.layers import BatchNorm2d, conv, global_average, init_classifier, init_convolutions
+from mdistill.models.layers import BatchNorm2d, Classifier, conv, global_average, init_classifier, init_convolutions
 
 # expansion, channels at full width, blocks, stride of the first block
 STAGES = (
@@ -54,8 +54,8 @@ class InvertedResidual(nn.Module):
         return cast(Tensor, x + out if self.residual else out)
 
 
-class NumberedLinear(nn.Linear):
-    """A linear layer that also answers to the name ``0``.
+class NumberedClassifier(Classifier):
+    """A classifier that also answers to the name ``0``.
 
     The layer is published as ``classifier.0`` while ``classifier`` is the layer itself: what follows parameter names
     by attribute (``get_submodule``, ``functional_call``, ``torch.export``) finds the layer all the same.
@@ -83,7 +83,7 @@ class MobileNetV2(Network):
             rest = (InvertedResidual(channels, channels, 1, expansion) for _ in range(blocks - 1))
             self.blocks.append(nn.Sequential(first, *rest))
         self.conv2 = _conv_bn_relu(channels, HEAD_CHANNELS, 1)
-        self._modules["classifier"] = nn.Sequential(NumberedLinear(HEAD_CHANNELS, num_classes))
+        self._modules["classifier"] = nn.Sequential(NumberedClassifier(HEAD_CHANNELS, num_classes))
         init_convolutions(self)
         init_classifier(self.classifier)
 

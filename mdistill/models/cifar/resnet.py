@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistill.models.base import MODELS, Features, Network
-from mdistill.models.layers import BatchNorm2d, ReLUStage, conv, global_average, init_convolutions
+from mdistill.models.layers import BatchNorm2d, Classifier, ReLUStage, conv, global_average, init_convolutions
 
 NARROW = (16, 16, 32, 64)
 WIDE = (32, 64, 128, 256)
@@ -54,7 +54,7 @@ class ResNet(Network):
         self.layer1 = _stage(widths[0], widths[1], blocks, stride=1)
         self.layer2 = _stage(widths[1], widths[2], blocks, stride=2)
         self.layer3 = _stage(widths[2], widths[3], blocks, stride=2)
-        self.fc = nn.Linear(widths[3], num_classes)
+        self.fc = Classifier(widths[3], num_classes)
         init_convolutions(self)
 
     @property

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistill.models.base import MODELS, Features, Network
-from mdistill.models.layers import BatchNorm2d, ReLUStage, conv, global_average, init_convolutions
+from mdistill.models.layers import BatchNorm2d, Classifier, ReLUStage, conv, global_average, init_convolutions
 
 
 class BasicBlock(nn.Module):
@@ -86,7 +86,7 @@ class FourStageResNet(Network):
         self.layer2 = _stage(block, 64 * block.expansion, 128, blocks[1], stride=2)
         self.layer3 = _stage(block, 128 * block.expansion, 256, blocks[2], stride=2)
         self.layer4 = _stage(block, 256 * block.expansion, 512, blocks[3], stride=2)
-        self.linear = nn.Linear(512 * block.expansion, num_classes)
+        self.linear = Classifier(512 * block.expansion, num_classes)
         init_convolutions(self)
 
     @property

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistill.models.base import MODELS, Features, Network
-from mdistill.models.layers import BatchNorm2d, ReLUStage, conv, global_average
+from mdistill.models.layers import BatchNorm2d, Classifier, ReLUStage, conv, global_average
 
 GROUPS = 3
 STEM_CHANNELS = 24
@@ -65,7 +65,7 @@ class ShuffleNetV1(Network):
         self.layer1 = _stage(STEM_CHANNELS, 240, units=4)
         self.layer2 = _stage(240, 480, units=8)
         self.layer3 = _stage(480, 960, units=4)
-        self.linear = nn.Linear(960, num_classes)
+        self.linear = Classifier(960, num_classes)
 
     @property
     def classifier(self) -> nn.Linear:  # type: ignore[override]  # read-only: the layer's published name is linear

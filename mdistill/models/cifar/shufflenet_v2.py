@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistill.models.base import MODELS, Features, Network
-from mdistill.models.layers import BatchNorm2d, conv, global_average
+from mdistill.models.layers import BatchNorm2d, Classifier, conv, global_average
 
 
 class DownUnit(nn.Module):
@@ -104,7 +104,7 @@ class ShuffleNetV2(Network):
         self.layer3 = _stage(232, 464, units=4)
         self.conv2 = conv(464, 1024, 1)
         self.bn2 = BatchNorm2d(1024)
-        self.linear = nn.Linear(1024, num_classes)
+        self.linear = Classifier(1024, num_classes)
 
     @property
     def classifier(self) -> nn.Linear:  # type: ignore[override]  # read-only: the layer's published name is linear

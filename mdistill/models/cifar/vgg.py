@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistill.models.base import MODELS, Features, Network
-from mdistill.models.layers import BatchNorm2d, global_average, init_classifier, init_convolutions
+from mdistill.models.layers import BatchNorm2d, Classifier, global_average, init_classifier, init_convolutions
 
 
 class VGG(Network):
@@ -28,7 +28,7 @@ class VGG(Network):
         self.block2 = _block(128, 256, convolutions[2])
         self.block3 = _block(256, 512, convolutions[3])
         self.block4 = _block(512, 512, convolutions[4])
-        self.classifier = nn.Linear(512, num_classes)
+        self.classifier = Classifier(512, num_classes)
         init_convolutions(self)
         init_classifier(self.classifier)
 

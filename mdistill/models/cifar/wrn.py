@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistill.models.base import MODELS, Features, Network
-from mdistill.models.layers import BatchNorm2d, conv, global_average, init_convolutions
+from mdistill.models.layers import BatchNorm2d, Classifier, conv, global_average, init_convolutions
 
 
 class PreactBlock(nn.Module):
@@ -81,7 +81,7 @@ class WideResNet(Network):
         self.block2 = WideStage(16 * width, 32 * width, blocks, stride=2)
         self.block3 = WideStage(32 * width, 64 * width, blocks, stride=2)
         self.bn1 = BatchNorm2d(64 * width)
-        self.fc = nn.Linear(64 * width, num_classes)
+        self.fc = Classifier(64 * width, num_classes)
         init_convolutions(self)
         nn.init.zeros_(self.fc.bias)
 
