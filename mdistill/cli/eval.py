@@ -111,6 +111,7 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError(f"--batch-size: should be at least 1, found {args.batch_size}")
     from mdistill.engine.build import pick_device
     from mdistill.engine.evaluate import evaluate
+    from mdistill.models.memory_format import place
     from mdistill.models.weights import load_weights
     from mdistill.precision import set_numerics
 
@@ -121,8 +122,9 @@ def evaluate(args: argparse.Namespace) -> None:
     load_weights(subject.network, subject.weights, name=subject.name, role=args.role or "student")
     precision = args.precision or subject.precision
     set_numerics(precision, deterministic=False)
+    place(subject.network, device, precision)
     result = evaluate(
-        subject.network.to(device),
+        subject.network,
         subject.dataset.to(device),
         args.split,
         batch_size=args.batch_size,

@@ -20,6 +20,7 @@ from mdistill.distillers.functional import standardize
 from mdistill.errors import UserError
 from mdistill.models.base import Features
 from mdistill.models.layers import count_batches
+from mdistill.models.memory_format import arranged
 from mdistill.precision import Precision, computing, widen
 from mdistill.registry import NonNegative, NonNegativeInt, Registry
 
@@ -260,6 +261,7 @@ class Distiller(nn.Module, ABC):
     def _run(
         self, network: nn.Module, image: Tensor, precision: Precision | None, *, features: bool
     ) -> tuple[Tensor, Features | None]:
+        image = arranged(network, image)
         with computing(precision, image.device):
             if not features:
                 return widen(network(image)), None

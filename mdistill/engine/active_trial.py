@@ -23,6 +23,7 @@ from mdistill.engine.metrics import RunningMetrics
 from mdistill.engine.run_folder import RunFolder, environment, read_metrics
 from mdistill.engine.teacher import CACHE_DTYPES, TeacherLogits
 from mdistill.errors import RunFailed, Stopped, UserError
+from mdistill.models.memory_format import arranged
 from mdistill.models.weights import save_weights
 
 Step = Callable[["ActiveTrial", int], None]
@@ -289,7 +290,7 @@ class ActiveTrial:
         blank = torch.zeros(self.loader.batch_size, 3, size, size, device=self.device)
         compile_network(
             self.distiller.train().student,
-            blank.to(memory_format=torch.channels_last),
+            arranged(self.distiller.student, blank),
             self.config.run.precision,
             features=self.distiller.needs.student_features,
         )

@@ -24,6 +24,7 @@ from mdistill.engine.teacher import CACHE_DTYPES, FrozenTeacher, open_cache
 from mdistill.errors import UserError
 from mdistill.models import MODELS
 from mdistill.models.ensemble import Ensemble
+from mdistill.models.memory_format import place
 from mdistill.models.teachers import locate, verify_top1
 from mdistill.models.weights import fingerprint, load_weights
 from mdistill.optim import SOLVERS, Solver
@@ -90,7 +91,7 @@ def build_dataset(config: Config, *, data_root: Path, download: bool) -> Dataset
 
 
 def build_network(section: str, name: str, arguments: Mapping[str, Any], info: DataInfo, *, seed: int) -> nn.Module:
-    """A network with initial weights fixed by (seed, section), in channels-last layout, checked on two blank images.
+    """A network with initial weights fixed by (seed, section), checked on two blank images.
 
     Raises:
         UserError: its output is not (B, num_classes).
@@ -107,7 +108,7 @@ def build_network(section: str, name: str, arguments: Mapping[str, Any], info: D
             f"{section}.name: {name!r} turns 2 images into an output of shape {shape};"
             f" the data set has {info.num_classes} classes, so it should be (2, {info.num_classes})"
         )
-    return network.train().to(memory_format=torch.channels_last)
+    return network.train()
 
 
 def build_teacher(config: Config, info: DataInfo) -> nn.Module | None:
@@ -240,6 +241,9 @@ def build(
     dataset = dataset.to(device)
     trials = []
     for each, distiller in zip(configs, distillers, strict=True):
+        metadata["memory_format"] = place(distiller.student, device, run.precision)
+        if teacher is not None:
+            place(teacher, device, teacher_precision)
         distiller = distiller.to(device)
         averages = averages_of(each, next(iter(distiller.students().values())))
         distiller.student_precision, distiller.teacher_precision = run.precision, teacher_precision

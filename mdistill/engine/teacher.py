@@ -21,6 +21,7 @@ from mdistill.engine.cuda_graph import WARM_UP, CapturedStep
 from mdistill.engine.logit_cache import Ids, LogitCache
 from mdistill.errors import RunFailed, UserError
 from mdistill.models.fold_bn import fold_batchnorm
+from mdistill.models.memory_format import arranged, place
 from mdistill.precision import Precision, computing
 
 BATCH = {"cpu": 64, "cuda": 512}
@@ -35,20 +36,20 @@ ROUNDING_SHARE = 0.005  # of a cache's entries that may change a decision before
 
 
 class FrozenTeacher:
-    """The engine's own copy of a teacher: BatchNorm folded into its convolutions, channels last, in one precision."""
+    """The engine's own copy of a teacher, in one precision and memory format: BatchNorm is folded into convolutions."""
 
     def __init__(self, teacher: nn.Module, device: torch.device, precision: Precision) -> None:
         network, self.folded = fold_batchnorm(teacher)  # how many BatchNorm layers
-        self.network = network.to(device).to(memory_format=torch.channels_last).requires_grad_(False)
-        self.device = device
+        self.network, self.device = network.requires_grad_(False), device
         self.precision: Precision = "fp32" if (device.type, precision) == ("cpu", "tf32") else precision  # the same
+        self.memory_format = place(network, device, self.precision).split()[0]
         self.batch_size = BATCH[device.type]
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) to logits (B, C), float32."""
         with computing(self.precision, self.device):
-            logits: Tensor = self.network(image)
+            logits: Tensor = self.network(arranged(self.network, image))
         return logits.float()
 
     def identity(self) -> dict[str, object]:
@@ -63,7 +64,7 @@ class FrozenTeacher:
             "device": device,
             "precision": self.precision,
             "folded": self.folded,
-            "memory_format": "channels_last",
+            "memory_format": self.memory_format,
             "batch_size": self.batch_size,
             "torch": str(torch.__version__),
         }

@@ -95,7 +95,8 @@ def fit(experiment: Experiment, folders: Sequence[RunFolder]) -> list[list[dict[
         stop = stack.enter_context(StopRequest())  # before the lines that tell of a beginning
         if experiment.teacher_note:
             print_line(f"teacher: {experiment.teacher_note}")
-        print_line(f"engine: {trials[0].engine}; precision {trials[0].config.run.precision}")
+        layout = experiment.metadata["memory_format"]
+        print_line(f"engine: {trials[0].engine}; precision {trials[0].config.run.precision}; memory format {layout}")
         for trial in trials:
             trial.print_start()
         epochs = trials[0].config.solver.epochs

@@ -367,7 +367,10 @@ def test_a_run_tells_where_its_teacher_and_engine_are_and_what_memory_it_took(
     runs.train(kd_cfg, tmp_path / "runs", cache=cache)
     lines = capsys.readouterr().out.splitlines()
     assert re.match(teacher, lines[0])
-    assert lines[1] == "engine: eager (CPU); precision tf32"
+    assert (
+        lines[1]
+        == "engine: eager (CPU); precision tf32; memory format channels_last (measured to be the faster one on a CPU)"
+    )
     (memory,) = (line for line in lines if line.startswith("peak memory: "))
     assert re.fullmatch(r"peak memory: [1-9]\d* MiB on the host", memory)
     assert json.loads((tmp_path / "runs/seed0/env.json").read_text())["sessions"][0]["engine"] == "eager"
