@@ -72,7 +72,7 @@ class Ours:
         if cached:
             fill(experiment, seeds)
         self.distiller, self.dataset = experiment.trials[0].distiller, experiment.dataset
-        self.trials = [ActiveTrial(experiment, trial, train_step) for trial in experiment.trials]
+        self.trials = [ActiveTrial(experiment, trial) for trial in experiment.trials]
         self.images, self.position = BATCH * len(seeds), 0  # a step of all seeds
 
     @property
@@ -108,7 +108,7 @@ class Ours:
                 step = self.position % trial.loader.steps
                 if step == 0:
                     trial.begin_epoch(1)
-                trial.step(trial.loader.fetch(step))
+                trial.run(train_step, trial.loader.fetch(step))
         self.position += 1
 
 

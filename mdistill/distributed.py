@@ -1,6 +1,7 @@
-"""What the processes of one run tell each other. Alone, every function here hands back what it was given.
+"""Collectives of the processes that train one run together; in a single process they return their input.
 
-The process group is torch.distributed's, set up by whoever started the processes. Letters: B batch, R ranks.
+The process group is torch.distributed's, set up by whoever calls ``fit``; no command does so yet. Letters: B batch, R
+ranks.
 """
 
 from collections.abc import Iterable

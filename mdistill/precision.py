@@ -29,7 +29,7 @@ def set_numerics(precision: Precision, *, deterministic: bool) -> None:
 def computing(precision: Precision | None, device: torch.device) -> Iterator[None]:
     """Run networks on ``device`` in ``precision``; None leaves everything as the caller has it.
 
-    Autocast is entered for bf16 alone; what ``set_numerics`` chose for convolutions is back afterwards.
+    Autocast is on for bf16 alone, also within a caller's. The setting of convolutions is as before afterwards.
     """
     if precision is None:
         yield

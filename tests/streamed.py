@@ -36,10 +36,11 @@ class StreamedBlobs(StreamedDataset):
         self._test_pixels, test_labels = tiny_arrays(60, classes, seed=1)
         self.labels, self._test_labels = torch.from_numpy(labels), torch.from_numpy(test_labels)
         self._device_labels = self.labels
+        self._device = torch.device("cpu")
         self.log: list[Indices] = []
 
     def to(self, device: torch.device | str) -> Self:
-        self._device_labels = self.labels.to(device)
+        self._device_labels, self._device = self.labels.to(device), torch.device(device)
         return self
 
     def hold_out(self, count: int) -> Dataset:
@@ -63,7 +64,8 @@ class StreamedBlobs(StreamedDataset):
     def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(self._test_labels), batch_size):
             part = slice(start, start + batch_size)
-            yield self._normalise(torch.from_numpy(self._test_pixels[part])), self._test_labels[part]
+            pixels = torch.from_numpy(self._test_pixels[part]).to(self._device)
+            yield self._normalise(pixels), self._test_labels[part].to(self._device)
 
     def size(self, split: str) -> int:
         return len(self._test_labels)

@@ -108,11 +108,11 @@ class DTypes(TorchDispatchMode):
 
 def step(experiment: build.Experiment) -> tuple[DTypes, RunningMetrics]:
     """Two training steps of the first trial, the second one watched."""
-    trial = ActiveTrial(experiment, experiment.trials[0], trainer.train_step)
+    trial = ActiveTrial(experiment, experiment.trials[0])
     trial.begin_epoch(1)
-    trial.step(trial.loader.fetch(0))
+    trial.run(trainer.train_step, trial.loader.fetch(0))
     with DTypes() as seen:
-        trial.step(trial.loader.fetch(1))
+        trial.run(trainer.train_step, trial.loader.fetch(1))
     return seen, trial.metrics
 
 

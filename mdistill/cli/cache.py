@@ -52,6 +52,7 @@ def fill(args: argparse.Namespace) -> None:
         checkpoint_root=args.checkpoint_root,
         output_root=args.output,
         download=args.download,
+        check_teacher=not args.estimate,  # which remembers what it measured
     )
     teacher, dataset = experiment.teacher, experiment.dataset
     if teacher is None:

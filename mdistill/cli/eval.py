@@ -106,12 +106,12 @@ def _of_run(args: argparse.Namespace) -> Subject:
     )
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def run_eval(args: argparse.Namespace) -> None:
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch-size: should be at least 1, found {args.batch_size}")
     from mdistill.engine.build import pick_device
     from mdistill.engine.evaluate import evaluate
-    from mdistill.models.memory_format import place
+    from mdistill.models.memory_format import move
     from mdistill.models.weights import load_weights
     from mdistill.precision import set_numerics
 
@@ -122,7 +122,7 @@ def evaluate(args: argparse.Namespace) -> None:
     load_weights(subject.network, subject.weights, name=subject.name, role=args.role or "student")
     precision = args.precision or subject.precision
     set_numerics(precision, deterministic=False)
-    place(subject.network, device, precision)
+    move(subject.network, device, precision)
     result = evaluate(
         subject.network,
         subject.dataset.to(device),
@@ -143,4 +143,4 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return common.run(evaluate, parse, arguments)
+    return common.run(run_eval, parse, arguments)

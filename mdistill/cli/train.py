@@ -47,7 +47,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def train(args: argparse.Namespace) -> None:
     configs = common.load_configs(args, args.seeds or [args.seed])
     if args.print_config:
-        print(configs[0].to_yaml(), end="")
+        print("---\n".join(config.to_yaml() for config in configs), end="")
         return
     from mdistill.engine import build, trainer
     from mdistill.engine.run_folder import RunFolder, run_mode

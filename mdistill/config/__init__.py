@@ -1,7 +1,15 @@
 """The typed, strict configuration: everything that changes a result, from YAML files, their bases and overrides."""
 
 from mdistill.config.files import for_pair, import_user_module, load
-from mdistill.config.schema import Config, MemberConfig, TeacherConfig, cell_identity, differences
+from mdistill.config.schema import (
+    Config,
+    MemberConfig,
+    TeacherConfig,
+    cell_identity,
+    differences,
+    results_only,
+    without_defaults,
+)
 
 __all__ = [
     "Config",
@@ -12,4 +20,6 @@ __all__ = [
     "for_pair",
     "import_user_module",
     "load",
+    "results_only",
+    "without_defaults",
 ]

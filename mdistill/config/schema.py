@@ -169,6 +169,9 @@ class Config(_Section):
                 f"solver.average_from: {solver.average_from} lies past the last epoch ({solver.epochs}),"
                 " so nothing is averaged"
             )
+        length = self.distiller.arguments.get("epochs", solver.epochs)  # of a method that depends on the run's length
+        if length != solver.epochs:
+            warnings.append(f"distiller.epochs: the method counts on {length} epochs, solver.epochs is {solver.epochs}")
         return warnings
 
 
@@ -204,6 +207,16 @@ def cell_identity(config: Config, fingerprints: Mapping[str, str]) -> str:
     Args:
         fingerprints: of the teacher's weights and the data, which stand for their paths.
     """
+    settings = without_defaults(config)
+    if config.run.teacher_precision == config.run.precision:
+        del settings["run"]["teacher_precision"]
+    chosen = {section: given for section, given in results_only(settings).items() if given != {}}
+    text = json.dumps([chosen, dict(fingerprints)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def without_defaults(config: Config) -> dict[str, Any]:
+    """``config`` in plain containers, without the settings that are at their default."""
     settings = config.model_dump(exclude_defaults=True)
     for section, (registry, model) in COMPONENTS.items():
         given = settings.get(section)
@@ -212,11 +225,7 @@ def cell_identity(config: Config, fingerprints: Mapping[str, str]) -> str:
             for key in component.keys() - model.model_fields.keys():
                 if component[key] == parameters[key].default:
                     del component[key]
-    if config.run.teacher_precision == config.run.precision:
-        del settings["run"]["teacher_precision"]
-    chosen = {section: given for section, given in results_only(settings).items() if given != {}}
-    text = json.dumps([chosen, dict(fingerprints)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return settings
 
 
 def results_only(tree: Any, place: str = "") -> Any:

@@ -50,7 +50,7 @@ class Prepared:
     epoch: int
     step: int
     plan: EpochPlan
-    extra: Indices  # (rows, N): strong views, or the columns of mixed images
+    extra: Indices  # (K, N): strong views, or the columns of mixed images
     teacher_logits: Any
 
 
@@ -90,8 +90,8 @@ class BatchLoader:
         self.steps = -(-self.samples // self.batch_size)  # in an epoch
         self._strong, self._mixing = strong, mixing
         self._pairs = torch.zeros(2, self.samples + 1, dtype=torch.int64, device=device)  # index, view
-        rows = 1 if strong else mixing.rows if mixing is not None else 0
-        self._extra = torch.zeros(rows, self.samples, dtype=torch.int64, device=device)
+        columns = 1 if strong else mixing.num_columns if mixing is not None else 0
+        self._extra = torch.zeros(columns, self.samples, dtype=torch.int64, device=device)
         self._position = torch.zeros((), dtype=torch.int64, device=device)  # images of the epoch already seen
         self._offsets = torch.arange(self.batch_size, device=device)
         self._teacher = teacher_logits(self._pairs) if teacher_logits is not None else None
@@ -181,7 +181,7 @@ class BatchLoader:
             candidates.append(mixed_images.mix(self._mixing, batch, partner, each, self.dataset.num_classes))
         if len(candidates) == 1:
             return candidates[0]
-        return mixed_images.together(candidates, keep=len(batch.index))
+        return mixed_images.concatenate(candidates, keep=len(batch.index))
 
 
 class Reader:

@@ -37,7 +37,7 @@ class Mixing:
     candidates: int = 1  # mixed images for each that is trained on: those that the teacher is least certain of
 
     @property
-    def rows(self) -> int:
+    def num_columns(self) -> int:
         """How many numbers ``plan`` gives for each image."""
         return self.candidates * len(COLUMNS)
 
@@ -120,7 +120,7 @@ def inside(box: Tensor, size: int) -> Tensor:
     return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
-def together(candidates: list[Batch], keep: int) -> Batch:
+def concatenate(candidates: list[Batch], keep: int) -> Batch:
     """Several batches as one, of which the ``keep`` images that the teacher is least certain of are trained on."""
 
     def joined(field: str) -> Tensor:

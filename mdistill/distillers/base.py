@@ -20,7 +20,7 @@ from mdistill.distillers.functional import standardize
 from mdistill.errors import UserError
 from mdistill.models.base import Features
 from mdistill.models.layers import count_batches
-from mdistill.models.memory_format import arranged
+from mdistill.models.memory_format import to_layout
 from mdistill.precision import Precision, computing, widen
 from mdistill.registry import NonNegative, NonNegativeInt, Registry
 
@@ -35,7 +35,7 @@ class Needs:
 
     teacher: Literal["none", "logits", "features"] = "logits"
     student: Literal["logits", "features"] = "logits"  # its features come with the teacher's in any case
-    features: tuple[FeatureName, ...] = ("stages", "last_map", "pooled")  # which, where features are used
+    features: tuple[FeatureName, ...] = ("stages", "preacts", "last_map", "pooled")  # those that are used
     views: Literal[1, 2] = 1  # 2: a strongly augmented one too
     labels: Literal["none", "hard", "soft"] = "hard"  # its own terms': none, a class, or class probabilities too
     teacher_batch_statistics: bool = False  # the teacher's BatchNorm normalises by the batch; its statistics stay
@@ -48,7 +48,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Signals:
-    """What ``distillation`` is given. Logits and features are float32 or wider, whatever the networks ran in."""
+    """What ``distillation`` is given: logits, and the features it needs, in float32 or wider."""
 
     student_logits: Tensor  # (B, C), standardised when the method's settings ask for it
     teacher_logits: Tensor  # (B, C), the same; of zero width for a method that needs no teacher
@@ -169,7 +169,7 @@ class Distiller(nn.Module, ABC):
         """Both networks on ``batch``, then the weighted losses; ``epoch`` is a () tensor counted from 1."""
         if batch.keep is not None:
             batch = least_certain(batch, self._run_teacher(batch.image)[0])
-        seen: list[Signals] = []
+        views: list[Signals] = []
         for image, known_logits in self._views(batch):  # one after the other, so that BatchNorm sees one at a time
             student_logits, student_features = self._run(
                 self.student, image, self.student_precision, features=self.needs.student_features
@@ -181,7 +181,7 @@ class Distiller(nn.Module, ABC):
                 teacher_logits, teacher_features = self._run_teacher(image)
             else:
                 teacher_logits, teacher_features = student_logits.new_zeros(len(student_logits), 0), None
-            seen.append(
+            views.append(
                 Signals(
                     student_logits=standardize(student_logits) if self.standardize_logits else student_logits,
                     teacher_logits=standardize(teacher_logits) if self.standardize_logits else teacher_logits,
@@ -195,7 +195,7 @@ class Distiller(nn.Module, ABC):
                     teacher_features=teacher_features,
                 )
             )
-        signals = seen[0] if len(seen) == 1 else replace(seen[0], strong=seen[1])
+        signals = views[0] if len(views) == 1 else replace(views[0], strong=views[1])
         with torch.autocast(batch.image.device.type, enabled=False):  # float32, also under a caller's autocast
             distillation, task = self.distillation(signals), self.task(signals)
         if self.warmup_epochs:
@@ -261,20 +261,15 @@ class Distiller(nn.Module, ABC):
     def _run(
         self, network: nn.Module, image: Tensor, precision: Precision | None, *, features: bool
     ) -> tuple[Tensor, Features | None]:
-        image = arranged(network, image)
+        image = to_layout(network, image)
         with computing(precision, image.device):
             if not features:
                 return widen(network(image)), None
-            features_as_computed: Features = network.forward_features(image)  # type: ignore[operator]
-        wide = _widened(features_as_computed)
-        return wide.logits, wide
+            computed: Features = network.forward_features(image)  # type: ignore[operator]
+        wide: dict[str, Any] = {name: _widened(getattr(computed, name)) for name in self.needs.features}
+        logits = widen(computed.logits)
+        return logits, replace(computed, logits=logits, **wide)
 
 
-def _widened(features: Features) -> Features:
-    return Features(
-        logits=widen(features.logits),
-        stages=tuple(widen(stage) for stage in features.stages),
-        preacts=tuple(widen(preact) for preact in features.preacts),
-        last_map=widen(features.last_map),
-        pooled=widen(features.pooled),
-    )
+def _widened(feature: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    return widen(feature) if isinstance(feature, Tensor) else tuple(widen(each) for each in feature)

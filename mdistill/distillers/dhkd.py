@@ -92,7 +92,7 @@ class DHKD(Distiller):
         align: whether its gradient, where it meets the features, gives up what runs against cross-entropy's.
     """
 
-    needs = Needs(teacher="logits", student="features", labels="soft")
+    needs = Needs(teacher="logits", student="features", labels="soft", features=("pooled",))
 
     def __init__(
         self,

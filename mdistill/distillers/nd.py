@@ -83,7 +83,7 @@ class ND(Distiller):
         nd_weight: weight of the norm-and-direction term; 0 leaves it out.
     """
 
-    needs = Needs(teacher="features")
+    needs = Needs(teacher="features", features=("pooled",))
     class_means: Tensor  # (C, D), of the teacher's pooled features
     class_counts: Tensor  # (C,), how many each rests on
 

@@ -1,6 +1,5 @@
-"""A trial on its way through the epochs: where it is, what it reads and writes, and what it tells."""
+"""A trial on its way through the epochs: where it is, and what it reads, writes and prints."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
@@ -16,17 +15,15 @@ from mdistill.data.loader import BatchLoader
 from mdistill.engine import checkpoint
 from mdistill.engine.build import Experiment, Trial
 from mdistill.engine.checkpoint import Progress, Snapshot, Writer
-from mdistill.engine.console import end_line, epoch_line, print_line, start_line
+from mdistill.engine.console import Stopwatch, end_line, epoch_line, print_line, start_line
 from mdistill.engine.cuda_graph import CapturedStep, Engine, choose_engine, compile_network, side_stream, uncompiled
 from mdistill.engine.evaluate import LaunchedEvaluation, launch_evaluation
 from mdistill.engine.metrics import RunningMetrics
 from mdistill.engine.run_folder import RunFolder, environment, read_metrics
 from mdistill.engine.teacher import CACHE_DTYPES, TeacherLogits
 from mdistill.errors import RunFailed, Stopped, UserError
-from mdistill.models.memory_format import arranged
+from mdistill.models.memory_format import to_layout
 from mdistill.models.weights import save_weights
-
-Step = Callable[["ActiveTrial", int], None]
 
 
 class ActiveTrial:
@@ -35,7 +32,6 @@ class ActiveTrial:
     As a context it holds the folder's lock; leaving it waits for what is being written.
 
     Args:
-        train_step: one step, given this trial and the number of images.
         folder: where it writes, and resumes from; None for steps alone.
         engine: how steps are launched; None for what the configuration asks.
         several: whether other trials run beside this one, so that lines name its seed.
@@ -50,7 +46,6 @@ class ActiveTrial:
         self,
         experiment: Experiment,
         trial: Trial,
-        train_step: Step,
         folder: RunFolder | None = None,
         *,
         engine: Engine | None = None,
@@ -69,7 +64,6 @@ class ActiveTrial:
         self.metrics, self.progress = RunningMetrics(self.device), Progress()
         self.epoch: Tensor = torch.ones((), dtype=torch.int64, device=self.device)
         self.engine = engine or choose_engine(self.config.run.engine, self.device)
-        compiled = self.engine.name == "compile"
         make_logits = None
         if experiment.teacher is not None:
             make_logits = partial(
@@ -89,19 +83,13 @@ class ActiveTrial:
             mixing=self.config.data.mixing_settings,
             teacher_logits=make_logits,
         )
-        self.step = CapturedStep(
-            partial(train_step, self),
-            self.loader.batch_size,
-            capture=self.engine.captures,
-            name="step",
-            compiled=compiled,
-        )
+        self._step: CapturedStep | None = None  # what ``run`` was first given
         self.writer = Writer()
         self.ended: UserError | Stopped | None = None
-        self.stream = side_stream(self.device)
         self._clock = Stopwatch(self.device)
-        if compiled:
+        if self.engine.name == "compile":
             self._compile()
+        self.stream = side_stream(self.device)  # behind all of the above
 
     @property
     def folder(self) -> RunFolder:
@@ -125,8 +113,9 @@ class ActiveTrial:
                 self.progress = checkpoint.restore(state, self.distiller, self.averages, self.solver, self.metrics)
                 if state["versions"]["torch"] != torch.__version__:
                     before = state["versions"]["torch"]
-                    print_line(f"note: begun under torch {before}, so the last bits may differ from here on")
+                    self._print(f"note: started under torch {before}; the last bits may differ from here on")
             undo.pop_all()
+        self.stream = side_stream(self.device)  # behind what was restored
         return self
 
     def __exit__(
@@ -136,16 +125,34 @@ class ActiveTrial:
             closing.callback(self.folder.close)
             closing.callback(self.writer.close)
             closing.callback(self.loader.close)
-            closing.enter_context(suppress(UserError))  # which was told before
+            closing.enter_context(suppress(UserError))  # already reported
+            closing.enter_context(self.stream)
             self.loader.finish()  # what the teacher has computed is not lost
+
+    def run(self, step: "Callable[[ActiveTrial, int], None]", size: int) -> None:
+        """``step(self, size)``, always the same one; on CUDA it is captured after a few calls and then replayed."""
+        if self._step is None:
+            self._step = CapturedStep(
+                partial(step, self),
+                self.loader.batch_size,
+                capture=self.engine.captures,
+                name="step",
+                compiled=self.engine.name == "compile",
+            )
+        self._step(size)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """On the trial's own stream; an error that ends the trial is noted, and the others go on."""
+        """On the trial's own stream; an error that ends the trial is noted, and other trials go on.
+
+        Of several processes none goes on alone: the others would wait for it.
+        """
         try:
             with self.stream:
                 yield
         except (UserError, Stopped) as error:
+            if distributed.world_size() > 1:
+                raise
             self.ended = type(error)(f"{self._label}{error}")
 
     def prepare_folder(self) -> None:
@@ -173,13 +180,12 @@ class ActiveTrial:
         self._images_before = self.progress.step * self.config.data.batch_size
         self._clock.start()
 
-    def end_training(self) -> bool:
-        """The epoch's steps are launched; True when it is complete. Processes that train together average buffers."""
+    def end_training(self) -> None:
+        """The steps are launched: stop the clock, and let processes that train together agree on buffers."""
         self._clock.stop()
         own = [value for name, value in self.distiller.named_buffers() if not name.startswith("teacher.")]
         averaged = [value for average in self.averages.values() for value in average.buffers()]
         distributed.average_([value for value in (*own, *averaged) if value.is_floating_point()])
-        return self.progress.step == self.loader.steps
 
     def launch_evaluations(self, epoch: int) -> dict[str, LaunchedEvaluation]:
         """Every student on every split, where ``epoch`` is evaluated; the host does not wait.
@@ -222,7 +228,7 @@ class ActiveTrial:
             "train/loss": train.loss,
             **{f"train/loss_{name}": value for name, value in train.terms.items()},
             "train/top1": train.top1,
-            "images_per_second": (train.images - self._images_before) / seconds,
+            "images_per_second": (train.images - self._images_before) / max(seconds, 1e-9),
         }
         for name, launched in evaluations.items():
             evaluation = launched.read()
@@ -260,6 +266,7 @@ class ActiveTrial:
             fingerprints=self.experiment.fingerprints,
         )
         students = {name: student.state_dict() for name, student in self.students.items()}
+        self.writer.wait()  # one copy at a time in memory
         self.writer.submit(partial(self._write, Snapshot({"state": state, "students": students}), results))
 
     def finish(self) -> None:
@@ -288,56 +295,25 @@ class ActiveTrial:
     def _compile(self) -> None:
         size = self.experiment.dataset.image_size
         blank = torch.zeros(self.loader.batch_size, 3, size, size, device=self.device)
-        compile_network(
+        compiled = compile_network(
             self.distiller.train().student,
-            arranged(self.distiller.student, blank),
+            to_layout(self.distiller.student, blank),
             self.config.run.precision,
             features=self.distiller.needs.student_features,
         )
+        if not compiled:
+            self.engine = choose_engine("auto", self.device)
 
     def _print(self, message: str) -> None:
         print_line(f"{self._label}{message}")
 
     def _last_good(self) -> str:
         if self.folder.checkpoint.exists():
-            return f"{self.folder.checkpoint} keeps the state before this epoch"
+            return f"{self.folder.checkpoint} keeps the last good state"
         return "there was no checkpoint yet; try a smaller solver.lr"
 
 
-class Stopwatch:
-    """Seconds of work on a device, without a wait for it until they are read."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
-        self._times = [0.0, 0.0]
-        self._events: list[Any] = [None, None]
-
-    def start(self) -> None:
-        """Begin with what is launched from here on."""
-        self._note(0)
-
-    def stop(self) -> None:
-        """End with what was launched so far."""
-        self._note(1)
-
-    def seconds(self) -> float:
-        """Between the two; the device must have been waited for."""
-        if self._on_cuda:
-            return float(self._events[0].elapsed_time(self._events[1])) / 1000
-        return self._times[1] - self._times[0]
-
-    def seconds_since_stop(self) -> float:
-        """Host time since ``stop``."""
-        return time.perf_counter() - self._times[1]
-
-    def _note(self, number: int) -> None:
-        self._times[number] = time.perf_counter()
-        if self._on_cuda:
-            self._events[number] = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            self._events[number].record()
-
-
-def raise_what_ended(trials: Sequence[ActiveTrial]) -> None:
+def raise_errors(trials: Sequence[ActiveTrial]) -> None:
     """Raise the error that ended a trial, or one that names all of them."""
     ended = [trial.ended for trial in trials if trial.ended is not None]
     if len(ended) == 1:

@@ -1,4 +1,4 @@
-"""From a checked configuration to the objects of a run; whatever does not fit is told before anything is written."""
+"""From a checked configuration to the objects of a run; every problem is reported before anything is written."""
 
 import copy
 import hashlib
@@ -24,7 +24,7 @@ from mdistill.engine.teacher import CACHE_DTYPES, FrozenTeacher, open_cache
 from mdistill.errors import UserError
 from mdistill.models import MODELS
 from mdistill.models.ensemble import Ensemble
-from mdistill.models.memory_format import place
+from mdistill.models.memory_format import move
 from mdistill.models.teachers import locate, verify_top1
 from mdistill.models.weights import fingerprint, load_weights
 from mdistill.optim import SOLVERS, Solver
@@ -137,8 +137,8 @@ def build_distiller(config: Config, info: DataInfo, teacher: nn.Module | None) -
         )
     if mixing is not None and needs.labels == "hard":
         raise UserError(
-            f"data.mixing: {mixing.name!r} gives an image shares of two classes and the method {method!r} needs one"
-            " class per image; remove data.mixing or take another method"
+            f"data.mixing: {mixing.name!r} makes soft labels and the method {method!r} needs one class per image;"
+            " remove data.mixing or take another method"
         )
     if mixing is not None and needs.views > 1:
         raise UserError(
@@ -241,9 +241,10 @@ def build(
     dataset = dataset.to(device)
     trials = []
     for each, distiller in zip(configs, distillers, strict=True):
-        metadata["memory_format"] = place(distiller.student, device, run.precision)
+        layout, reason = move(distiller.student, device, run.precision)
+        metadata["memory_format"] = f"{layout} ({reason})"
         if teacher is not None:
-            place(teacher, device, teacher_precision)
+            move(teacher, device, teacher_precision)
         distiller = distiller.to(device)
         averages = averages_of(each, next(iter(distiller.students().values())))
         distiller.student_precision, distiller.teacher_precision = run.precision, teacher_precision
@@ -315,7 +316,7 @@ def _place_teacher(experiment: Experiment, teacher: nn.Module, cache_root: Path 
     """Compute the teacher's logits ahead of the steps, through a cache, where the method leaves room for that."""
     config, needs, dataset = experiment.trials[0].config, experiment.trials[0].distiller.needs, experiment.dataset
     if needs.teacher_batch_statistics:
-        experiment.teacher_note = "runs in every step: this method has it normalise by the batch"
+        experiment.teacher_note = "runs in every step: its BatchNorm uses batch statistics"
     elif needs.teacher != "logits":
         experiment.teacher_note = "runs in every step: this method reads more of it than its logits"
     elif config.data.mixing is not None:

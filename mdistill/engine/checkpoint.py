@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistill import __version__
-from mdistill.config import Config, differences
+from mdistill.config import Config, differences, results_only, without_defaults
 from mdistill.distillers import Distiller
 from mdistill.engine.metrics import RunningMetrics
 from mdistill.errors import RunFailed, UserError
@@ -131,8 +131,8 @@ def read(path: Path, config: Config, fingerprints: Mapping[str, str]) -> dict[st
     """Read a checkpoint and make sure that it belongs to this run.
 
     Raises:
-        UserError: unreadable or damaged; of another configuration (names the keys; only solver.epochs may have grown,
-            and not under a cosine schedule), other data or another teacher.
+        UserError: unreadable or damaged; of a configuration with other results (names the keys; only solver.epochs may
+            have grown, and not under a cosine schedule), other data or another teacher.
     """
     state = read_file(path)
     if isinstance(state, dict) and state.get("format") == 1:
@@ -143,8 +143,11 @@ def read(path: Path, config: Config, fingerprints: Mapping[str, str]) -> dict[st
         )
     if not isinstance(state, dict) or not state.keys() >= KEYS or state["format"] != FORMAT:
         raise UserError(f"{path}: not a training state in format {FORMAT}, the one that this version resumes from")
-    changed = differences(state["config"], config.resolved())
-    chosen = differences({}, config.model_dump(mode="json", exclude_defaults=True))
+    before, now = state["config"], config.resolved()
+    changed = differences(results_only(before), results_only(now)) | differences(
+        {"seed": before.get("seed")}, {"seed": now["seed"]}
+    )
+    chosen = differences({}, without_defaults(config))
     changed = {  # a setting that the older version did not know, at its default, changes nothing
         key: values for key, values in changed.items() if values[0] is not None or key in chosen
     }
@@ -193,7 +196,10 @@ def _without_teacher(distiller: Distiller) -> dict[str, Tensor]:
 
 
 def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    missing, unexpected = module.load_state_dict(state, strict=False)
+    try:
+        missing, unexpected = module.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # another shape
+        raise UserError(f"saved state does not fit {type(module).__name__}: {' '.join(str(error).split())}") from None
     missing = [key for key in missing if not key.startswith("teacher.")]
     if missing or unexpected:
         raise UserError(f"saved state does not fit {type(module).__name__}: missing {missing}, unexpected {unexpected}")
@@ -203,7 +209,8 @@ def _require_finite(state: Mapping[str, Any], path: Path) -> None:
     bad = [name for name, tensor in _tensors(state) if not tensor.isfinite().all()]
     if bad:
         last_good = f"; {path} keeps the last good state" if path.exists() else ""
-        raise RunFailed(f"state is not finite, nothing is saved: {bad[0]} and {len(bad) - 1} more{last_good}")
+        more = f" and {len(bad) - 1} more" if bad[1:] else ""
+        raise RunFailed(f"state is not finite, nothing is saved: {bad[0]}{more}{last_good}")
 
 
 def _tensors(state: Any, name: str = "") -> Any:

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,9 @@ def stop_signals() -> list[signal.Signals]:
 @contextmanager
 def on_stop_signal(handler: Handler) -> Iterator[None]:
     """Let ``handler`` answer the ``stop_signals`` meanwhile."""
+    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody handle signals
+        yield
+        return
     previous = {number: signal.getsignal(number) for number in stop_signals()}
     try:
         for number in previous:
@@ -115,6 +119,45 @@ class StepBar:
             self._bar.update(STRIDE)
 
 
+class Stopwatch:
+    """Seconds of work on a device, without a wait for it until they are read."""
+
+    def __init__(self, device: "torch.device") -> None:
+        self._on_cuda = device.type == "cuda"
+        self._times = [0.0, 0.0, 0.0]
+        self._events: list[Any] = [None, None, None]
+
+    def start(self) -> None:
+        """Begin with what is launched from here on."""
+        self._note(0)
+
+    def stop(self) -> None:
+        """End with what was launched so far."""
+        self._note(1)
+
+    def seconds(self) -> float:
+        """Between the two; the device must have been waited for."""
+        if self._on_cuda:
+            return float(self._events[0].elapsed_time(self._events[1])) / 1000
+        return self._times[1] - self._times[0]
+
+    def seconds_since_stop(self) -> float:
+        """From ``stop`` to now; waits for what was launched in between."""
+        if not self._on_cuda:
+            return time.perf_counter() - self._times[1]
+        self._note(2)
+        self._events[2].synchronize()
+        return float(self._events[1].elapsed_time(self._events[2])) / 1000
+
+    def _note(self, number: int) -> None:
+        self._times[number] = time.perf_counter()
+        if self._on_cuda:
+            import torch
+
+            self._events[number] = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._events[number].record()
+
+
 def print_line(message: str) -> None:
     """Print one line, above any bar, on rank 0 alone; a reader or a terminal that has gone away does not end a run."""
     from tqdm import tqdm
@@ -161,7 +204,7 @@ def epoch_line(results: Mapping[str, Any], epochs: int, headline: str) -> str:
 def end_line(results: Mapping[str, Any], headline: str, folder: "RunFolder") -> str:
     """What a run ends with: its last epoch, and the best one beside it."""
     return (
-        f"{headline} top-1 {results[f'{headline}/top1']:.2f} after the last epoch, {results['epoch']}"
+        f"{headline} top-1 {results[f'{headline}/top1']:.2f} after epoch {results['epoch']}, the last one"
         f" (best {results['best/top1']:.2f} after epoch {results['best/epoch']}); network: {folder.student}"
     )
 

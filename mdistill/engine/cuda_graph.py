@@ -63,7 +63,7 @@ class CapturedStep:
         function: works on static tensors; given the number of images.
         size: the full one; calls with another number are never captured.
         capture: False never captures.
-        name: what is captured, for the line that tells of a failure.
+        name: what is captured, for the message about a failure.
         compiled: whether the function runs a compiled network, which other sizes would compile anew.
     """
 
@@ -88,11 +88,14 @@ class CapturedStep:
         self._calls += 1
 
     def _capture(self) -> None:
-        if self._failed_capture() is not None and (reason := self._failed_capture()) is not None:
-            self.capture = False
-            print_line(f"engine: {self.name} could not be captured ({reason}); going on eagerly, with the same results")
+        for _ in range(2):
+            reason = self._try_capture()
+            if reason is None:
+                return
+        self.capture = False
+        print_line(f"engine: {self.name} could not be captured ({reason}); continuing eagerly, with the same results")
 
-    def _failed_capture(self) -> str | None:
+    def _try_capture(self) -> str | None:
         """Try once; why it failed. An error is let go here: it would stay on as the context of the next one."""
         try:
             self.replay = capture_graph(partial(self.function, self.size))
@@ -144,8 +147,8 @@ def side_stream(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.stream(stream)
 
 
-def compile_network(network: nn.Module, example: Tensor, precision: Precision | None, *, features: bool) -> None:
-    """Compile ``network`` in place and try it, forward and backward; a failure is told, and leaves it as before.
+def compile_network(network: nn.Module, example: Tensor, precision: Precision | None, *, features: bool) -> bool:
+    """Compile ``network`` in place and try it, forward and backward; False, with a message, leaves it as before.
 
     Weights and buffers stay as they are. What its forward pass holds is good for one backward pass, which may overwrite
     it.
@@ -159,16 +162,19 @@ def compile_network(network: nn.Module, example: Tensor, precision: Precision | 
     else:
         network.compile(dynamic=False)
     state = {name: value.clone() for name, value in network.state_dict().items()}
+    error: Exception | None = None
     try:
         with computing(precision, example.device):
             output = network.forward_features(example).logits if features else network(example)  # type: ignore[operator]
         output.float().square().sum().backward()
-    except Exception as error:
+    except Exception as failure:
+        error = failure
         network._compiled_call_impl = None
         network.__dict__.pop("forward_features", None)
-        print_line(f"engine: compile failed ({one_line(error)}); going on eagerly, with the same results")
+        print_line(f"engine: compile failed ({one_line(error)}); continuing eagerly, with the same results")
     network.zero_grad(set_to_none=True)
     network.load_state_dict(state)
+    return error is None
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdistill.data import Dataset
-from mdistill.models.memory_format import arranged
+from mdistill.models.memory_format import to_layout
 from mdistill.precision import Precision, computing
 
 BATCH = {"cpu": 100, "cuda": 2000}
@@ -75,7 +75,7 @@ def launch_evaluation(
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for image, target in dataset.eval_batches(split, batch_size or BATCH[device.type]):
         with computing("fp32" if precision == "bf16" else precision, image.device):
-            logits = network(arranged(network, image))
+            logits = network(to_layout(network, image))
         logits = logits.float()
         true = logits.gather(1, target.unsqueeze(1))
         rank = (~(logits < true)).sum(dim=1)  # 1 when the true class is alone at the top; NaN never is

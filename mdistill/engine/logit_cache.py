@@ -3,7 +3,7 @@
 A chunk is a safetensors file of n entries: ``entries`` (n,) int64, ascending; ``logits`` (n, C); ``changed`` (n,) bool.
 Its header holds the whole identity and a checksum. A chunk is written under another name, flushed to disk and renamed;
 after that nothing changes it. So any number of processes and hosts may read and add chunks at the same time. A chunk
-that is not whole, or not of this identity, is told of in a line and not used.
+that is not whole, or not of this identity, is reported in a line and ignored.
 """
 
 import hashlib
@@ -154,7 +154,7 @@ class LogitCache:
 
     def require_room(self, count: int) -> None:
         """Raise RunFailed unless ``count`` more entries leave ``HEADROOM`` on the disk."""
-        with suppress(OSError):  # a folder that is gone is for the write to tell
+        with suppress(OSError):  # a missing folder is reported by the write
             needed, free = self.size(count, self.classes, self.dtype), shutil.disk_usage(self.path).free
             if free < needed + HEADROOM:
                 raise RunFailed(

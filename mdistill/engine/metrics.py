@@ -10,10 +10,6 @@ from mdistill.distillers.base import StepOutput
 from mdistill.errors import RunFailed
 
 
-class NonFiniteLoss(RunFailed):
-    """A loss term became NaN or infinite."""
-
-
 @dataclass(frozen=True)
 class EpochMetrics:
     """Means over the images of an epoch."""
@@ -60,7 +56,7 @@ class RunningMetrics:
         """Transfer the sums to the host, over all processes, and average them.
 
         Raises:
-            NonFiniteLoss: a term was NaN or infinite; names the first such term and its step.
+            RunFailed: a term was NaN or infinite; names the first such term and its step.
         """
         count = len(self.names)
         totals = distributed.sum_(self.totals.clone()).tolist()
@@ -69,8 +65,8 @@ class RunningMetrics:
         loss = sum(means.values())
         bad = min(zip(finite, self.names, sums, strict=True), key=lambda term: term[0], default=None)
         if bad is not None and bad[2] - bad[2] != 0:
-            step = int(bad[0]) // distributed.world_size() + 1
-            raise NonFiniteLoss(f"loss term {bad[1]!r} is not finite from step {step} of epoch {epoch} on")
+            step = f"step {int(bad[0]) + 1} of " if distributed.world_size() == 1 else ""
+            raise RunFailed(f"loss term {bad[1]!r} is not finite from {step}epoch {epoch} on")
         return EpochMetrics(loss=loss, terms=means, top1=100.0 * correct / max(images, 1), images=int(images))
 
     def state_dict(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mdistill.engine.cuda_graph import WARM_UP, CapturedStep
 from mdistill.engine.logit_cache import Ids, LogitCache
 from mdistill.errors import RunFailed, UserError
 from mdistill.models.fold_bn import fold_batchnorm
-from mdistill.models.memory_format import arranged, place
+from mdistill.models.memory_format import move, to_layout
 from mdistill.precision import Precision, computing
 
 BATCH = {"cpu": 64, "cuda": 512}
@@ -42,14 +42,14 @@ class FrozenTeacher:
         network, self.folded = fold_batchnorm(teacher)  # how many BatchNorm layers
         self.network, self.device = network.requires_grad_(False), device
         self.precision: Precision = "fp32" if (device.type, precision) == ("cpu", "tf32") else precision  # the same
-        self.memory_format = place(network, device, self.precision).split()[0]
+        self.memory_format, _ = move(network, device, self.precision)
         self.batch_size = BATCH[device.type]
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) to logits (B, C), float32."""
         with computing(self.precision, self.device):
-            logits: Tensor = self.network(arranged(self.network, image))
+            logits: Tensor = self.network(to_layout(self.network, image))
         return logits.float()
 
     def identity(self) -> dict[str, object]:
@@ -91,7 +91,7 @@ class TeacherLogits:
         cache_dtype: float16 or float32.
         cache: where entries are looked up and written; None computes them all.
         capture: whether teacher batches are captured.
-        insist: whether a cache that cannot be written ends the work; else it is read on and no longer written.
+        must_write: whether a cache that cannot be written ends the work; else it is read on and no longer written.
 
     Attributes:
         logits: (N + 1, C) on the device, in the order of the list, there up to what ``require`` was asked for.
@@ -106,9 +106,9 @@ class TeacherLogits:
         cache_dtype: torch.dtype,
         cache: LogitCache | None,
         capture: bool,
-        insist: bool = False,
+        must_write: bool = False,
     ) -> None:
-        self.teacher, self.dataset, self.pairs, self.cache, self.insist = teacher, dataset, pairs, cache, insist
+        self.teacher, self.dataset, self.pairs, self.cache, self.must_write = teacher, dataset, pairs, cache, must_write
         device, columns, size = pairs.device, pairs.shape[1], teacher.batch_size
         self.logits = torch.zeros(columns, dataset.num_classes, dtype=cache_dtype, device=device)
         self._changed = torch.zeros(columns, dtype=torch.bool, device=device)  # whether rounding changed a decision
@@ -160,7 +160,7 @@ class TeacherLogits:
         """Write what was computed since the last time, as one chunk. The host waits for the device.
 
         Raises:
-            RunFailed: a logit is not finite, or too large for float16 (nothing of it is written); or ``insist``.
+            RunFailed: a logit is not finite, or too large for float16 (nothing of it is written); or ``must_write``.
         """
         positions = self._current.missing[self._flushed : self._computed]
         if not len(positions):
@@ -178,7 +178,7 @@ class TeacherLogits:
             try:
                 self.cache.write(self._current.ids[positions], logits, changed.numpy())
             except RunFailed as error:  # the disk is full, or the folder is read-only
-                if self.insist:
+                if self.must_write:
                     raise
                 self._writable = False
                 print_line(f"teacher: continuing without adding to the cache: {error}")
@@ -266,7 +266,7 @@ class Filler:
         pairs = torch.zeros(2, CHUNK + 1, dtype=torch.int64, device=teacher.device)
         capture = teacher.device.type == "cuda"
         self._logits = TeacherLogits(
-            teacher, dataset, pairs, cache_dtype=cache_dtype, cache=None, capture=capture, insist=True
+            teacher, dataset, pairs, cache_dtype=cache_dtype, cache=None, capture=capture, must_write=True
         )
 
     def seconds_per_entry(self) -> float:
@@ -283,7 +283,7 @@ class Filler:
     def fill(self, cache: LogitCache, ids: Ids, *, advance: Callable[[int], object]) -> None:
         """Compute the entries ``ids`` (n,) that ``cache`` lacks, and write a chunk every ``CHUNK`` of them.
 
-        Whatever ends it, what is computed by then is written. ``advance`` is told the size of each batch.
+        Whatever is computed is written, even on an error. ``advance`` is told the size of each batch.
 
         Raises:
             RunFailed: there is no room for them, or the folder cannot be written, or a logit is not fit to be stored.

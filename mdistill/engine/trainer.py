@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mdistill import distributed
-from mdistill.engine.active_trial import ActiveTrial, raise_what_ended
+from mdistill.engine.active_trial import ActiveTrial, raise_errors
 from mdistill.engine.build import Experiment
 from mdistill.engine.console import StepBar, StopRequest, peak_memory_line, print_line
 from mdistill.engine.cuda_graph import Engine
@@ -45,9 +45,11 @@ def train_epoch(trials: Sequence[ActiveTrial], epoch: int, stop: StopRequest) ->
             for trial in trials:
                 if trial.ended is None and trial.progress.step == step:  # one that was resumed further on waits
                     with trial.guarded():
-                        trial.step(trial.loader.fetch(step))
+                        size = trial.loader.fetch(step)
+                        trial.run(train_step, size)  # as one CUDA graph, once it is captured
                         trial.progress.step += 1
-            bar.advance()
+            with trials[0].stream:
+                bar.advance()
 
 
 def end_epoch(trial: ActiveTrial, epoch: int, stop: StopRequest) -> None:
@@ -57,7 +59,8 @@ def end_epoch(trial: ActiveTrial, epoch: int, stop: StopRequest) -> None:
         Stopped: a stop was asked for; everything is saved.
         RunFailed: a loss or a teacher's logit is not finite; the last good checkpoint stays.
     """
-    finished = trial.end_training()
+    finished = trial.progress.step == trial.loader.steps
+    trial.end_training()
     evaluations = trial.launch_evaluations(epoch) if finished else {}
     if finished and epoch < trial.config.solver.epochs:
         trial.loader.prepare(epoch + 1)  # while the device is at work
@@ -67,7 +70,14 @@ def end_epoch(trial: ActiveTrial, epoch: int, stop: StopRequest) -> None:
     trial.save(results if finished else None)
     if distributed.any_rank(stop.signal is not None) and trial.progress.epoch <= trial.config.solver.epochs:
         trial.writer.wait()
-        where = f"after epoch {epoch}" if finished else f"after step {trial.progress.step} of epoch {epoch}"
+        step = trial.progress.step
+        where = (
+            f"after epoch {epoch}"
+            if finished
+            else f"after step {step} of epoch {epoch}"
+            if step
+            else f"before epoch {epoch}"
+        )
         who = stop.signal or "another process was asked to stop"
         raise Stopped(f"{who}: stopped {where}, saved to {trial.folder.checkpoint}; continue with --resume")
 
@@ -86,16 +96,16 @@ def fit(experiment: Experiment, folders: Sequence[RunFolder]) -> list[list[dict[
     """
     with ExitStack() as stack:
         trials = [
-            stack.enter_context(ActiveTrial(experiment, trial, train_step, folder, several=len(folders) > 1))
+            stack.enter_context(ActiveTrial(experiment, trial, folder, several=len(folders) > 1))
             for trial, folder in zip(experiment.trials, folders, strict=True)
         ]
         distributed.barrier()  # every rank has looked at the folders before rank 0 writes there
         for trial in trials:  # only now: one trial that cannot be continued leaves the folders of all as they were
             trial.prepare_folder()
-        stop = stack.enter_context(StopRequest())  # before the lines that tell of a beginning
+        stop = stack.enter_context(StopRequest())  # before the first printed line
         if experiment.teacher_note:
             print_line(f"teacher: {experiment.teacher_note}")
-        layout = experiment.metadata["memory_format"]
+        layout = experiment.metadata.get("memory_format", "as built")
         print_line(f"engine: {trials[0].engine}; precision {trials[0].config.run.precision}; memory format {layout}")
         for trial in trials:
             trial.print_start()
@@ -114,7 +124,7 @@ def fit(experiment: Experiment, folders: Sequence[RunFolder]) -> list[list[dict[
         print_line(peak_memory_line(experiment.device))
         if experiment.cache is not None:
             print_line(describe(experiment.cache))
-        raise_what_ended(trials)
+        raise_errors(trials)
         return [read_metrics(folder.path) for folder in folders]
 
 
@@ -124,7 +134,7 @@ def dry_run(experiment: Experiment) -> str:
     Raises:
         RunFailed: a loss term is not finite.
     """
-    trial = ActiveTrial(experiment, experiment.trials[0], train_step, engine=Engine("eager", "one step"))
+    trial = ActiveTrial(experiment, experiment.trials[0], engine=Engine("eager", "one step"))
     trial.begin_epoch(1)
     train_step(trial, trial.loader.fetch(0))
     trial.loader.finish()

@@ -23,16 +23,16 @@ def memory_format(network: nn.Module, device: torch.device, precision: Precision
     return torch.channels_last, f"tensor cores in {precision} on CUDA, an estimate, not measured"
 
 
-def place(network: nn.Module, device: torch.device, precision: Precision) -> str:
-    """Move ``network`` to ``device``, in the memory format that suits it there; returns the format and the reason."""
+def move(network: nn.Module, device: torch.device, precision: Precision) -> tuple[str, str]:
+    """Move ``network`` to ``device``, in the memory format that suits it there; returns its name and the reason."""
     layout, reason = memory_format(network, device, precision)
     network.to(device).to(memory_format=layout)
-    network.memory_format = layout  # type: ignore[assignment]  # read by ``arranged``; copies of the network have it too
-    return f"{str(layout).removeprefix('torch.')} ({reason})"
+    network.memory_format = layout  # type: ignore[assignment]  # copies of the network have it too
+    return str(layout).removeprefix("torch."), reason
 
 
-def arranged(network: nn.Module, image: Tensor) -> Tensor:
-    """``image`` (B, 3, H, W) in the memory format of a ``network`` that was placed; for another one as it is."""
+def to_layout(network: nn.Module, image: Tensor) -> Tensor:
+    """``image`` (B, 3, H, W) in the memory format of a ``network`` that was moved by ``move``; else as it is."""
     layout = getattr(network, "memory_format", None)
     return image if layout is None else image.contiguous(memory_format=layout)
 

@@ -13,7 +13,7 @@ Decay = Annotated[float, Field(gt=0, lt=1)]
 class AveragedNetwork(nn.Module):
     """A copy of a network that holds an average of its weights and buffers.
 
-    After step n (from 1) the average moves to the network by the share max(1 - decay, 1 / n): the plain average of all
+    After step n (from 1) the average moves to the network with weight max(1 - decay, 1 / n): the plain average of all
     steps so far while 1 / n is the larger, an exponential one with ``decay`` from then on, so that it never remembers
     how the network began. Without ``decay`` it stays the plain average, which Berezovskiy, Morozov, arXiv:2309.11446,
     train students with.
@@ -34,19 +34,20 @@ class AveragedNetwork(nn.Module):
         self.network = copy.deepcopy(network).requires_grad_(False)
         self.least = 0.0 if decay is None else 1 - decay
         self.first_epoch = first_epoch
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))  # steps in the average
+        device = next(network.parameters()).device
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))  # steps in the average
 
     @torch.no_grad()
     def update(self, network: nn.Module, epoch: Tensor) -> None:
         """Add ``network`` as it is after a step of ``epoch`` (); in place, without a read by the host."""
         self.count.add_(epoch >= self.first_epoch)
-        share = (1.0 / self.count.clamp(min=1)).clamp(min=self.least)
-        share = torch.where(self.count > 0, share, torch.ones_like(share))
+        weight = (1.0 / self.count.clamp(min=1)).clamp(min=self.least)
+        weight = torch.where(self.count > 0, weight, torch.ones_like(weight))
         ours, theirs = self.network.state_dict(), network.state_dict()
         names = [name for name, value in ours.items() if value.is_floating_point()]
         averages = [ours[name] for name in names]
         steps = torch._foreach_sub([theirs[name] for name in names], averages)
-        torch._foreach_mul_(steps, share)
+        torch._foreach_mul_(steps, weight)
         torch._foreach_add_(averages, steps)
         for name in ours.keys() - set(names):
             ours[name].copy_(theirs[name])

@@ -226,7 +226,6 @@ def test_to_moves_and_returns_self(small: InMemoryDataset):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cuda_device_gives_the_same_bits(small: InMemoryDataset):
     index, view = torch.arange(57), torch.arange(57) % 50
     expected, print_before = small.train_batch(index, view), small.fingerprint()

@@ -8,7 +8,7 @@ import torch
 
 from mdistill.data import InMemoryDataset
 from mdistill.data.loader import BatchLoader
-from mdistill.data.mixing import COLUMNS, Mixing, labels, least_certain, mix, plan, symmetric_beta, together, uniform
+from mdistill.data.mixing import COLUMNS, Mixing, concatenate, labels, least_certain, mix, plan, symmetric_beta, uniform
 from mdistill.data.sampling import epoch_plan, random_words
 
 from ..host_reads import NoHostReads
@@ -159,7 +159,7 @@ def test_the_teacher_picks_the_images_it_is_least_certain_of(data):
     columns = torch.from_numpy(plan(CUTMIX, 0, 1, 6, data.num_views, SIZE))
     own, other = (data.train_batch(index, torch.zeros(6, dtype=torch.int64)) for index in (torch.arange(6), columns[0]))
     mixed = mix(CUTMIX, own, other, columns, CLASSES)
-    batch = together([mixed.select(torch.arange(start, start + 3), teacher_logits=None) for start in (0, 3)], keep=3)
+    batch = concatenate([mixed.select(torch.arange(start, start + 3), teacher_logits=None) for start in (0, 3)], keep=3)
     assert batch.keep == 3
     teacher_logits = torch.eye(CLASSES)[torch.arange(6) % CLASSES] * torch.tensor([6.0, 1, 4, 2, 5, 3])[:, None]
     with NoHostReads():

@@ -225,7 +225,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_old_checkpoint(
     assert (parts / "seed0" / "last.pt").read_bytes() == before
     assert not list((parts / "seed0").glob(".*.tmp"))
     assert len(read_metrics(parts / "seed0")) == 2
-    assert "after the last epoch" not in capsys.readouterr().out.splitlines()[-1]
+    assert ", the last one" not in capsys.readouterr().out.splitlines()[-1]
     runs.train(cfg, parts, mode="resume")
     runs.assert_same_runs(whole, parts)
 
@@ -283,7 +283,7 @@ def test_a_state_that_is_not_finite_is_never_written(part: str, value: float, cf
         "solver": (state["solver"]["state"][0]["momentum_buffer"], "solver.state.0.momentum_buffer"),
     }[part]
     tensor.view(-1)[0] = value
-    message = f"state is not finite, nothing is saved: {name} and 0 more; {path} keeps the last good state"
+    message = f"state is not finite, nothing is saved: {name}; {path} keeps the last good state"
     with pytest.raises(RunFailed) as caught:
         checkpoint.write(path, state)
     assert str(caught.value) == message

@@ -334,7 +334,7 @@ def test_a_capture_that_fails_twice_is_told_in_one_line_with_its_deepest_cause(
         step(8)
     assert tape.calls == ["run 8"] * 3 + ["capture", "capture"] + ["run 8"] * 3
     assert capsys.readouterr().out == (
-        f"engine: teacher batch could not be captured ({cause}); going on eagerly, with the same results\n"
+        f"engine: teacher batch could not be captured ({cause}); continuing eagerly, with the same results\n"
     )
 
 
@@ -609,7 +609,7 @@ def test_a_compilation_that_fails_is_told_once_and_changes_nothing(
         failed = [line for line in capsys.readouterr().out.splitlines() if "failed" in line]
         assert len(failed) == 1
         assert failed[0].startswith("engine: compile failed (")
-        assert failed[0].endswith("); going on eagerly, with the same results")
+        assert failed[0].endswith("); continuing eagerly, with the same results")
     runs.assert_same_runs(tmp_path / "eager", tmp_path / "compile")
 
 
@@ -620,13 +620,13 @@ def test_a_compilation_that_fails_is_told_once_and_changes_nothing(
 def test_what_a_step_reads_and_writes_stays_where_it_is(tmp_path: Path) -> None:
     """Addresses over epochs: plan, position, epoch, rate, the teacher's logits, metrics and state."""
     experiment = runs.experiment(config_of(tmp_path, "mcld"), "solver.ema_decay=0.9")
-    trial = ActiveTrial(experiment, experiment.trials[0], train_step)
+    trial = ActiveTrial(experiment, experiment.trials[0])
     holders = {"trial": trial, "loader": trial.loader, "teacher": trial.loader._teacher, "metrics": trial.metrics}
     addresses: list[dict[str, int]] = []
     for epoch in (1, 2, 3):
         trial.begin_epoch(epoch)
         for number in range(trial.loader.steps):
-            trial.step(trial.loader.fetch(number))
+            trial.run(train_step, trial.loader.fetch(number))
         trial.loader.finish()
         assert int(trial.epoch) == epoch
         assert trial.metrics.read(epoch).images == runs.IMAGES

@@ -115,7 +115,7 @@ def first_gradients(folder: Path, rank: int) -> Any:
 def gradients(folder: Path) -> list[Tensor]:
     """Of the first step, as the solver used them."""
     experiment = runs.experiment(folder / "plain" / "kd.yaml", cache=False)
-    trial = ActiveTrial(experiment, experiment.trials[0], trainer.train_step)
+    trial = ActiveTrial(experiment, experiment.trials[0])
     trial.begin_epoch(1)
     trainer.train_step(trial, trial.loader.fetch(0))
     trial.loader.close()
@@ -203,7 +203,7 @@ def test_rank_0_alone_writes(folder: Path) -> None:
 def test_rank_0_alone_tells_how_the_run_goes(folder: Path) -> None:
     outs = [folder.joinpath(f"out{rank}").read_text() for rank in range(RANKS)]
     assert "epoch 2/2" in outs[0]
-    assert outs[1] == ""
+    assert [line for line in outs[1].splitlines() if not line.startswith("[Gloo]")] == []  # torch 2.9's own lines
 
 
 @METHODS

@@ -10,7 +10,8 @@ from torch import nn
 from mdistill.data import DATASETS
 from mdistill.distillers import StepOutput
 from mdistill.engine.evaluate import evaluate
-from mdistill.engine.metrics import NonFiniteLoss, RunningMetrics
+from mdistill.engine.metrics import RunningMetrics
+from mdistill.errors import RunFailed
 from mdistill.optim.schedules import learning_rate
 from mdistill.optim.solvers import SGD
 
@@ -82,7 +83,7 @@ def test_the_first_non_finite_term_and_step_are_named(bad: float) -> None:
     metrics = RunningMetrics(CPU)
     for ce, kd in ((1.0, 1.0), (1.0, bad), (bad, 1.0), (1.0, 1.0)):
         metrics.update(output(torch.eye(2), [0, 1], ce=ce, kd=kd))
-    with pytest.raises(NonFiniteLoss, match="loss term 'kd' is not finite from step 2 of epoch 7 on"):
+    with pytest.raises(RunFailed, match="loss term 'kd' is not finite from step 2 of epoch 7 on"):
         metrics.read(epoch=7)
 
 

@@ -103,7 +103,7 @@ class TestMixedImages:
         ("overrides", "line"),
         [
             (["data.mixing={name: mixup,alpha: 1}", "distiller={name: la, ce_weight: 0, kd_weight: 1, temperature: 4}"],
-             "data.mixing: 'mixup' gives an image shares of two classes and the method 'la' needs one class per image;"
+             "data.mixing: 'mixup' makes soft labels and the method 'la' needs one class per image;"
              " remove data.mixing or take another method"),
             (["data.mixing={name: mixup, alpha: 0}"],
              "command line: data.mixing.alpha: should be greater than 0, found 0"),

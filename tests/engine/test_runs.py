@@ -240,7 +240,7 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(student_cfg: Path
         return Batch(batch.image * float("nan"), batch.target, index, view) if calls[0] == 2 else batch
 
     experiment.dataset.train_batch = poisoned  # type: ignore[method-assign]
-    pattern = r"loss term 'ce' is not finite from step 2 of epoch 2 on; .*last.pt keeps the state before this epoch"
+    pattern = r"loss term 'ce' is not finite from step 2 of epoch 2 on; .*last.pt keeps the last good state"
     with pytest.raises(RunFailed, match=pattern):
         trainer.fit(experiment, [RunFolder(folder, "resume")])
     assert (folder / "last.pt").read_bytes() == before

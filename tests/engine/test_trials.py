@@ -176,7 +176,7 @@ def test_a_seed_that_fails_leaves_the_others_to_finish(
         runs.train(kd_cfg, together, seeds=SEEDS)
     assert str(caught.value) == (
         "seed 1: loss term 'ce' is not finite from step 3 of epoch 2 on;"
-        f" {together / 'seed1' / 'last.pt'} keeps the state before this epoch"
+        f" {together / 'seed1' / 'last.pt'} keeps the last good state"
     )
     assert runs.place(together, 1) == (2, 0)
     assert len(read_metrics(together / "seed1")) == 1
@@ -281,13 +281,13 @@ def test_one_teacher_is_shared_and_its_logits_stay_with_their_seed(kd_cfg: Path)
     assert experiment.teacher is not None
     assert first.distiller.teacher is second.distiller.teacher is not None
     assert first.distiller.student is not second.distiller.student
-    trials = [ActiveTrial(experiment, trial, train_step) for trial in experiment.trials]
+    trials = [ActiveTrial(experiment, trial) for trial in experiment.trials]
     for epoch in (1, 2):
         for trial in trials:
             trial.begin_epoch(epoch)
         for step in range(runs.STEPS):
             for trial in trials:
-                trial.step(trial.loader.fetch(step))
+                trial.run(train_step, trial.loader.fetch(step))
         for seed, trial in enumerate(trials):
             trial.loader.finish()
             plan = epoch_plan(seed, epoch, runs.IMAGES, 162)
@@ -323,7 +323,7 @@ def test_only_every_so_many_epochs_are_evaluated_and_the_last(
         best = max(done, key=lambda other: other["test/top1"], default={})
         assert line.get("best/epoch") == best.get("epoch")
         assert line.get("best/top1") == best.get("test/top1")
-    assert f"test top-1 {metrics[-1]['test/top1']:.2f} after the last epoch, {epochs} (best " in out
+    assert f"test top-1 {metrics[-1]['test/top1']:.2f} after epoch {epochs}, the last one (best " in out
 
 
 def test_evaluating_less_often_trains_the_same(kd_cfg: Path, tmp_path: Path) -> None:
