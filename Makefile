@@ -1,6 +1,7 @@
 # make quickstart   set up and run the main job on the embedded data set (no GPU, no downloads of data)
 # make test         set up and run every test
 # make test-fast    set up and run the tests that take no seconds each, in at most 90 seconds
+# make test-pretend set up and run the tests that need a GPU on a pretended one (5 minutes)
 # make lint         set up, then ruff and mypy
 # make setup        only set up: .venv with everything in it
 # make format       let ruff format and mend what it can
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart test test-fast lint format bench clean
+.PHONY: setup quickstart test test-fast test-pretend lint format bench clean
 
 setup: $(STAMP)
 
@@ -31,6 +32,9 @@ test: setup
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-pretend: setup
+	MDISTILL_PRETEND_CUDA=1 $(BIN)/python -m pytest -m gpu
 
 lint: setup
 	$(BIN)/ruff check .

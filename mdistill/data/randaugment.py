@@ -211,8 +211,7 @@ class Strengthen:
 
         # equalize: the values that occur spread over 0 to 255, each according to how many pixels are below it.
         index = image.int().long()  # in two steps, which is faster
-        count = torch.zeros_like(table, dtype=torch.int32)
-        count.scatter_add_(2, index, torch.ones_like(image, dtype=torch.int32))
+        count = _histograms(index)
         below = count.cumsum(2, dtype=torch.int32).sub_(count)
         step = below.gather(2, highest.long()) // 255  # 0 where most pixels have the greatest value: left as it is
         even = (below + step // 2).div_(step.clamp(min=1), rounding_mode="floor").clamp_(max=255)
@@ -251,6 +250,18 @@ class Strengthen:
         first = ((4 * (2 * centre + 1) - (2 * side + 1)) * self.size // 2048).clamp(min=0)
         last = first + (2 * side + 1) * self.size // 1024
         return ((self._place >= first[:, None]) & (self._place <= last[:, None])).float()
+
+
+def _histograms(values: Tensor) -> Tensor:
+    """How often each of 256 values occurs: (B, 3, P) int64 -> (B, 3, 256) int32."""
+    count = torch.zeros(*values.shape[:2], 256, dtype=torch.int32, device=values.device)
+    ones = torch.ones_like(values, dtype=torch.int32)
+    if not values.is_cuda:
+        return count.scatter_add_(2, values, ones)
+    # In one dimension: in more, deterministic kernels of torch 2.9 copy from the host, which no capture allows.
+    places = values + torch.arange(0, count.numel(), 256, device=values.device).view(*values.shape[:2], 1)
+    count.view(-1).scatter_add_(0, places.flatten(), ones.flatten())
+    return count
 
 
 def _weights(name: str, value: float) -> tuple[float, ...]:

@@ -51,6 +51,22 @@ def class_mask(classes: Tensor, num_classes: int) -> Tensor:
     return classes[:, None] == torch.arange(num_classes, device=classes.device)
 
 
+def of_class(values: Tensor, classes: Tensor) -> Tensor:
+    """Each row's value at its class, as ``values.gather(1, classes[:, None])`` gives it.
+
+    For the backward pass of that, deterministic kernels of torch 2.9 copy from the host, which no capture allows.
+
+    Args:
+        values: (B, C).
+        classes: (B,) int64.
+
+    Returns:
+        (B, 1).
+    """
+    rows = torch.arange(len(values), device=values.device)
+    return values.flatten().index_select(0, rows * values.shape[1] + classes)[:, None]
+
+
 def class_probs(target: Tensor, like: Tensor) -> Tensor:
     """Labels as class probabilities, in the shape and type of the logits ``like``: (B,) int64 or (B, C) -> (B, C)."""
     return (class_mask(target, like.shape[1]) if target.ndim == 1 else target).to(like.dtype)
@@ -68,7 +84,7 @@ def binary_log_probs(log_probs: Tensor, classes: Tensor) -> Tensor:
     Returns:
         (B, 2).
     """
-    this = log_probs.gather(1, classes[:, None])  # (B, 1)
+    this = of_class(log_probs, classes)  # (B, 1)
     others = log_probs.masked_fill(class_mask(classes, log_probs.shape[1]), -torch.inf)
     return torch.cat([this, others.logsumexp(dim=1, keepdim=True)], dim=1)
 

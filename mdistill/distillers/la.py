@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mdistill.data.batch import DataInfo
 from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
+from mdistill.distillers.functional import class_mask, of_class
 from mdistill.distillers.kd import kd_loss
 from mdistill.registry import NonNegative, Positive
 
@@ -25,9 +26,9 @@ def swap(logits: Tensor, target: Tensor) -> Tensor:
     Returns:
         (B, C).
     """
-    of_target = logits.gather(1, target[:, None])
-    largest, predicted = logits.max(dim=1, keepdim=True)
-    return logits.scatter(1, predicted, of_target).scatter(1, target[:, None], largest)
+    largest, predicted = logits.max(dim=1, keepdim=True)  # (B, 1)
+    first, second = (class_mask(classes, logits.shape[1]) for classes in (predicted[:, 0], target))
+    return logits.where(~first, of_class(logits, target)).where(~second, largest)
 
 
 def la_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, temperature: float) -> Tensor:

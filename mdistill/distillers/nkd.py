@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from mdistill.data.batch import DataInfo
 from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
-from mdistill.distillers.functional import class_mask, masked_log_softmax
+from mdistill.distillers.functional import class_mask, masked_log_softmax, of_class
 from mdistill.registry import NonNegative, Positive
 
 
@@ -30,8 +30,8 @@ def target_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) 
     Returns:
         (), the mean over B.
     """
-    weight = F.softmax(teacher_logits, dim=1).gather(1, target[:, None])
-    return -(weight * F.log_softmax(student_logits, dim=1).gather(1, target[:, None])).mean()
+    weight = of_class(F.softmax(teacher_logits, dim=1), target)
+    return -(weight * of_class(F.log_softmax(student_logits, dim=1), target)).mean()
 
 
 def non_target_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, temperature: float) -> Tensor:

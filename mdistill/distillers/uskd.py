@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mdistill.data.batch import DataInfo
 from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
-from mdistill.distillers.functional import class_mask, masked_log_softmax
+from mdistill.distillers.functional import class_mask, masked_log_softmax, of_class
 from mdistill.errors import UserError
 from mdistill.models.base import Features
 from mdistill.registry import NonNegative
@@ -37,7 +37,7 @@ def target_label_loss(logits: Tensor, target: Tensor) -> Tensor:
     Returns:
         (), the mean over B.
     """
-    log_prob = F.log_softmax(logits, dim=1).gather(1, target[:, None]).squeeze(1)  # (B,)
+    log_prob = of_class(F.log_softmax(logits, dim=1), target).squeeze(1)  # (B,)
     square = (2 * log_prob.detach()).exp()
     return -((square + 1 - square.mean()) * log_prob).mean()
 
@@ -117,7 +117,7 @@ class USKD(Distiller):
             but one, -2.
     """
 
-    needs = Needs(teacher="none", student="features")
+    needs = Needs(teacher="none", student="features", features=("stages",))
 
     def __init__(
         self,
