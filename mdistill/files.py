@@ -29,8 +29,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        kept = "; the previous file is kept" if os.path.exists(path) else ""
-        raise RunFailed(f"could not write {path}: {error}{kept}") from error
+        note = "; the previous file is kept" if os.path.exists(path) else ""
+        raise RunFailed(f"could not write {path}: {error}{note}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()

@@ -201,12 +201,12 @@ def _add_figure(image: Floats, x: Floats, y: Floats, classes: _Classes, labels: 
 def _properties(classes: _Classes, labels: Integers, draw: "_Draws") -> dict[str, Floats]:
     """Each image's own properties, (N, 1, 1) each: those of its class, and a little more or less."""
     stray = JITTER * classes.step
-    found = {}
+    properties = {}
     for column, (name, (low, high, spread, relative)) in enumerate(PROPERTIES.items()):
         centre = low + (high - low) * classes.centre[labels, column]
         variation = spread * (classes.variation[labels, column] + draw.next(-stray, stray))
-        found[name] = _column(centre * (1 + variation) if relative else centre + variation)
-    return found
+        properties[name] = _column(centre * (1 + variation) if relative else centre + variation)
+    return properties
 
 
 def _add_bar(image: Floats, x: Floats, y: Floats, draw: "_Draws") -> None:
@@ -230,13 +230,13 @@ def _rotate(x: Floats, y: Floats, half_tangent: Floats) -> tuple[Floats, Floats]
 
 def _cosine(cosine: Floats, multiple: Integers) -> Floats:
     """cos(k t) from cos t (N, 32, 32), with each image's own k = ``multiple`` (N,), by Chebyshev's recurrence."""
-    found = np.zeros_like(cosine)
+    multiples = np.zeros_like(cosine)
     before, now = np.ones_like(cosine), cosine
     for k in range(1, max(LOBES) + 1):
         rows = np.flatnonzero(multiple == k)
-        found[rows] = now[rows]
+        multiples[rows] = now[rows]
         before, now = now, 2 * cosine * now - before
-    return found
+    return multiples
 
 
 def _wave(phase: Floats) -> Floats:
@@ -268,11 +268,11 @@ PATTERNS: tuple[Callable[[Floats, Floats, Floats], Floats], ...] = (_stripes, _c
 
 def _pattern(a: Floats, b: Floats, phase: Floats, which: Integers) -> Floats:
     """Each image's pattern, about -1 to 1, over coordinates in waves: all (N, 32, 32), ``phase`` (N, 1, 1)."""
-    found = np.empty_like(a)
+    patterns = np.empty_like(a)
     for kind, pattern in enumerate(PATTERNS):
         rows = np.flatnonzero(which == kind)
-        found[rows] = pattern(a[rows], b[rows], phase[rows])
-    return found
+        patterns[rows] = pattern(a[rows], b[rows], phase[rows])
+    return patterns
 
 
 def _rainbow(hue: Floats) -> Floats:

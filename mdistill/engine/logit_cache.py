@@ -177,9 +177,9 @@ class LogitCache:
                 raise ValueError("it is of another teacher, data set or version")
             chunk = {key: file.get_tensor(key).numpy() for key in ("entries", "logits", "changed")}  # maps, no copies
         ids, count, start = chunk["entries"], len(chunk["entries"]), self._starts[-1]
-        found = [(array.dtype, array.shape) for array in chunk.values()]
-        if found != [(np.int64, (count,)), (self._dtype, (count, self.classes)), (np.bool_, (count,))]:
-            raise ValueError(f"it holds {found}")
+        layout = [(array.dtype, array.shape) for array in chunk.values()]
+        if layout != [(np.int64, (count,)), (self._dtype, (count, self.classes)), (np.bool_, (count,))]:
+            raise ValueError(f"it holds {layout}")
         if header.get("checksum") != _checksum(chunk):
             raise ValueError("its checksum is wrong")
         if not count or ids[0] < 0 or ids[-1] >= self.entries or (ids[1:] <= ids[:-1]).any():

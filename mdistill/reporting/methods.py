@@ -169,10 +169,10 @@ def _cache(teacher: str, views: int) -> str:
 def _configuration(folder: Path) -> "tuple[str, Config | None]":
     from mdistill.config import load
 
-    found = sorted(folder.glob("[!_]*.yaml"), key=lambda path: (path.name not in FIRST, path.name))
-    if not found:
+    paths = sorted(folder.glob("[!_]*.yaml"), key=lambda path: (path.name not in FIRST, path.name))
+    if not paths:
         return "", None
-    return "/".join(found[0].parts[-4:]), load(found[0])
+    return "/".join(paths[0].parts[-4:]), load(paths[0])
 
 
 def _settings(name: str, config: "Config") -> dict[str, Any]:

@@ -56,7 +56,7 @@ def pinned(*shape: int) -> Tensor:
 
 def capture(function: Callable[[], Any], **options: Any) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, **options):
+    with torch.cuda.graph(graph, **{"capture_error_mode": "thread_local", **options}):  # other tests leave threads
         function()
     return graph
 
@@ -444,7 +444,7 @@ def garbage_collected_during_a_capture(patch: Patch) -> None:
 @fault("streamed", "another thread may call CUDA")
 def capture_that_forbids_calls_by_other_threads(patch: Patch) -> None:
     def capture_graph(function: Callable[[], None]) -> Callable[[], None]:
-        return capture(function, stream=torch.cuda.current_stream()).replay
+        return capture(function, stream=torch.cuda.current_stream(), capture_error_mode="global").replay
 
     patch.setattr(cuda_graph, "capture_graph", capture_graph)
 
