@@ -63,6 +63,7 @@ def test_a_tool_is_a_door_to_its_command(command: str) -> None:
     assert tool.main.__module__ == f"mdistill.cli.{command}"
 
 
+@pytest.mark.slow
 def test_a_tool_runs_as_a_script() -> None:
     command = [sys.executable, str(ROOT / "tools" / "eval.py"), "nowhere"]
     result = subprocess.run(

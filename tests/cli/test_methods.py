@@ -36,6 +36,7 @@ def test_a_stale_page_is_reported_and_mended(tmp_path, monkeypatch, capsys):
     assert main(["--check"]) == 0
 
 
+@pytest.mark.slow
 def test_the_command_lists_all_methods_or_some_whole(capsys):
     assert main([]) == 0
     everything = capsys.readouterr().out

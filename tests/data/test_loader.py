@@ -133,6 +133,7 @@ def test_begun_at_any_step_the_batches_are_the_same(kind: str) -> None:
 
 
 @kinds
+@pytest.mark.slow
 def test_an_epoch_left_early_does_not_show_in_the_next(kind: str) -> None:
     source, other = loader_of(kind), loader_of(kind)
     batches(source, epoch=1, last=1)
@@ -142,6 +143,7 @@ def test_an_epoch_left_early_does_not_show_in_the_next(kind: str) -> None:
 
 
 @kinds
+@pytest.mark.slow
 def test_an_epoch_prepared_ahead_is_the_same_and_leaves_the_one_at_hand_alone(kind: str) -> None:
     source, other = loader_of(kind), loader_of(kind)
     expected = values(batches(other, epoch=1)), values(batches(other, epoch=2))

@@ -179,6 +179,7 @@ def test_an_operation_is_pillows_to_the_last_bit(name: str, size: int):
 
 
 @pytest.mark.parametrize("name", ["rotate", "shear_x", "shear_y", "translate_x", "translate_y"])
+@pytest.mark.slow
 def test_a_geometric_operation_is_pillows_at_every_level(name: str):
     size = 32
     image = np.arange(1, 3 * size * size + 1).reshape(1, size, size, 3).astype(np.uint8).repeat(1024, axis=0)

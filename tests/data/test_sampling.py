@@ -87,6 +87,7 @@ def test_derived_seeds_differ_by_stream_and_seed_and_fit_a_torch_generator():
         torch.Generator().manual_seed(seed)
 
 
+@pytest.mark.slow
 def test_derived_seeds_are_the_same_in_another_process():
     code = "from mdistill.data.sampling import derive_seed; print(derive_seed(5, 'student'))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

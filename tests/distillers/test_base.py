@@ -184,6 +184,7 @@ class TestMixedImages:
         assert output.target is batch.target
 
     @pytest.mark.parametrize("name", [n for n in examples.METHODS if DISTILLERS.get(n).needs.labels != "hard"])
+    @pytest.mark.slow
     def test_methods_that_take_class_probabilities_train_on_them(self, name):
         """A probability of 1 is a class: both give the same loss."""
         batch = examples.batch()

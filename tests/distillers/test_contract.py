@@ -91,6 +91,7 @@ def test_every_loss_lists_its_arguments_and_the_shape_of_its_result(name):
 
 
 @every_method
+@pytest.mark.slow
 def test_a_training_step_never_waits_for_the_device(name):
     """Forward, solver and the method's own state."""
     examples.steps_without_host_reads(examples.build(name), (8, 8, 8, 8, 8, 5))
@@ -220,6 +221,7 @@ def test_evaluation_leaves_everything_as_it_is(name):
 
 
 @pytest.mark.parametrize("name", [name for name in [*METHODS, *examples.HOOKS] if examples.build(name).teacher])
+@pytest.mark.slow
 def test_the_teacher_stays_as_it_is_in_every_mode(name):
     distiller = examples.build(name)
     before = copy.deepcopy(distiller.teacher.state_dict())
@@ -235,6 +237,7 @@ def test_the_teacher_stays_as_it_is_in_every_mode(name):
 
 
 @every_method
+@pytest.mark.slow
 def test_a_restored_method_continues_bit_for_bit(name):
     unbroken, restored = examples.build(name), examples.build(name)
     for number in range(6):  # enough for a queue of all samples to wrap around

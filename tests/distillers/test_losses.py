@@ -151,6 +151,7 @@ def test_is_0_where_student_equals_teacher(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.slow
 def test_gradient_equals_finite_differences(loss):
     cases = inputs()
     for case in ("plain", "every class masked", "2 classes", "batch of 1"):

@@ -91,6 +91,7 @@ def epochs(sizes: list[int], count: int) -> list[Tensor]:
         pytest.param(64, 27, id="older-copies"),
     ],
 )
+@pytest.mark.slow
 def test_equals_plain_loops_over_many_steps(queue_size, num_samples):
     """Batches of 8, 8, 8 and 3: unfilled positions, wrap-around, partial batches, own older copies in the queue."""
     data = examples.data_info(num_samples=num_samples)

@@ -196,6 +196,7 @@ def total(settings, views, target):
 
 
 @pytest.mark.parametrize("inputs", ["8x100", "5x10"])
+@pytest.mark.slow
 def test_the_method_equals_the_published_total_of_two_views(inputs):
     """Value and gradient of the weak view's logits, to 1e-9."""
     rows = json.loads((golden.FOLDER / "logit_losses.json").read_text())

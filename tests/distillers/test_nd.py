@@ -166,6 +166,7 @@ def test_networks_of_equal_width_need_no_embedding():
     assert not list(examples.build("nd").embedding.parameters())
 
 
+@pytest.mark.slow
 def test_networks_of_unequal_width_are_joined_by_a_trained_embedding():
     distiller = build_unequal()
     assert distiller.class_means.shape == (examples.CLASSES, 9)

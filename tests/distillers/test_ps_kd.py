@@ -93,6 +93,7 @@ def test_a_step_writes_the_rows_of_its_batch_alone():
 
 
 @pytest.mark.parametrize("stop", [3, 6, 8, 13])
+@pytest.mark.slow
 def test_resumes_exactly_within_an_epoch_and_between_two(stop):
     steps = list(epochs_of_samples())
     unbroken, resumed = examples.build("ps_kd"), examples.build("ps_kd")

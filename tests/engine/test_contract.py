@@ -53,6 +53,7 @@ def write(case: str, folder: Path) -> Path:
 
 
 @cases
+@pytest.mark.slow
 def test_a_run_stopped_in_mid_epoch_and_resumed_equals_an_unbroken_one(case: str, tmp_path: Path) -> None:
     """Bit for bit: weights, momentum, averages, the method's state, metrics and exported networks."""
     cfg = write(case, tmp_path)

@@ -198,6 +198,7 @@ EVERY_METHOD = {method: (method,) for method in [*METHODS, "drawing_method", "po
 
 @pytest.mark.usefixtures("rate_in_a_tensor")
 @pytest.mark.parametrize("recipe", [*EVERY_METHOD, *RECIPES])
+@pytest.mark.slow
 def test_a_replayed_and_resumed_run_equals_an_eager_one(recipe: str, tmp_path: Path) -> None:
     """Bit for bit, stopped in the middle of the second epoch: weights, averages, buffers, momentum, queues, metrics."""
     method, *overrides = {**EVERY_METHOD, **RECIPES}[recipe]
@@ -244,6 +245,7 @@ def test_captured_teacher_batches_give_the_same_logits(cache: bool, tmp_path: Pa
         ("dist", ("data.mixing={name: cutmix, alpha: 1.0}", "solver.name=dot", "solver.delta=0.05"), 2),
     ],
 )
+@pytest.mark.slow
 def test_replayed_trials_equal_eager_ones(
     method: str, overrides: tuple[str, ...], captures: int, tmp_path: Path
 ) -> None:
@@ -516,6 +518,7 @@ def test_a_compiled_run_is_close_to_an_eager_one(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("method", ["kd", "vanilla", "pooled_method"])
+@pytest.mark.slow
 def test_only_full_training_batches_are_compiled(method: str, tmp_path: Path, compilations: list[Any]) -> None:
     """One graph per run: not evaluation, not the last batch, no second epoch, not the teacher."""
     cfg = config_of(tmp_path, method)
@@ -537,6 +540,7 @@ def test_trials_share_a_compilation(tmp_path: Path, compilations: list[Any]) -> 
 
 @pytest.mark.usefixtures("compilations")
 @pytest.mark.parametrize("stop_at", [1, 7, 10])
+@pytest.mark.slow
 def test_a_compiled_run_is_stopped_and_resumed(stop_at: int, tmp_path: Path) -> None:
     cfg = config_of(tmp_path, "mcld")
     runs.train(cfg, tmp_path / "whole", "run.engine=compile")
@@ -547,6 +551,7 @@ def test_a_compiled_run_is_stopped_and_resumed(stop_at: int, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("features", [False, True])
+@pytest.mark.slow
 def test_compiling_leaves_the_state_as_it_is(features: bool, compilations: list[Any]) -> None:
     """It is tried forward and backward on images of its own; other sizes and eager calls compile nothing anew."""
     network = MODELS.build("resnet8", 10)
@@ -597,6 +602,7 @@ def broken_compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("broken_compiler")
 @pytest.mark.parametrize("method", ["mcld", "pooled_method"])
+@pytest.mark.slow
 def test_a_compilation_that_fails_is_told_once_and_changes_nothing(
     method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

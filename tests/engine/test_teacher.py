@@ -304,6 +304,7 @@ def require(precision: Precision) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_cache_that_was_filled_in_another_order_changes_no_bit(
     precision: Precision, dtype: str, conv_cfg: Path, tmp_path: Path, asked: Asked
 ) -> None:
@@ -331,6 +332,7 @@ def prefill(made: build.Experiment, ids: Ids) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.slow
 def test_a_stored_logit_is_the_teachers_rounded_once(dtype: str, conv_cfg: Path, tmp_path: Path) -> None:
     """Against the frozen teacher itself, and against the network as it came, in float64."""
     made = experiment(conv_cfg, tmp_path / "cache", "run.precision=fp32", f"run.teacher_logits={dtype}")

@@ -89,6 +89,7 @@ def test_seeds_together_equal_each_alone(
     assert not torch.equal(*weights)
 
 
+@pytest.mark.slow
 def test_each_of_several_stopped_seeds_resumes_by_itself(
     cfg: Path, alone: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +113,7 @@ def test_each_of_several_stopped_seeds_resumes_by_itself(
     assert_same_trials(expected, together)
 
 
+@pytest.mark.slow
 def test_seeds_at_different_places_go_on_together(
     cfg: Path, alone: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,6 +336,7 @@ def test_evaluating_less_often_trains_the_same(kd_cfg: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("stop_at", [3, 5, 9, 10, 14, 23])
+@pytest.mark.slow
 def test_a_resumed_run_evaluates_when_an_unbroken_one_does(stop_at: int, vanilla_cfg: Path, tmp_path: Path) -> None:
     """Stopped within epochs that are and are not evaluated, and behind them; twice before there is a best."""
     overrides = ("run.evaluate_every=2", "solver.epochs=5")
