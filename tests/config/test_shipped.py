@@ -20,6 +20,8 @@ from mdistill.models.names import SHORT_NAMES, pair_file_name
 from mdistill.optim.solvers import SOLVERS
 from mdistill.reporting.published import read_published
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 EVERY = sorted(CONFIGS.rglob("*.yaml"))

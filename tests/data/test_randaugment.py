@@ -13,6 +13,8 @@ from mdistill.data.sampling import random_words
 
 from ..host_reads import NoHostReads
 
+pytestmark = pytest.mark.slow
+
 NAMES = [operation.name for operation in randaugment.OPERATIONS]
 LEVELS = [
     0,

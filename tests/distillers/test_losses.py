@@ -28,6 +28,8 @@ from mdistill.distillers.wttm import wttm_loss
 
 from . import examples
 
+pytestmark = pytest.mark.slow
+
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

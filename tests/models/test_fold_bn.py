@@ -19,6 +19,8 @@ from mdistill.models.layers import BatchNorm2d
 
 from .zoo import EACH
 
+pytestmark = pytest.mark.slow
+
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 NOT_AFTER_A_LAYER = {"wrn_16": 7, "wrn_28": 13, "wrn_40": 19}  # BatchNorm layers of a sum or of a returned feature
 

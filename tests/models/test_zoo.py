@@ -27,6 +27,8 @@ from mdistill.models.layers import BatchNorm2d
 from ..host_reads import NoHostReads
 from .zoo import EACH, ZOO
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parent.parent / "golden"
 PUBLISHED = {
     MODELS.canonical(name): (name, entry) for name, entry in json.loads((GOLDEN / "models.json").read_text()).items()
