@@ -74,9 +74,7 @@ class LogitCache:
         except OSError as error:
             raise UserError(f"--cache-root: {root} cannot be written: {error}") from None
         for old in sorted(root.glob("*/table.json")):
-            print_line(
-                f"teacher: {old.parent} holds logits of an earlier version, which are not read; it can be deleted"
-            )
+            print_line(f"teacher: {old.parent} holds logits of an earlier version, not read now; it can be deleted")
         for temporary in self.path.glob(".*.tmp"):
             with suppress(OSError):
                 if time.time() - temporary.stat().st_mtime > STALE:

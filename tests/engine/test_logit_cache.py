@@ -372,7 +372,7 @@ def test_tables_of_the_first_edition_are_not_read_and_told_of(
         (old / name).write_text("{}")
     cache = opened(tmp_path)
     assert capsys.readouterr().out == (
-        f"teacher: {old} holds logits of an earlier version, which are not read; it can be deleted\n"
+        f"teacher: {old} holds logits of an earlier version, not read now; it can be deleted\n"
     )
     fill(cache, np.arange(3))
     assert_holds(cache, np.arange(3))
