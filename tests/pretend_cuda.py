@@ -235,7 +235,7 @@ class Capture:
             as_bytes(value).fill_(0xFF)
 
 
-class graph:  # noqa: N801
+class GraphContext:
     """``torch.cuda.graph``: captures what is launched within, without effect."""
 
     def __init__(
@@ -720,7 +720,7 @@ def pretend() -> Iterator[Device]:
         "device_count": lambda: 1,
         "empty_cache": lambda: None,
         "get_device_name": lambda device=None: "pretended",
-        "graph": graph,
+        "graph": GraphContext,
         "is_available": lambda: True,
         "is_bf16_supported": lambda including_emulation=True: True,
         "is_initialized": lambda: True,

@@ -62,7 +62,7 @@ def write_config(
         "solver": {"name": "sgd", "epochs": EPOCHS, "lr": 0.05, "milestones": [], "gamma": 0.1}
         | {"momentum": 0.9, "weight_decay": 5e-4, **(solver or {})},
     }
-    if DISTILLERS.get(method).needs.teacher != "none":  # type: ignore[attr-defined]
+    if DISTILLERS.get(method).needs.teacher != "none":
         settings["teacher"] = {"name": student, "checkpoint": "teacher.pt"}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)

@@ -311,9 +311,7 @@ def test_student_and_teacher_each_run_in_their_own_precision(
     for name, network in networks:
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
-                module.register_forward_hook(
-                    lambda module, inputs, output, name=name: types_of[name].add(output.dtype)  # type: ignore[misc]
-                )
+                module.register_forward_hook(lambda module, inputs, output, name=name: types_of[name].add(output.dtype))
     output = distiller(batch, torch.tensor(1))  # here the method's own teacher, as no logits came with the batch
     assert types_of == {"student": types[student], "teacher": types[teacher]}
     assert output.logits.dtype == torch.float32

@@ -16,7 +16,7 @@ def registry() -> Registry[Base]:
     @made.register("child", "kid")
     class Child(Base):
         def __init__(self, first: int, *, size: NonNegativeInt | None, **shared: object) -> None:
-            super().__init__(first, **shared)  # type: ignore[arg-type]
+            super().__init__(first, **shared)
             self.size = size
 
     return made
@@ -24,7 +24,7 @@ def registry() -> Registry[Base]:
 
 def test_builds_with_arguments_of_the_whole_class_hierarchy(registry: Registry[Base]) -> None:
     built = registry.build("kid", 7, size=None, weight=2)
-    assert (built.first, built.size, built.weight, built.shared) == (7, None, 2.0, False)  # type: ignore[attr-defined]
+    assert (built.first, built.size, built.weight, built.shared) == (7, None, 2.0, False)
 
 
 def test_unknown_name_suggests_and_lists(registry: Registry[Base]) -> None:

@@ -70,16 +70,10 @@ def end_epoch(trial: ActiveTrial, epoch: int, stop: StopRequest) -> None:
     trial.save(results if finished else None)
     if distributed.any_rank(stop.signal is not None) and trial.progress.epoch <= trial.config.solver.epochs:
         trial.writer.wait()
-        step = trial.progress.step
-        where = (
-            f"after epoch {epoch}"
-            if finished
-            else f"after step {step} of epoch {epoch}"
-            if step
-            else f"before epoch {epoch}"
-        )
+        done = f"step {trial.progress.step} of epoch {epoch}" if trial.progress.step else f"epoch {epoch}"
+        when = "after" if finished or trial.progress.step else "before"
         who = stop.signal or "another process was asked to stop"
-        raise Stopped(f"{who}: stopped {where}, saved to {trial.folder.checkpoint}; continue with --resume")
+        raise Stopped(f"{who}: stopped {when} {done}, saved to {trial.folder.checkpoint}; continue with --resume")
 
 
 def fit(experiment: Experiment, folders: Sequence[RunFolder]) -> list[list[dict[str, Any]]]:

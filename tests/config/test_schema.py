@@ -155,4 +155,4 @@ def test_sections_cannot_be_changed(student_cfg: Path) -> None:
     loaded = load(student_cfg)
     assert isinstance(loaded, Config)
     with pytest.raises(ValueError, match="frozen"):
-        loaded.solver.lr = 1.0  # type: ignore[misc]
+        loaded.solver.lr = 1.0

@@ -257,7 +257,7 @@ def test_loads_and_builds(path: Path) -> None:
     )
     with torch.device("meta"):
         distiller = build.build_distiller(config, info, build.build_teacher(config, info))
-    assert isinstance(distiller, DISTILLERS.get(config.distiller.name))  # type: ignore[arg-type]
+    assert isinstance(distiller, DISTILLERS.get(config.distiller.name))
     solver = SOLVERS.build(config.solver.name, distiller.param_groups(), **config.solver.arguments)
     solver.set_lr(config.solver.lr)
     assert config.warnings() == []

@@ -93,7 +93,7 @@ def test_strong_views_are_those_of_the_epoch() -> None:
     parts = batches(loader_of("two views"), epoch=4)
     assert joined(parts, "strong_view").tolist() == strong_views(SEED, 4, SAMPLES).tolist()
     data = dataset_of("two views")
-    assert torch.equal(parts[0].strong_image, data.strong_image(parts[0].index, parts[0].strong_view))  # type: ignore[arg-type]
+    assert torch.equal(parts[0].strong_image, data.strong_image(parts[0].index, parts[0].strong_view))
 
 
 def test_as_many_mixed_images_as_there_are_candidates_come_with_the_number_to_keep() -> None:
@@ -101,7 +101,7 @@ def test_as_many_mixed_images_as_there_are_candidates_come_with_the_number_to_ke
     assert [(len(part.image), part.keep) for part in parts] == [(32, 16), (32, 16), (12, 6)]
     first, second = parts[0].index.chunk(2)
     assert torch.equal(first, second)
-    assert not torch.equal(*parts[0].partner.chunk(2))  # type: ignore[union-attr]
+    assert not torch.equal(*parts[0].partner.chunk(2))
 
 
 @kinds
@@ -259,7 +259,7 @@ def test_an_error_while_images_are_read_surfaces_in_fetch() -> None:
             raise UserError(f"image {lost} cannot be read")
         return read(index, view)
 
-    data.read = failing  # type: ignore[method-assign]
+    data.read = failing
     source = BatchLoader(data, seed=SEED, batch_size=BATCH_SIZE, device=CPU)
     source.begin(1, 0)
     source.batch(source.fetch(0))

@@ -150,7 +150,7 @@ def data_info(**changes: Any) -> DataInfo:
 def build(name: str, *, data: DataInfo | None = None, **changes: Any) -> Distiller:
     """The method with its example settings, over tiny networks."""
     builder = DISTILLERS.get(name)
-    teacher = None if builder.needs.teacher == "none" else network(1)  # type: ignore[attr-defined]
+    teacher = None if builder.needs.teacher == "none" else network(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         return DISTILLERS.build(name, network(0), teacher, data or data_info(), **{**SETTINGS[name], **changes})

@@ -131,7 +131,7 @@ def test_after_step_gets_the_signals_of_each_training_step_once_the_solver_has_s
         calls.append(("after", signals))
         after_step(signals)
 
-    trial.distiller.after_step = noted  # type: ignore[method-assign]
+    trial.distiller.after_step = noted
     trainer.fit(experiment, [RunFolder(tmp_path / "seed0", "new")])
     steps = runs.EPOCHS * runs.STEPS
     assert [name for name, _ in calls] == ["forward", "solver", "after"] * steps

@@ -25,11 +25,12 @@ from mdistill.engine.run_folder import RunFolder, read_metrics
 from mdistill.errors import Stopped, UserError
 from mdistill.models import MODELS
 
-from .. import runs, streamed  # noqa: F401  (the second registers a data set, and conftest what it builds on)
+from .. import runs, streamed
 from ..distillers import hooks
 from ..same import assert_same
 
 ROOT = Path(__file__).resolve().parents[2]
+assert streamed  # registers its data set, in the processes that are started here too
 RANKS = 2
 PATIENCE = 120  # seconds until a pair that hangs fails
 NARROW = {"epochs": 2, "ema_decay": 0.9}

@@ -442,7 +442,7 @@ def test_a_writer_that_is_killed_within_a_file_leaves_nothing_that_counts(share:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def write() -> None:
-        Path.write_bytes = half  # type: ignore[assignment, method-assign]
+        Path.write_bytes = half
         fill(cache, np.arange(50))
 
     cache = opened(tmp_path)

@@ -40,7 +40,7 @@ def step_output(
     logits: torch.Tensor, target: torch.Tensor, *, distillation: dict[str, torch.Tensor] | None = None, **task: Any
 ) -> StepOutput:
     """Metrics and solvers do not read the signals."""
-    return StepOutput(logits, target, task, distillation or {}, signals=None)  # type: ignore[arg-type]
+    return StepOutput(logits, target, task, distillation or {}, signals=None)
 
 
 def output(logits: torch.Tensor, classes: list[int], *, ce: float, kd: float | None = None) -> StepOutput:

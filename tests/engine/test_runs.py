@@ -239,7 +239,7 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(student_cfg: Path
         batch = original(index, view)
         return Batch(batch.image * float("nan"), batch.target, index, view) if calls[0] == 2 else batch
 
-    experiment.dataset.train_batch = poisoned  # type: ignore[method-assign]
+    experiment.dataset.train_batch = poisoned
     pattern = r"loss term 'ce' is not finite from step 2 of epoch 2 on; .*last.pt keeps the last good state"
     with pytest.raises(RunFailed, match=pattern):
         trainer.fit(experiment, [RunFolder(folder, "resume")])
@@ -271,7 +271,7 @@ def test_the_seed_fixes_the_student_whatever_the_method(
     for other in students[1:]:
         assert_same(students[0].state_dict(), other.state_dict())
     different = distiller(student_cfg, info, seed=1).student
-    assert not torch.equal(students[0].hidden.weight, different.hidden.weight)  # type: ignore[union-attr, arg-type]
+    assert not torch.equal(students[0].hidden.weight, different.hidden.weight)
 
 
 def test_nothing_reads_the_global_generators(kd_cfg: Path, teacher_file: Path, tmp_path: Path) -> None:
@@ -405,7 +405,7 @@ def test_further_students_are_evaluated_under_their_names(student_cfg: Path, tmp
     experiment = runs.experiment(student_cfg, "solver.epochs=1")
     averaged = MODELS.build("tiny_net", 10)
     distiller = experiment.trials[0].distiller
-    distiller.students = lambda: {"other": averaged, "raw": distiller.student}  # type: ignore[method-assign]
+    distiller.students = lambda: {"other": averaged, "raw": distiller.student}
     ((line,),) = trainer.fit(experiment, [RunFolder(tmp_path / "runs" / "seed0", "new")])
     folder = tmp_path / "runs" / "seed0"
     for key, file in (("test/top1", "other.pt"), ("raw/test/top1", "raw.pt")):

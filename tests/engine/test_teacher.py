@@ -106,7 +106,7 @@ def endless(root: Path, download: bool) -> Endless:
     made = tiny(root, download)
     made.__class__ = Endless
     made.num_views = None
-    return made  # type: ignore[return-value]
+    return made
 
 
 class Asked:
@@ -188,7 +188,7 @@ def conv_cfg(tmp_path: Path) -> Path:
                 nn.init.normal_(module.bias, std=0.2)
         network.train()(torch.randn(32, 3, 32, 32))
         with torch.no_grad():
-            network.classifier.weight.mul_(10)  # type: ignore[operator, union-attr]
+            network.classifier.weight.mul_(10)
     torch.save({"model": network.state_dict()}, tmp_path / "conv.pt")
     path = tmp_path / "conv.yaml"
     settings = {

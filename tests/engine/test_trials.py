@@ -162,7 +162,7 @@ def poisoned(seed: int, step: int) -> Iterator[None]:
         train_step(trial, size)
         count += trial.config.seed == seed
         if trial.config.seed == seed and count == step:
-            trial.student.hidden.bias.data[0] = float("nan")  # type: ignore[union-attr, index]
+            trial.student.hidden.bias.data[0] = float("nan")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "train_step", poisoning)

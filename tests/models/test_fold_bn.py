@@ -235,7 +235,7 @@ def conv_with_hook() -> nn.Module:
 def conv_with_a_forward_of_its_own() -> nn.Module:
     conv = nn.Conv2d(3, 3, 3, padding=1)
     forward = conv.forward
-    conv.forward = lambda x: forward(x) * 2  # type: ignore[method-assign]
+    conv.forward = lambda x: forward(x) * 2
     return conv
 
 
@@ -289,7 +289,7 @@ def test_norm_of_another_or_a_shared_output_is_left(network: nn.Module) -> None:
 def always_training() -> nn.Module:
     """A BatchNorm that normalises by the batch whatever mode it is put in."""
     bn = nn.BatchNorm2d(3)
-    bn.train = lambda mode=True: bn  # type: ignore[method-assign]
+    bn.train = lambda mode=True: bn
     return bn
 
 

@@ -281,7 +281,7 @@ def test_building_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture(params=EACH)
 def on_meta(request: pytest.FixtureRequest) -> Iterator[Network]:
     with torch.device("meta"):
-        yield MODELS.build(request.param, 7)  # type: ignore[misc]
+        yield MODELS.build(request.param, 7)
 
 
 def test_meta_device_and_other_image_sizes(on_meta: Network) -> None:

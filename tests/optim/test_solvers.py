@@ -45,7 +45,7 @@ def make_groups(weights: list[nn.Parameter]) -> list[dict[str, Any]]:
 
 def output(task: dict[str, Tensor], distillation: dict[str, Tensor]) -> StepOutput:
     """Solvers read the terms alone."""
-    return StepOutput(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), task, distillation, signals=None)  # type: ignore[arg-type]
+    return StepOutput(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), task, distillation, signals=None)
 
 
 def losses(weights: list[Tensor]) -> StepOutput:
