@@ -209,7 +209,7 @@ class ActiveTrial:
                     )
         return launched
 
-    def read_metrics(self, epoch: int, evaluations: Mapping[str, LaunchedEvaluation]) -> dict[str, Any]:
+    def collect_results(self, epoch: int, evaluations: Mapping[str, LaunchedEvaluation]) -> dict[str, Any]:
         """The epoch's line of metrics so far. Here the host waits for the device.
 
         Raises:

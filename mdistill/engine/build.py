@@ -201,7 +201,7 @@ def build(
             remembered under ``output_root``.
 
     Raises:
-        UserError: anything in the configuration, the data, the teacher's file or its table that does not fit.
+        UserError: anything in the configuration, the data, the teacher's file or its cache that does not fit.
     """
     config, run = configs[0], configs[0].run
     teacher_precision = run.teacher_precision or run.precision
@@ -239,12 +239,12 @@ def build(
             f" take a multiple of {ranks}"
         )
     dataset = dataset.to(device)
+    if teacher is not None:
+        move(teacher, device, teacher_precision)
     trials = []
     for each, distiller in zip(configs, distillers, strict=True):
         layout, reason = move(distiller.student, device, run.precision)
         metadata["memory_format"] = f"{layout} ({reason})"
-        if teacher is not None:
-            move(teacher, device, teacher_precision)
         distiller = distiller.to(device)
         averages = averages_of(each, next(iter(distiller.students().values())))
         distiller.student_precision, distiller.teacher_precision = run.precision, teacher_precision

@@ -64,7 +64,7 @@ def end_epoch(trial: ActiveTrial, epoch: int, stop: StopRequest) -> None:
     evaluations = trial.launch_evaluations(epoch) if finished else {}
     if finished and epoch < trial.config.solver.epochs:
         trial.loader.prepare(epoch + 1)  # while the device is at work
-    results = trial.read_metrics(epoch, evaluations)  # here the host waits for the epoch's last step
+    results = trial.collect_results(epoch, evaluations)  # here the host waits for the epoch's last step
     if finished:
         trial.complete_epoch(results)
     trial.save(results if finished else None)

@@ -1,13 +1,9 @@
 """Averages of a network's weights over the steps of its training."""
 
 import copy
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
-
-Decay = Annotated[float, Field(gt=0, lt=1)]
 
 
 class AveragedNetwork(nn.Module):
