@@ -390,7 +390,7 @@ def averages_on_a_stream_of_their_own(patch: Patch) -> None:
 
 @fault("kd", "race: .* does not wait for")
 def metrics_read_on_another_stream(patch: Patch) -> None:
-    within(patch, ActiveTrial, "read_metrics", the_default_stream)
+    within(patch, ActiveTrial, "collect_results", the_default_stream)
 
 
 @fault("kd", "race: .* does not wait for")
