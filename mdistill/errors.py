@@ -22,6 +22,15 @@ class Stopped(BaseException):
     exit_code = 75
 
 
+def shown(value: object, limit: int = 120) -> str:
+    """``repr(value)``, cut short where it is long, for a message."""
+    try:
+        text = repr(value)
+    except Exception:  # nested too deep, a number of thousands of digits, or a class of the user's
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[: limit - 4]} ..."
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'mcld'?"`` when something known is near ``name``, else nothing."""
     near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)

@@ -1,6 +1,7 @@
 """Writing files so that a crash, a kill or a full disk never costs the old one, and locking a folder."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,6 +11,9 @@ from mdistill.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
+
+
+MAX_TEXT = 1 << 28  # bytes; no text file that is read is nearly as large
 
 
 @contextmanager
@@ -24,6 +28,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # what lies there may be a link to another place
         yield temporary
         with open(temporary, "r+b") as written:  # Windows flushes no file that is open for reading alone
             os.fsync(written.fileno())
@@ -34,6 +39,28 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def final_name(path: Path) -> str | None:
+    """The name under which ``atomic_write`` would have put ``path`` if it is one of its temporary files, else None."""
+    match = re.fullmatch(r"\.(.+)\.\d+\.tmp", path.name)
+    return match[1] if match else None
+
+
+def read_text(path: Path) -> str:
+    """The text of ``path``; bytes that are not UTF-8 become a replacement character.
+
+    Raises:
+        UserError: it cannot be read, or is far too large to be what it should be.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_TEXT + 1)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if len(content) > MAX_TEXT:
+        raise UserError(f"{path} is larger than {MAX_TEXT >> 20} MiB, which no such file is")
+    return content.decode("utf-8", errors="replace")
 
 
 def write_text(path: Path, text: str) -> None:

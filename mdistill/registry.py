@@ -14,7 +14,7 @@ from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from mdistill.errors import UserError, suggestion
+from mdistill.errors import UserError, shown, suggestion
 
 T = TypeVar("T")
 Builder = TypeVar("Builder", bound=Callable[..., Any])
@@ -92,7 +92,7 @@ class Registry(Generic[T]):
         parameters = self.arguments(name)
         complete: dict[str, Any] = {}
         problems = [
-            f"{where}{key}: unknown key (value {value!r}) for {self.kind} {name!r}"
+            f"{where}{key}: unknown key (value {shown(value)}) for {self.kind} {name!r}"
             f"{suggestion(key, [*parameters, *beside])} (allowed: {', '.join([*beside, *parameters]) or 'none'})"
             for key, value in arguments.items()
             if key not in parameters
@@ -128,7 +128,7 @@ def problem_lines(error: ValidationError, key: str = "") -> list[str]:
     for detail in error.errors():
         place = ".".join(part for part in (key, *(str(step) for step in detail["loc"])) if part)
         message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        lines.append(f"{place}: {message}, found {detail['input']!r}")
+        lines.append(f"{place}: {message}, found {shown(detail['input'])}")
     return lines
 
 

@@ -41,6 +41,7 @@ RANKS = {
     "distillers": 3,
     "models": 2,
     "data": 2,
+    "file_schemas": 1,
     "registry": 1,
     "errors": 1,
     "files": 1,

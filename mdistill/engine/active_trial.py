@@ -14,7 +14,7 @@ from mdistill.config import cell_identity
 from mdistill.data.loader import BatchLoader
 from mdistill.engine import checkpoint
 from mdistill.engine.build import Experiment, Trial
-from mdistill.engine.checkpoint import Progress, Snapshot, Writer
+from mdistill.engine.checkpoint import Snapshot, Writer
 from mdistill.engine.console import Stopwatch, end_line, epoch_line, print_line, start_line
 from mdistill.engine.cuda_graph import CapturedStep, Engine, choose_engine, compile_network, side_stream, uncompiled
 from mdistill.engine.evaluate import LaunchedEvaluation, launch_evaluation
@@ -22,6 +22,7 @@ from mdistill.engine.metrics import RunningMetrics
 from mdistill.engine.run_folder import RunFolder, environment, read_metrics
 from mdistill.engine.teacher import CACHE_DTYPES, TeacherLogits
 from mdistill.errors import RunFailed, Stopped, UserError
+from mdistill.file_schemas import Best, Progress
 from mdistill.models.memory_format import to_layout
 from mdistill.models.weights import save_weights
 
@@ -107,12 +108,14 @@ class ActiveTrial:
         with ExitStack() as undo:
             undo.push(self)  # a folder whose checkpoint is refused is given up again
             if self.writes:
-                self.folder.acquire()
+                self.folder.acquire(self.students)
             if self.folder.resumable:
-                state = checkpoint.read(self.folder.checkpoint, self.config, self.experiment.fingerprints)
-                self.progress = checkpoint.restore(state, self.distiller, self.averages, self.solver, self.metrics)
-                if state["versions"]["torch"] != torch.__version__:
-                    before = state["versions"]["torch"]
+                path, steps = self.folder.checkpoint, self.loader.steps
+                saved = checkpoint.read(path, self.config, self.experiment.fingerprints, steps=steps)
+                checkpoint.restore(saved, path, self.distiller, self.averages, self.solver, self.metrics)
+                self.progress = saved.progress
+                before = saved.versions.torch
+                if before != torch.__version__:
                     self._print(f"note: started under torch {before}; the last bits may differ from here on")
             undo.pop_all()
         self.stream = side_stream(self.device)  # behind what was restored
@@ -239,10 +242,10 @@ class ActiveTrial:
         """Note the best epoch in ``results``, and stand before the next epoch."""
         progress, headline = self.progress, self.experiment.dataset.splits[0]
         top1 = results.get(f"{headline}/top1")
-        if top1 is not None and (not progress.best or top1 > progress.best["top1"]):
-            progress.best = {"epoch": results["epoch"], "split": headline, "top1": top1}
-        if progress.best:
-            results |= {"best/epoch": progress.best["epoch"], "best/top1": progress.best["top1"]}
+        if top1 is not None and (progress.best is None or top1 > progress.best.top1):
+            progress.best = Best(epoch=results["epoch"], split=headline, top1=top1)
+        if progress.best is not None:
+            results |= {"best/epoch": progress.best.epoch, "best/top1": progress.best.top1}
         self.progress = Progress(epoch=progress.epoch + 1, best=progress.best)
         self.metrics.reset()
 

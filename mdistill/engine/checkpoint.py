@@ -1,36 +1,25 @@
 """The state of a run at a step boundary: saved whole or not at all, and never when it is not finite."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdistill import __version__
 from mdistill.config import Config, differences, results_only, without_defaults
 from mdistill.distillers import Distiller
 from mdistill.engine.metrics import RunningMetrics
-from mdistill.errors import RunFailed, UserError
+from mdistill.errors import RunFailed, UserError, shown
+from mdistill.file_schemas import Checkpoint, Progress, checked
 from mdistill.files import atomic_write
-from mdistill.models.weights import read_file
+from mdistill.models.weights import read_file, tensor_misfit
 from mdistill.optim.averaging import AveragedNetwork
 from mdistill.optim.solvers import Solver
 
 FORMAT = 2
-KEYS = {"format", "model", "averages", "solver", "progress", "metrics", "config", "fingerprints", "versions"}
-
-
-@dataclass
-class Progress:
-    """Where a run is. Between epochs ``step`` is 0 and ``epoch`` the one to come."""
-
-    epoch: int = 1  # in progress, counted from 1
-    step: int = 0  # steps done in it
-    seconds: float = 0.0  # training time spent in it so far
-    best: dict[str, Any] = field(default_factory=dict)  # of the best epoch so far: epoch, split, top1
 
 
 def state_of(
@@ -53,7 +42,7 @@ def state_of(
         "model": _without_teacher(distiller),
         "averages": {name: average.state_dict() for name, average in averages.items()},
         "solver": solver.state_dict(),
-        "progress": vars(progress).copy(),
+        "progress": progress.model_dump(),
         "metrics": metrics.state_dict(),
         "config": config.resolved(),
         "fingerprints": dict(fingerprints),
@@ -127,12 +116,15 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
         torch.save(state, file)
 
 
-def read(path: Path, config: Config, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+def read(path: Path, config: Config, fingerprints: Mapping[str, str], *, steps: int) -> Checkpoint:
     """Read a checkpoint and make sure that it belongs to this run.
 
+    Args:
+        steps: in an epoch.
+
     Raises:
-        UserError: unreadable or damaged; of a configuration with other results (names the keys; only solver.epochs may
-            have grown, and not under a cosine schedule), other data or another teacher.
+        UserError: unreadable or damaged; beyond the run or the epoch; of a configuration with other results (names the
+            keys; only solver.epochs may have grown, and not under a cosine schedule), other data or another teacher.
     """
     state = read_file(path)
     if isinstance(state, dict) and state.get("format") == 1:
@@ -141,9 +133,10 @@ def read(path: Path, config: Config, fingerprints: Mapping[str, str]) -> dict[st
             " finish the run with the version that began it (env.json names its commit), or start again with"
             " --overwrite or another --output"
         )
-    if not isinstance(state, dict) or not state.keys() >= KEYS or state["format"] != FORMAT:
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a training state in format {FORMAT}, the one that this version resumes from")
-    before, now = state["config"], config.resolved()
+    saved = checked(Checkpoint, state, path, "start again with --overwrite, or put back a copy of it")
+    before, now = saved.config, config.resolved()
     changed = differences(results_only(before), results_only(now)) | differences(
         {"seed": before.get("seed")}, {"seed": now["seed"]}
     )
@@ -152,42 +145,62 @@ def read(path: Path, config: Config, fingerprints: Mapping[str, str]) -> dict[st
         key: values for key, values in changed.items() if values[0] is not None or key in chosen
     }
     grows = config.solver.schedule != "cosine"  # whose every epoch depends on their number
-    if grows and "solver.epochs" in changed and changed["solver.epochs"][1] > changed["solver.epochs"][0]:
+    epochs = changed.get("solver.epochs", (None, None))[0]
+    if grows and isinstance(epochs, int) and epochs < config.solver.epochs:
         del changed["solver.epochs"]
     if changed:
-        listed = "; ".join(f"{key}: was {before!r}, now {after!r}" for key, (before, after) in changed.items())
+        listed = "; ".join(f"{key}: was {shown(was)}, now {shown(now)}" for key, (was, now) in [*changed.items()][:8])
         raise UserError(
             f"{path}: cannot resume with another configuration ({listed});"
             f" {'only solver.epochs may grow' if grows else 'under a cosine schedule not even solver.epochs may grow'}."
             " Undo the change, or start again with --overwrite or another --output"
         )
-    for what, old in state["fingerprints"].items():
-        new = fingerprints.get(what, "")
+    for what in sorted({*saved.fingerprints, *fingerprints}):
+        old, new = saved.fingerprints.get(what, "none"), fingerprints.get(what, "none")
         if old != new:
             raise UserError(
                 f"{path}: cannot resume with another {what}: its fingerprint was {old[:12]}, it is now {new[:12]}"
             )
-    return state
+    epoch, step = saved.progress.epoch, saved.progress.step
+    if epoch > config.solver.epochs + 1 or step >= (steps if epoch <= config.solver.epochs else 1):
+        raise UserError(
+            f"{path} is damaged: it stands at step {step} of epoch {epoch}, and the run has {config.solver.epochs}"
+            f" epochs of {steps} steps"
+        )
+    return saved
 
 
 def restore(
-    state: Mapping[str, Any],
+    saved: Checkpoint,
+    path: Path,
     distiller: Distiller,
     averages: Mapping[str, AveragedNetwork],
     solver: Solver,
     metrics: RunningMetrics,
-) -> Progress:
-    """Put a state from ``read`` back where it was.
+) -> None:
+    """Put a state from ``read`` back where it was; all of it is compared with where it goes before any is loaded.
 
     Raises:
-        UserError: its parameters and buffers are not those of this method and network.
+        UserError: names, shapes or types are not those of this method, network and solver; or a value is not finite.
     """
-    _load(distiller, state["model"])
+    content = vars(saved)
+    own = {name: average.state_dict() for name, average in averages.items()}
+    problem = (
+        _misfit("model", saved.model, _without_teacher(distiller))
+        or _misfit("averages", saved.averages, own)
+        or solver.misfit(saved.solver)
+        or metrics.misfit(vars(saved.metrics))
+    )
+    if problem:
+        raise UserError(f"{path} does not fit this run, or is damaged: {problem}")
+    bad = _not_finite({key: content[key] for key in ("model", "averages", "solver")})
+    if bad:
+        raise UserError(f"{path} is damaged: NaN or infinite values in {bad}")
+    distiller.load_state_dict(saved.model, strict=False)  # all but the teacher's
     for name, average in averages.items():
-        _load(average, state["averages"].get(name, {}))
-    solver.load_state_dict(state["solver"])
-    metrics.load_state_dict(state["metrics"])
-    return Progress(**state["progress"])
+        average.load_state_dict(saved.averages[name])
+    solver.load_state_dict(saved.solver)
+    metrics.load_state_dict(vars(saved.metrics))
 
 
 def _without_teacher(distiller: Distiller) -> dict[str, Tensor]:
@@ -195,22 +208,35 @@ def _without_teacher(distiller: Distiller) -> dict[str, Tensor]:
     return {key: value for key, value in distiller.state_dict().items() if not key.startswith("teacher.")}
 
 
-def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    try:
-        missing, unexpected = module.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # another shape
-        raise UserError(f"saved state does not fit {type(module).__name__}: {' '.join(str(error).split())}") from None
-    missing = [key for key in missing if not key.startswith("teacher.")]
+def _misfit(place: str, saved: Any, live: Any) -> str | None:
+    """The first difference in names, shapes or types between what was ``saved`` and what it goes into."""
+    if isinstance(live, Tensor):
+        return tensor_misfit(place, saved, live)
+    if not isinstance(saved, Mapping):
+        return f"{place} is a {type(saved).__name__}, not a mapping"
+    missing = [str(key) for key in live if key not in saved]
+    unexpected = [str(key) for key in saved if key not in live]
     if missing or unexpected:
-        raise UserError(f"saved state does not fit {type(module).__name__}: missing {missing}, unexpected {unexpected}")
+        return f"{place}: missing {_few(missing)}, unexpected {_few(unexpected)}"
+    return next((found for key in live if (found := _misfit(f"{place}.{key}", saved[key], live[key]))), None)
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if names[3:] else ""
+    return f"{', '.join(names[:3]) or 'nothing'}{more}"
+
+
+def _not_finite(state: Mapping[str, Any]) -> str | None:
+    """The tensors in ``state`` that are NaN or infinite somewhere, in words."""
+    bad = [name for name, tensor in _tensors(state) if not tensor.isfinite().all()]
+    return f"{bad[0]}{f' and {len(bad) - 1} more' if bad[1:] else ''}" if bad else None
 
 
 def _require_finite(state: Mapping[str, Any], path: Path) -> None:
-    bad = [name for name, tensor in _tensors(state) if not tensor.isfinite().all()]
+    bad = _not_finite(state)
     if bad:
         last_good = f"; {path} keeps the last good state" if path.exists() else ""
-        more = f" and {len(bad) - 1} more" if bad[1:] else ""
-        raise RunFailed(f"state is not finite, nothing is saved: {bad[0]}{more}{last_good}")
+        raise RunFailed(f"state is not finite, nothing is saved: {bad}{last_good}")
 
 
 def _tensors(state: Any, name: str = "") -> Any:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # slow to import, and a signal may come before they are needed
     import torch
 
-    from mdistill.engine.checkpoint import Progress
     from mdistill.engine.run_folder import RunFolder
+    from mdistill.file_schemas import Progress
 
 Handler = Callable[[int, FrameType | None], None]
 

@@ -8,6 +8,7 @@ import torch
 from mdistill import distributed
 from mdistill.distillers.base import StepOutput
 from mdistill.errors import RunFailed
+from mdistill.models.weights import tensor_misfit
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,12 @@ class RunningMetrics:
         """The sums, to go on with in the middle of an epoch."""
         return {"names": self.names, "totals": self.totals}
 
+    def misfit(self, state: dict[str, Any]) -> str | None:
+        """Why ``state``, from a file, cannot be loaded; None if it can."""
+        own = torch.zeros(2 * len(state["names"]) + 2, dtype=torch.float64)
+        return tensor_misfit("metrics.totals", state["totals"], own)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of ``state_dict``."""
         self.names = list(state["names"])
-        self.totals = state["totals"].to(self.device)
+        self.totals = state["totals"].clone().to(self.device)

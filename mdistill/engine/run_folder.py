@@ -6,15 +6,17 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mdistill import __version__
+from mdistill.engine.event_log import EventLog
 from mdistill.errors import RunFailed, UserError
-from mdistill.files import lock_folder, write_text
+from mdistill.files import final_name, lock_folder, read_text, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -22,29 +24,33 @@ if TYPE_CHECKING:
 
 Mode = Literal["new", "resume", "overwrite"]
 
+STANDARD_EXPORTS = ("student", "ema", "average")
+ASIDE = ".replaced."  # begins the name of a folder that holds a run's files while another takes its place
+
 
 class RunFolder:
     """``config.yaml``, ``env.json``, ``metrics.jsonl``, ``tensorboard/``, ``last.pt`` and ``student.pt`` of one run.
 
-    Further students lie beside the first under their names.
+    Further students lie beside the first under their names. Whatever else is in the folder is never touched.
     """
 
     def __init__(self, path: Path, mode: Mode) -> None:
         """Look at ``path`` without changing anything.
 
         Raises:
-            UserError: a run is there already and ``mode`` is "new"; or it is "resume" and the checkpoint is gone.
+            UserError: a run is there already and ``mode`` is "new"; or it is "resume" and the checkpoint is gone; or
+                something that no run writes is in the way of its files.
         """
         self.path = path
         self.mode = mode
         self.config = path / "config.yaml"
         self.environment = path / "env.json"
         self.metrics = path / "metrics.jsonl"
-        self.events = path / "tensorboard"
         self.checkpoint = path / "last.pt"
         self.student = path / "student.pt"
+        self.events = EventLog(path / "tensorboard")
+        self._exports = ["student"]
         self._lock: BaseFileLock | None = None
-        self._writer: Any = None
         if path.exists() and not path.is_dir():
             raise UserError(f"output {path} is a file, not a folder")
         self._refuse_if_taken()
@@ -54,14 +60,27 @@ class RunFolder:
         """Whether a checkpoint is there and may be continued."""
         return self.mode == "resume" and self.checkpoint.exists()
 
-    def acquire(self) -> None:
+    def acquire(self, exports: Iterable[str] = ("student",)) -> None:
         """Lock the folder, so that nobody else writes it; it is still as it was.
 
+        Args:
+            exports: names of the networks that this run writes.
+
         Raises:
-            UserError: another process has it, has just filled it, or it cannot be written.
+            UserError: another process has it, has just filled it, or it cannot be written; or a file that is not of the
+                run that is there has the name of an export.
         """
         self._lock = lock_folder(self.path, "output folder")
+        self._exports = list(exports)
         self._refuse_if_taken()
+        there = self._files_there()
+        foreign = [path for name in self._exports if os.path.lexists(path := self.path / f"{name}.pt")]
+        foreign = [path for path in foreign if path not in there]
+        if foreign:
+            raise UserError(
+                f"{foreign[0]} is not of a run in its folder, and this run would replace it: move it away, or choose"
+                " another --output"
+            )
 
     def prepare(self, config_yaml: str, environment: Mapping[str, Any], *, epochs_done: int) -> None:
         """Clear or cut back what is there, and write ``config.yaml`` and ``env.json``.
@@ -69,55 +88,54 @@ class RunFolder:
         Metrics and TensorBoard events beyond ``epochs_done`` are dropped; their epochs are about to run again.
 
         Raises:
-            UserError: the metrics of an epoch that is done are missing.
+            UserError: the metrics of an epoch that is done are missing, or ``env.json`` is damaged.
+            RunFailed: the disk is full, or the like; a run that was to be replaced is as it was.
         """
         finished, sessions = [], []
         if self.resumable:
-            finished = [line for line in read_metrics(self.path) if line.get("epoch", 0) <= epochs_done]
-            if [line.get("epoch") for line in finished] != list(range(1, epochs_done + 1)):
+            finished = [line for line in read_metrics(self.path) if line["epoch"] <= epochs_done]
+            if [line["epoch"] for line in finished] != list(range(1, epochs_done + 1)):
                 raise UserError(
                     f"{self.metrics}: {epochs_done} epochs are done, but it holds {len(finished)} of their lines;"
                     " put the file back, or start again with --overwrite"
                 )
-            sessions = _read_json(self.environment).get("sessions", [])
-        else:
-            self.checkpoint.unlink(missing_ok=True)  # first: without it, nothing half-cleared can be resumed
-            for entry in self._entries():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
-        for leftover in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
-            leftover.unlink(missing_ok=True)
-        shutil.rmtree(self.events, ignore_errors=True)  # written anew from the metrics, so that both agree
-        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in finished))
-        write_text(self.config, config_yaml)
-        write_text(self.environment, json.dumps({"sessions": [*sessions, environment]}, indent=2) + "\n")
+            sessions = read_sessions(self.path)
+        sessions.append({**environment, "exports": self._exports})
+        with nullcontext() if self.resumable else self._replacing():
+            write_text(self.metrics, "".join(_as_line(line) for line in finished))
+            write_text(self.config, config_yaml)
+            write_text(self.environment, json.dumps({"sessions": sessions}, indent=2, allow_nan=False) + "\n")
+        self._remove_leftovers()
+        self.events.clear()  # written anew from the metrics, so that both agree
         for line in finished:
-            self._log_events(line)
+            self.events.add(line)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one epoch to ``metrics.jsonl`` (flushed to disk) and to TensorBoard."""
         try:
             with open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(_as_line(line))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise RunFailed(f"could not write {self.metrics}: {error}") from error
-        self._log_events(line)
+        self.events.add(line)
 
     def close(self) -> None:
-        """Flush TensorBoard and give the folder up."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        """Give the folder up."""
+        self.events.close()
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
     def _refuse_if_taken(self) -> None:
+        for path in self._files_there():
+            if path.is_dir() and not path.is_symlink():
+                raise UserError(f"{path} is a folder, and a run writes a file of this name: move it away")
         if self.mode == "overwrite" or self.resumable:
             return
         epochs = len(read_metrics(self.path))
-        if self.mode == "new" and any(entry.exists() for entry in self._entries()):
+        if self.mode == "new" and (self._files_there() or self.student.exists()):
             raise UserError(
                 f"output folder {self.path} already holds a run{f' with {epochs} epochs done' if epochs else ''}:"
                 " continue it with --resume, replace it with --overwrite, or choose another --output"
@@ -129,28 +147,57 @@ class RunFolder:
                 " resume from: replace it with --overwrite, or choose another --output"
             )
 
-    def _entries(self) -> list[Path]:
-        return [self.config, self.environment, self.metrics, self.events, *self.path.glob("*.pt")]
+    def _files_there(self) -> list[Path]:
+        """The files of the run that is there, by what it recorded; the checkpoint first: nothing resumes without it."""
+        records = (self.metrics, self.config, self.environment)
+        if not any(os.path.lexists(path) for path in (self.checkpoint, *records)):
+            return []
+        names = [*STANDARD_EXPORTS]
+        with suppress(UserError):  # a damaged record is told where it is needed
+            names += [name for session in read_sessions(self.path) for name in session.get("exports", ())]
+        networks = [self.path / f"{name}.pt" for name in dict.fromkeys(names)]
+        return [path for path in (self.checkpoint, *networks, *records) if os.path.lexists(path)]
 
-    def _log_events(self, line: Mapping[str, Any]) -> None:
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import: only where it is needed
-
-            self._writer = SummaryWriter(str(self.events))
+    @contextmanager
+    def _replacing(self) -> Iterator[None]:
+        """Within, the files of the run that is there are out of the way; an error brings them back."""
         try:
-            for key, value in line.items():
-                if isinstance(value, (int, float)) and key != "epoch":
-                    self._writer.add_scalar(key, value, line["epoch"])
-            self._writer.flush()
+            aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=self.path))
         except OSError as error:
-            self._writer = None  # its thread has ended; closing it would raise the error again
-            raise RunFailed(f"could not write {self.events}: {error}") from error
+            raise RunFailed(f"could not write {self.path}: {error}") from error
+        old = self._files_there()
+        try:
+            for path in old:
+                os.replace(path, aside / path.name)
+            yield
+        except BaseException as error:
+            with suppress(OSError):
+                for path in reversed(self._files_there()):
+                    if path not in old or os.path.lexists(aside / path.name):  # the new run's
+                        path.unlink()
+                for path in reversed(old):
+                    if os.path.lexists(aside / path.name):
+                        os.replace(aside / path.name, path)
+                aside.rmdir()
+            if isinstance(error, OSError):
+                raise RunFailed(f"could not replace the run in {self.path}: {error}; it is as it was") from error
+            raise
+
+    def _remove_leftovers(self) -> None:
+        """What a process that was killed has left while it wrote a file of a run here, or replaced one."""
+        names = {path.name for path in (self.checkpoint, self.metrics, self.config, self.environment)}
+        names |= {f"{name}.pt" for name in (*STANDARD_EXPORTS, *self._exports)}
+        with suppress(OSError):
+            for entry in self.path.iterdir():
+                if final_name(entry) in names:
+                    entry.unlink()
+                elif entry.name.startswith(ASIDE) and entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
 
 
 def code_folders(folder: Path) -> list[Path]:
     """Where the user modules of the run in ``folder`` were looked for: beside its configuration."""
-    sessions = _read_json(folder / "env.json").get("sessions", [])
-    return [Path(session["config_folder"]) for session in sessions if "config_folder" in session]
+    return [Path(session["config_folder"]) for session in read_sessions(folder) if session.get("config_folder")]
 
 
 def run_mode(resume: bool, overwrite: bool) -> Mode:
@@ -160,14 +207,30 @@ def run_mode(resume: bool, overwrite: bool) -> Mode:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The epochs in a run folder's ``metrics.jsonl``; a line cut short by a kill is left out."""
+    from mdistill.file_schemas import EpochLine  # slow to import, as below
+
     path = folder / "metrics.jsonl"
     lines: list[dict[str, Any]] = []
-    if path.exists():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(json.JSONDecodeError):
-                line = json.loads(text)
-                lines += [line] if isinstance(line, dict) else []
+    if path.is_file():
+        for text in read_text(path).splitlines():
+            with suppress(ValueError):
+                lines.append(EpochLine.model_validate_json(text).model_dump())
     return lines
+
+
+def read_sessions(folder: Path) -> list[dict[str, Any]]:
+    """What each session of the run in ``folder`` recorded in ``env.json``; nothing where there is no such file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / "env.json"
+    if not path.is_file():
+        return []
+    from mdistill.file_schemas import Environment, read_json
+
+    advice = "put the file back, or delete it: the run then goes on without the record of its earlier sessions"
+    return [session.model_dump(exclude_unset=True) for session in read_json(Environment, path, advice).sessions]
 
 
 def environment(device: "torch.device", metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,8 +274,5 @@ def _commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
+def _as_line(metrics: Mapping[str, Any]) -> str:
+    return json.dumps(metrics, allow_nan=False) + "\n"

@@ -3,9 +3,11 @@
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from mdistill.errors import UserError
+from mdistill.file_schemas import Teachers, read_json
 from mdistill.files import write_text
 
 TOLERANCE = 1.0  # points of top-1 between a teacher as measured and as expected
@@ -74,14 +76,14 @@ def verify_top1(
     """
     if expected is None:
         return None
-    try:
-        known = dict(json.loads(memory.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # not there, or not what was written
-        known = {}
+    known = {}
+    if memory.exists():
+        with suppress(UserError):  # what was measured is measured again
+            known = read_json(Teachers, memory).root
     if key not in known:
         known[key] = measure()
         write_text(memory, json.dumps(known, indent=2) + "\n")
-    top1 = float(known[key])
+    top1 = known[key]
     if not abs(top1 - expected) <= TOLERANCE:
         raise UserError(
             f"{section}.expected_top1: {teacher} reaches {top1:.2f} on the test split of {where}, the configuration"

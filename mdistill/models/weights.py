@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mdistill.errors import RunFailed, UserError, suggestion
+from mdistill.errors import RunFailed, UserError, shown, suggestion
 from mdistill.files import atomic_write
 from mdistill.models.base import MODELS
 
@@ -79,6 +79,17 @@ def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     on_cpu = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
     with atomic_write(path) as temporary, open(temporary, "wb") as file:  # by name, the file would hold that name
         torch.save({"model": on_cpu}, file)
+
+
+def tensor_misfit(place: str, saved: Any, live: Tensor) -> str | None:
+    """Why ``saved`` cannot go where ``live`` is: no plain tensor, another shape or another type; None if it can."""
+    if not isinstance(saved, Tensor):
+        return f"{place} is {shown(saved, 60)}, not a tensor"
+    if saved.layout != torch.strided or saved.is_quantized or saved.device.type != "cpu":
+        return f"{place} is a tensor without plain values (sparse, quantised or on no device)"
+    if saved.shape != live.shape or saved.dtype != live.dtype:
+        return f"{place} is {tuple(saved.shape)} in {saved.dtype}, not {tuple(live.shape)} in {live.dtype}"
+    return None
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:

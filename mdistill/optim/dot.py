@@ -8,7 +8,7 @@ from torch import Tensor
 from mdistill import distributed
 from mdistill.distillers.base import StepOutput
 from mdistill.errors import UserError
-from mdistill.optim.solvers import SOLVERS, Solver, fused_sgd, load_optimizer, set_group_rates
+from mdistill.optim.solvers import SOLVERS, Solver, fused_sgd, load_optimizer, optimizer_misfit, set_group_rates
 from mdistill.registry import NonNegative
 
 
@@ -81,6 +81,12 @@ class DOT(Solver):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, optimizer in self.optimizers.items():
             load_optimizer(optimizer, state[name])
+
+    def misfit(self, state: dict[str, Any]) -> str | None:
+        if state.keys() != self.optimizers.keys():
+            return f"solver should hold {', '.join(self.optimizers)}"
+        found = (optimizer_misfit(f"solver.{name}", each, state[name]) for name, each in self.optimizers.items())
+        return next((problem for problem in found if problem), None)
 
     def _gradients(self, terms: dict[str, Tensor], *, retain_graph: bool) -> list[Tensor | None]:
         """Of the sum of ``terms``, for each weight; None where it does not reach.

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from mdistill import distributed
 from mdistill.distillers.base import StepOutput
-from mdistill.errors import UserError
+from mdistill.errors import UserError, shown
+from mdistill.models.weights import tensor_misfit
 from mdistill.registry import NonNegative, Registry
 
 SOLVERS: Registry["Solver"] = Registry("solver")
@@ -47,6 +48,10 @@ class Solver(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of ``state_dict``."""
 
+    def misfit(self, state: dict[str, Any]) -> str | None:
+        """Why ``state``, from a file, cannot be loaded, with its place first; None, as by default, if it can."""
+        return None
+
 
 @SOLVERS.register("sgd")
 class SGD(Solver):
@@ -83,6 +88,9 @@ class SGD(Solver):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         load_optimizer(self.optimizer, state)
 
+    def misfit(self, state: dict[str, Any]) -> str | None:
+        return optimizer_misfit("solver", self.optimizer, state)
+
 
 def fused_sgd(param_groups: list[dict[str, Any]], **settings: Any) -> torch.optim.SGD:
     """torch's SGD, one update for all weights; its rates are set by ``set_group_rates``."""
@@ -100,10 +108,49 @@ def set_group_rates(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """``optimizer.load_state_dict``; its rates stay where the weights are."""
+    """``optimizer.load_state_dict``; rates stay where the weights are, and momenta lie in memory as these do."""
     optimizer.load_state_dict(state)
-    for group in optimizer.param_groups:  # where the weights are, whatever the device of the saved run
+    for group in optimizer.param_groups:
         group["lr"] = rate_tensor(group["params"][0].device, float(group["lr"]))
+        for parameter in group["params"]:
+            momentum = optimizer.state[parameter].get("momentum_buffer") if parameter in optimizer.state else None
+            if momentum is not None:
+                laid_out = torch.empty_like(parameter, requires_grad=False)
+                optimizer.state[parameter]["momentum_buffer"] = laid_out.copy_(momentum)
+
+
+REQUIRED = {"params", "lr", "lr_scale", "momentum", "weight_decay"}  # of a group in a file
+
+
+def optimizer_misfit(place: str, optimizer: torch.optim.Optimizer, saved: Any) -> str | None:
+    """Why ``saved`` is no state of ``optimizer``, an SGD: what its update reads goes unchecked there."""
+    live = optimizer.state_dict()
+    if not isinstance(saved, dict) or saved.keys() != live.keys():
+        return f"{place} should hold {' and '.join(live)}"
+    groups, buffers = saved["param_groups"], saved["state"]
+    if not isinstance(groups, list) or len(groups) != len(live["param_groups"]) or not isinstance(buffers, dict):
+        return f"{place}.param_groups should be {len(live['param_groups'])} groups, and {place}.state a mapping"
+    for number, (group, own) in enumerate(zip(groups, live["param_groups"], strict=True)):
+        if not isinstance(group, dict) or not group.keys() >= REQUIRED:
+            return f"{place}.param_groups.{number} should hold {', '.join(sorted(REQUIRED))}"
+        for key in own.keys() & group.keys() - {"lr"}:  # another version of torch may have others
+            if type(group[key]) is not type(own[key]) or group[key] != own[key]:
+                return f"{place}.param_groups.{number}.{key} is {shown(group[key], 60)}, not {shown(own[key], 60)}"
+        rate = group["lr"].item() if isinstance(group["lr"], Tensor) and group["lr"].numel() == 1 else group["lr"]
+        if type(rate) is not float or not 0 <= rate <= 1e9:
+            return f"{place}.param_groups.{number}.lr is {shown(rate, 60)}, not a rate"
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, entry in buffers.items():
+        where = f"{place}.state.{shown(index, 60)}"
+        if type(index) is not int or not 0 <= index < len(parameters):
+            return f"{where} is of none of the {len(parameters)} weights"
+        if not isinstance(entry, dict) or entry.keys() != {"momentum_buffer"}:
+            return f"{where} should hold momentum_buffer alone"
+        momentum = entry["momentum_buffer"]
+        problem = tensor_misfit(f"{where}.momentum_buffer", momentum, parameters[index])
+        if momentum is not None and problem:
+            return problem
+    return None
 
 
 def rate_tensor(device: torch.device, value: float = 0.0) -> Tensor | float:

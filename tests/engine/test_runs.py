@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -420,6 +421,127 @@ def test_resume_refuses_lost_metrics(student_cfg: Path, tmp_path: Path) -> None:
     metrics.write_bytes(b"\xff\xfe\n[1]\n" + metrics.read_bytes().splitlines()[1] + b"\n")
     with pytest.raises(UserError, match=r"metrics.jsonl: 2 epochs are done, but it holds 1 of their lines"):
         run(student_cfg, tmp_path / "runs", "resume")
+
+
+FOREIGN = ("best_backup.pt", ".mine.tmp", ".last.pt.tmp", ".best.pt.7.tmp", "notes.txt", "tensorboard/notes.txt")
+
+
+def put_foreign_files(folder: Path) -> None:
+    for name in FOREIGN:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+@pytest.mark.parametrize("mode", ["resume", "overwrite"])
+@pytest.mark.parametrize("stage", ["nothing", "no checkpoint", "complete"])
+def test_only_the_run_s_own_files_are_ever_removed(mode: Mode, stage: str, student_cfg: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "seed0"
+    if stage != "nothing":
+        runs.train(student_cfg, tmp_path / "runs", "solver.epochs=1", "solver.ema_decay=0.5")
+        (folder / ".last.pt.123.tmp").write_text("half")
+        (folder / ".ema.pt.123.tmp").write_text("half")
+    if stage == "no checkpoint":
+        for name in ("last.pt", "student.pt", "ema.pt"):
+            (folder / name).unlink()
+    put_foreign_files(folder)
+    runs.train(student_cfg, tmp_path / "runs", "solver.ema_decay=0.5", mode=mode)
+    for name in FOREIGN:
+        assert (folder / name).read_text() == name
+    events = list((folder / "tensorboard").glob("events.*"))
+    assert len(events) == 1
+    assert {path.name for path in folder.iterdir()} == FILES | {"ema.pt"} | {name.split("/")[0] for name in FOREIGN}
+
+
+def test_overwriting_removes_what_the_run_before_exported(student_cfg: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "seed0"
+    runs.train(student_cfg, tmp_path / "runs", "solver.ema_decay=0.5")
+    runs.train(student_cfg, tmp_path / "runs", mode="overwrite")
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
+def test_a_file_of_the_user_with_the_name_of_an_export_is_not_replaced(student_cfg: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "ema.pt").write_text("mine")
+    with pytest.raises(UserError, match=r"ema\.pt is not of a run in its folder, and this run would replace it"):
+        runs.train(student_cfg, tmp_path / "runs", "solver.ema_decay=0.5", mode="resume")
+    assert (folder / "ema.pt").read_text() == "mine"
+    runs.train(student_cfg, tmp_path / "runs", mode="resume")  # this one has no such export
+    assert (folder / "ema.pt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "metrics.jsonl", "last.pt", ".lock"])
+def test_links_out_of_the_folder_are_not_followed(name: str, student_cfg: Path, tmp_path: Path) -> None:
+    """They are replaced, or refused; what they lead to stays."""
+    folder, elsewhere = tmp_path / "runs" / "seed0", tmp_path / "elsewhere"
+    runs.train(student_cfg, tmp_path / "runs", "solver.epochs=1")
+    elsewhere.mkdir()
+    (elsewhere / "events.out.tfevents.1").write_text("mine")
+    target = elsewhere if name == "tensorboard" else elsewhere / "events.out.tfevents.1"
+    path = folder / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.symlink_to(target)
+    if name == ".lock":
+        with pytest.raises(UserError, match="cannot be written"):
+            runs.train(student_cfg, tmp_path / "runs", mode="overwrite")
+        assert (folder / "last.pt").is_file()
+    else:
+        runs.train(student_cfg, tmp_path / "runs", mode="overwrite")
+        assert not path.is_symlink()
+        assert runs.place(tmp_path / "runs") == (4, 0)
+    assert [entry.name for entry in elsewhere.iterdir()] == ["events.out.tfevents.1"]
+    assert (elsewhere / "events.out.tfevents.1").read_text() == "mine"
+
+
+def test_a_run_that_cannot_be_replaced_is_as_it_was(
+    student_cfg: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs.train(student_cfg, tmp_path / "runs", "solver.epochs=1")
+    folder = tmp_path / "runs" / "seed0"
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+    def full(path: Path, text: str) -> None:
+        if path.name == "env.json":
+            raise RunFailed("could not write env.json: No space left on device")
+        path.write_text(text)
+
+    monkeypatch.setattr("mdistill.engine.run_folder.write_text", full)
+    with pytest.raises(RunFailed, match="No space left"):
+        runs.train(student_cfg, tmp_path / "runs", mode="overwrite")
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
+@pytest.mark.parametrize("name", ["last.pt", "config.yaml", "student.pt"])
+def test_a_folder_in_the_place_of_a_file_is_told_before_anything_changes(
+    name: str, student_cfg: Path, tmp_path: Path
+) -> None:
+    runs.train(student_cfg, tmp_path / "runs", "solver.epochs=1")
+    folder = tmp_path / "runs" / "seed0"
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match=rf"{name} is a folder, and a run writes a file of this name: move it away"):
+        runs.train(student_cfg, tmp_path / "runs", mode="overwrite")
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"sessions": 1}', '{"sessions": [{"exports": ["../../x"]}]}', "[" * 100_000, '{"a": 1']
+)
+def test_a_damaged_record_of_sessions_is_told_and_nothing_changes(
+    content: str, student_cfg: Path, tmp_path: Path
+) -> None:
+    runs.train(student_cfg, tmp_path / "runs", "solver.epochs=1")
+    folder = tmp_path / "runs" / "seed0"
+    (folder / "env.json").write_text(content)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match=r"env\.json is damaged: .*; put the file back, or delete it") as caught:
+        runs.train(student_cfg, tmp_path / "runs", mode="resume")
+    assert len(str(caught.value).splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    (folder / "env.json").unlink()
+    runs.train(student_cfg, tmp_path / "runs", mode="resume")
 
 
 def test_a_folder_filled_meanwhile_is_not_cleared(student_cfg: Path, tmp_path: Path) -> None:

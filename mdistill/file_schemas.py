@@ -1,0 +1,124 @@
+"""What each kind of file beside the weights holds; ``read_json`` and ``checked`` compare a file with its schema.
+
+``EpochLine``: a line of ``metrics.jsonl``. ``Environment``: ``env.json``. ``Teachers``: ``teachers.json``.
+``Checkpoint``: the plain part of ``last.pt``; its tensors are compared with those that they go into. ``ChunkHeader``:
+the header of a file of cached logits.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
+
+from mdistill.errors import UserError
+from mdistill.files import read_text
+from mdistill.registry import problem_lines
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Epoch = Annotated[int, Field(ge=1, lt=2**31)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Text = Annotated[str, Field(max_length=4096)]
+ExportName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}$")]
+
+
+class _Exact(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class _Open(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class EpochLine(_Open):
+    """Every value is a finite number."""
+
+    __pydantic_extra__: dict[str, int | float]
+    epoch: Epoch
+
+
+class Session(_Open):
+    """What a session of a run notes; most of it is for people."""
+
+    config_folder: Text = ""  # of the file that began it
+    exports: list[ExportName] = []  # names of the networks that it writes
+
+
+class Environment(_Exact):
+    sessions: list[Session]
+
+
+class Teachers(RootModel[dict[str, Percent]]):
+    """Measured top-1 by fingerprints of weights and data."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class Best(_Exact):
+    epoch: Epoch
+    split: Text
+    top1: Percent
+
+
+class Progress(_Exact):
+    """Where a run is; between epochs ``step`` is 0 and ``epoch`` the one to come."""
+
+    epoch: Epoch = 1  # in progress, counted from 1
+    step: Count = 0  # steps done in it
+    seconds: Annotated[float, Field(ge=0)] = 0.0  # training time spent in it so far
+    best: Best | None = None  # epoch so far
+
+
+class _Metrics(_Exact):
+    names: list[Text]
+    totals: Any
+
+
+class _Versions(_Exact):
+    mdistill: Text
+    torch: Text
+
+
+class Checkpoint(_Exact):
+    """Mappings of tensors are left as they are."""
+
+    format: Literal[2]
+    model: dict[str, Any]
+    averages: dict[str, dict[str, Any]]
+    solver: dict[str, Any]
+    progress: Progress
+    metrics: _Metrics
+    config: dict[str, Any]
+    fingerprints: dict[str, Text]
+    versions: _Versions
+
+
+class ChunkHeader(_Exact):
+    identity: str
+    checksum: str
+
+
+def checked(schema: type[Schema], content: Any, path: Path, advice: str = "") -> Schema:
+    """``content`` of ``path`` as ``schema``; text is read as JSON.
+
+    Raises:
+        UserError: it is not; one line with what is wrong first, and ``advice``.
+    """
+    try:
+        if isinstance(content, str):
+            return schema.model_validate_json(content)
+        return schema.model_validate(content)
+    except ValidationError as error:
+        lines = problem_lines(error)
+        more = f" (and {len(lines) - 1} more)" if lines[1:] else ""
+        raise UserError(f"{path} is damaged: {lines[0]}{more}{f'; {advice}' if advice else ''}") from None
+
+
+def read_json(schema: type[Schema], path: Path, advice: str = "") -> Schema:
+    """The JSON file ``path``.
+
+    Raises:
+        UserError: it cannot be read, or is not as ``schema`` says.
+    """
+    return checked(schema, read_text(path), path, advice)
