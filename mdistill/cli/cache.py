@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 from mdistill.cli import common
-from mdistill.errors import UserError
+from mdistill.errors import Stopped, UserError
 
 DESCRIPTION = """Fill the cache of a teacher's logits that training reads.
 
@@ -41,6 +41,7 @@ def fill(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from mdistill.engine import build
+    from mdistill.engine.console import StopRequest
     from mdistill.engine.cuda_graph import side_stream
     from mdistill.engine.logit_cache import LogitCache
     from mdistill.engine.teacher import CACHE_DTYPES, Filler, describe, entries_of_epochs, open_cache
@@ -73,8 +74,14 @@ def fill(args: argparse.Namespace) -> None:
         cache = open_cache(teacher, dataset, root, fingerprints=experiment.fingerprints, cache_dtype=dtype)
         missing = int(cache.missing(ids).sum())
         print(f"{cache.path}: {missing:,} entries to compute, about {_duration(per_entry, missing)}", flush=True)
-        with tqdm(total=missing, unit="entry", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
-            filler.fill(cache, ids, advance=bar.update)
+        with StopRequest() as stop, tqdm(total=missing, unit="entry", dynamic_ncols=True, disable=None) as bar:
+
+            def advance(count: int) -> None:
+                bar.update(count)
+                if stop.signal is not None:
+                    raise Stopped(f"{stop.signal}: stopped, what was computed stays")
+
+            filler.fill(cache, ids, advance=advance)
         print(describe(cache))
 
 
@@ -83,4 +90,4 @@ def _duration(seconds_per_entry: float, entries: int) -> timedelta:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return common.run(fill, parse, arguments, when_stopped="what was computed stays")
+    return common.run(fill, parse, arguments)

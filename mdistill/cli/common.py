@@ -4,22 +4,19 @@ import argparse
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from mdistill.engine.console import on_stop_signal, stop_signals
+from mdistill.engine.console import StopHandler, on_stop_signal, stop_signals
 from mdistill.errors import Stopped, UserError, suggestion
 
 if TYPE_CHECKING:
     from mdistill.config import Config
 
-EXIT_CODES = """exit codes: 0 done, 1 the run failed, 2 bad input, 75 stopped and saved: run again with --resume,
-130 interrupted"""
-INTERRUPTED = 130
+EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 bad input, 75 stopped by a signal: run again with --resume"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -146,61 +143,66 @@ def run(
         when_stopped: what a signal outside training leaves behind, for the message.
 
     Returns:
-        0 done, 1 the run failed, 2 bad input, 75 stopped and saved (resume it), 130 interrupted.
+        0 done, 1 the run failed, 2 bad input, 75 stopped by a signal, with what there was to save saved.
     """
     outer = signal.getsignal(signal.SIGTERM)
-    interrupt = _Interrupt(when_stopped, arguments is None or (isinstance(outer, _Interrupt) and outer.owns_process))
-    with on_stop_signal(interrupt):  # while training, the engine's own handler is in its place
+    stopper = _Stopper(when_stopped, arguments is None or (isinstance(outer, _Stopper) and outer.owns_process))
+    with on_stop_signal(stopper), stopper.in_destructors():  # while training, the engine's own handler is in its place
         try:
             code = command(parse(arguments)) or 0
             sys.stdout.flush()
         except BaseException as error:
-            interrupt.armed = False
-            message, code = _explain(error, interrupt)
+            stopper.armed = False
+            message, code = _explain(error, stopper)
             with suppress(OSError):  # a terminal that has hung up takes no message
                 print(message, file=sys.stderr, end="\n" if message else "")
-    if arguments is None and code in {Stopped.exit_code, INTERRUPTED}:
+    if arguments is None and code == Stopped.exit_code:
         for number in stop_signals():  # more of them must not change the exit code while the interpreter shuts down
             signal.signal(number, signal.SIG_IGN)
     return code
 
 
-class _Interrupt:
-    """A signal handler that ends a command: it raises, or within an import leaves the process at once.
+class _Stopper(StopHandler):
+    """Ends a command: raises ``Stopped``, or where exceptions are lost leaves the process at once.
 
-    Signals within a second of the last one change nothing, as job schedulers send several; a later one raises again,
-    in case the first was lost in a place that swallows exceptions, such as a destructor. Extension modules swallow them
-    while they are imported, and there is nothing to undo by then.
+    Extension modules lose them while they are imported, and so do destructors; there is nothing to undo then.
     """
 
     def __init__(self, when_stopped: str, owns_process: bool) -> None:
+        super().__init__(owns_process)
         self.armed = True
-        self.asked: signal.Signals | None = None
-        self.owns_process = owns_process
-        self._when_stopped = when_stopped
-        self._last = 0.0
+        self._how = f"stopped, {when_stopped}"
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if not self.armed or (self.asked is not None and now - self._last < 1.0):
-            return
-        self.asked, self._last = signal.Signals(number), now
+        if self.armed:
+            super().__call__(number, frame)
+
+    def first(self, frame: FrameType | None) -> None:
         if self.owns_process and _is_importing(frame):
-            os.write(2, f"{self.message}\n".encode())
-            os._exit(self.exit_code)
-        raise KeyboardInterrupt if number == signal.SIGINT else Stopped
+            self.end(self._how)
+        raise Stopped
+
+    @contextmanager
+    def in_destructors(self) -> Iterator[None]:
+        """Within, an exception of ours that a destructor or a callback has lost ends the process."""
+        previous = sys.unraisablehook
+
+        def hook(lost: "sys.UnraisableHookArgs") -> None:
+            if not issubclass(lost.exc_type, Stopped):
+                previous(lost)
+            elif self.owns_process and self.armed:
+                self.end(self._how)
+
+        sys.unraisablehook = hook
+        try:
+            yield
+        finally:
+            sys.unraisablehook = previous
 
     @property
     def message(self) -> str:
         """What a user is told."""
-        if self.asked in {None, signal.SIGINT}:
-            return "interrupted"
-        return f"{self.asked.name}: stopped, {self._when_stopped}"
-
-    @property
-    def exit_code(self) -> int:
-        """75 for a signal that asks to stop, 130 for Ctrl-C."""
-        return INTERRUPTED if self.asked in {None, signal.SIGINT} else Stopped.exit_code
+        return f"{self.signal or 'SIGINT'}: {self._how}"
 
 
 def _is_importing(frame: FrameType | None) -> bool:
@@ -211,13 +213,13 @@ def _is_importing(frame: FrameType | None) -> bool:
     return False
 
 
-def _explain(error: BaseException, interrupt: _Interrupt) -> tuple[str, int]:
+def _explain(error: BaseException, stopper: _Stopper) -> tuple[str, int]:
     """The message and the exit code of a command that ``error`` ended; what is no user's matter is raised again."""
     saved = _engine_stop(error)
     if saved:
         return saved, Stopped.exit_code
-    if isinstance(error, KeyboardInterrupt) or interrupt.asked is not None:  # whatever became of its exception
-        return interrupt.message, interrupt.exit_code
+    if isinstance(error, KeyboardInterrupt) or stopper.signal is not None:  # whatever became of its exception
+        return stopper.message, Stopped.exit_code
     if isinstance(error, UserError):
         return "\n".join(f"error: {line}" for line in str(error).splitlines()), error.exit_code
     if isinstance(error, BrokenPipeError):  # whoever read the output has gone
@@ -226,7 +228,7 @@ def _explain(error: BaseException, interrupt: _Interrupt) -> tuple[str, int]:
     if isinstance(error, OSError):
         return f"error: {error}", 1
     if _is_out_of_memory(error):
-        first = str(error).splitlines()[0]
+        first = (str(error).splitlines() or ["there is not enough of it"])[0]
         return f"error: out of memory, a smaller data.batch_size needs less: {first}", 1
     raise error
 
@@ -243,4 +245,6 @@ def _engine_stop(error: BaseException | None) -> str:
 def _is_out_of_memory(error: BaseException) -> bool:
     """As torch puts it, on CUDA and on the CPU."""
     kind = getattr(sys.modules.get("torch"), "OutOfMemoryError", ())
-    return isinstance(error, kind) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    return isinstance(error, (MemoryError, kind)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )

@@ -1,5 +1,6 @@
 """What a person sees and sends while a run goes on: a bar, lines, memory; signals that ask it to stop."""
 
+import os
 import signal
 import sys
 import threading
@@ -9,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
+
+from mdistill.errors import Stopped
 
 if TYPE_CHECKING:  # slow to import, and a signal may come before they are needed
     import torch
@@ -43,31 +46,64 @@ def on_stop_signal(handler: Handler) -> Iterator[None]:
             signal.signal(number, handled)
 
 
-class StopRequest:
-    """Turns SIGTERM, SIGHUP and Ctrl-C into a flag that the training loop reads between steps.
+class StopHandler:
+    """Answers stop signals: the first one is told to ``first``, a second one ends the process at once.
 
-    More of them change nothing, as job schedulers send several; only a Ctrl-C a second or more later interrupts.
+    Shells and schedulers send one signal twice in the same moment; within ``DOUBLE`` seconds that counts as one.
+
+    Args:
+        owns_process: whether the process may be ended; else, as in a notebook, an exception ends what is going on.
+
+    Attributes:
+        signal: name of the first signal, None before it.
     """
 
-    def __init__(self) -> None:
+    DOUBLE = 0.1
+
+    def __init__(self, owns_process: bool) -> None:
         self.signal: str | None = None
+        self.owns_process = owns_process
         self._asked = 0.0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._asked = signal.Signals(number).name, now
+            self.first(frame)
+        elif now - self._asked >= self.DOUBLE:
+            self.end("ended at once; what was saved before stays")
+
+    def first(self, frame: FrameType | None) -> None:
+        """Take note of the first signal."""
+
+    def end(self, how: str) -> None:
+        """Leave the process with a line that says ``how``, or raise."""
+        message = f"{self.signal}: {how}"
+        if not self.owns_process:
+            raise KeyboardInterrupt if self.signal == "SIGINT" else Stopped(message)
+        os.write(2, f"\n{message}\n".encode())
+        os._exit(Stopped.exit_code)
+
+
+class StopRequest(StopHandler):
+    """Turns SIGTERM, SIGHUP and Ctrl-C into a flag, ``signal``, that a loop reads between its steps."""
+
+    def __init__(self) -> None:
+        outer = signal.getsignal(signal.SIGTERM)
+        super().__init__(isinstance(outer, StopHandler) and outer.owns_process)
+        self._outer = outer
         self._stack = ExitStack()
 
     def __enter__(self) -> "StopRequest":
-        self._stack.enter_context(on_stop_signal(self._handle))
+        self._stack.enter_context(on_stop_signal(self))
+        if isinstance(self._outer, StopHandler) and self.signal is None:
+            self.signal = self._outer.signal  # one whose exception was lost on its way
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is None:
-            self.signal, self._asked = signal.Signals(number).name, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self._asked >= 1.0:
-            raise KeyboardInterrupt
 
 
 STRIDE = 16

@@ -575,7 +575,7 @@ def test_a_flipped_bit_in_the_checkpoint_is_found(student_cfg: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_does_not_lose_the_save(second: signal.Signals) -> None:
+def test_a_signal_that_comes_twice_in_one_moment_does_not_lose_the_save(second: signal.Signals) -> None:
     with StopRequest() as request:
         os.kill(os.getpid(), signal.SIGINT)
         assert request.signal == "SIGINT"
@@ -583,12 +583,15 @@ def test_a_second_signal_does_not_lose_the_save(second: signal.Signals) -> None:
         assert request.signal == "SIGINT"
 
 
-def test_a_late_second_ctrl_c_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("first", "error"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_second_signal_ends_a_run_in_a_process_of_the_user_s(
+    first: signal.Signals, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = signal.getsignal(signal.SIGINT)
     with StopRequest() as request:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), first)
         monkeypatch.setattr(request, "_asked", request._asked - 1.0)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(error):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
 
