@@ -31,6 +31,14 @@ def shown(value: object, limit: int = 120) -> str:
     return text if len(text) <= limit else f"{text[: limit - 4]} ..."
 
 
+def printable(text: object, limit: int = 100) -> str:
+    """A name from a file for a message: what a terminal would act on is escaped, what is long is cut."""
+    if not isinstance(text, str):
+        return shown(text, limit)
+    safe = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text[: limit + 1])
+    return safe if len(text) <= limit else f"{safe[: limit - 4]} ..."
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'mcld'?"`` when something known is near ``name``, else nothing."""
     near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)

@@ -45,6 +45,7 @@ RANKS = {
     "registry": 1,
     "errors": 1,
     "files": 1,
+    "pickles": 1,
     "precision": 1,
     "distributed": 1,
 }

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from mdistill.engine.console import StopHandler, on_stop_signal, stop_signals
-from mdistill.errors import Stopped, UserError, suggestion
+from mdistill.errors import Stopped, UserError, printable, suggestion
 
 if TYPE_CHECKING:
     from mdistill.config import Config
@@ -221,7 +221,7 @@ def _explain(error: BaseException, stopper: _Stopper) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt) or stopper.signal is not None:  # whatever became of its exception
         return stopper.message, Stopped.exit_code
     if isinstance(error, UserError):
-        return "\n".join(f"error: {line}" for line in str(error).splitlines()), error.exit_code
+        return "\n".join(f"error: {printable(line, 2000)}" for line in str(error).splitlines()), error.exit_code
     if isinstance(error, BrokenPipeError):  # whoever read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return "", 1

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,9 @@ def run_eval(args: argparse.Namespace) -> None:
     subject = find_subject(args)
     if args.split not in subject.dataset.splits:
         raise UserError(f"--split: no split {args.split!r} here (there is: {', '.join(subject.dataset.splits)})")
-    load_weights(subject.network, subject.weights, name=subject.name, role=args.role or "student")
+    record = load_weights(subject.network, subject.weights, name=subject.name, role=args.role or "student")
+    if record.note:
+        print(f"note: {subject.weights} {record.note}", file=sys.stderr)
     precision = args.precision or subject.precision
     set_numerics(precision, deterministic=False)
     move(subject.network, device, precision)
@@ -131,7 +134,8 @@ def run_eval(args: argparse.Namespace) -> None:
         precision=precision,
     )
     if args.json:
-        line = {"model": subject.name, "weights": str(subject.weights), "split": args.split, **result.as_dict()}
+        line = {"model": subject.name, "weights": str(subject.weights), "sha256": record.sha256, "split": args.split}
+        line |= result.as_dict()
         print(json.dumps(line | ({"note": subject.note} if subject.note else {})))
         return
     print(

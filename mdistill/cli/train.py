@@ -68,8 +68,8 @@ def train(args: argparse.Namespace) -> None:
         check_teacher=not args.dry_run,
     )
     experiment.metadata["config_folder"] = str((args.cfg if args.cfg.is_dir() else args.cfg.parent).resolve())
-    for note in experiment.metadata["data"]["notes"]:
-        print(f"data: {note}")
+    for note in experiment.metadata["notes"]:
+        print(note)
     if "loss" in experiment.metadata:
         print(f"loss: {experiment.metadata['loss']}")
     if args.dry_run:

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from mdistill import pickles
 from mdistill.data.dataset import DATASETS, InMemoryDataset, Split
 from mdistill.errors import RunFailed, UserError
 
@@ -130,9 +131,13 @@ def _load(path: Path, notes: list[str]) -> dict[str, Any]:
     if found != FILE_MD5[path.name]:
         notes.append(f"cifar100: {path.name} has MD5 {found}, the published file {FILE_MD5[path.name]}")
     try:
+        if found != FILE_MD5[path.name]:
+            pickles.inspect(io.BytesIO(content))
         entry = _SafeUnpickler(io.BytesIO(content), encoding="bytes").load()
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except pickles.HostilePickle as error:
+        raise UserError(f"{path} was refused and nothing of it was run: it {error}") from None
     except Exception as error:  # a damaged pickle may raise anything
         raise UserError(
             f"{path} is damaged or not a pickle ({len(content)} bytes; {type(error).__name__}: {error});"

@@ -218,14 +218,19 @@ def build(
     teacher = build_teacher(config, info)
     distillers = [build_distiller(each, info, teacher) for each in configs]
     fingerprints = {"data": dataset.fingerprint()}
-    metadata: dict[str, Any] = {"data": {"fingerprint": fingerprints["data"], "notes": list(dataset.notes)}}
-    prints = []
+    metadata: dict[str, Any] = {
+        "data": {"fingerprint": fingerprints["data"]},
+        "notes": [f"data: {note}" for note in dataset.notes],
+    }
+    prints, files = [], []
     if config.teacher is not None and teacher is not None:
         for network, member, source in zip(_members(teacher), config.teacher.members, sources, strict=True):
-            load_weights(network, source, name=member.name, role="teacher")
+            record = load_weights(network, source, name=member.name, role="teacher")
+            files.append({"path": str(source), **vars(record)})
+            metadata["notes"] += [f"teacher: {source} {record.note}"] if record.note else []
             prints.append(fingerprint(network.state_dict()))
         fingerprints["teacher"] = prints[0] if len(prints) == 1 else _joined(prints, config.teacher.average)
-        metadata["teacher"] = {"path": " + ".join(map(str, sources)), "fingerprint": fingerprints["teacher"]}
+        metadata["teacher"] = {"files": files, "fingerprint": fingerprints["teacher"]}
     if not distillers[0].fits_labels:
         metadata["loss"] = UNCALIBRATED
     if config.data.mixing is not None and isinstance(dataset, StreamedDataset):

@@ -12,10 +12,11 @@ from mdistill import __version__
 from mdistill.config import Config, differences, results_only, without_defaults
 from mdistill.distillers import Distiller
 from mdistill.engine.metrics import RunningMetrics
-from mdistill.errors import RunFailed, UserError, shown
+from mdistill.errors import RunFailed, UserError, printable, shown
 from mdistill.file_schemas import Checkpoint, Progress, checked
 from mdistill.files import atomic_write
-from mdistill.models.weights import read_file, tensor_misfit
+from mdistill.models.torch_files import read_file
+from mdistill.models.weights import tensor_misfit
 from mdistill.optim.averaging import AveragedNetwork
 from mdistill.optim.solvers import Solver
 
@@ -215,7 +216,7 @@ def _misfit(place: str, saved: Any, live: Any) -> str | None:
     if not isinstance(saved, Mapping):
         return f"{place} is a {type(saved).__name__}, not a mapping"
     missing = [str(key) for key in live if key not in saved]
-    unexpected = [str(key) for key in saved if key not in live]
+    unexpected = [printable(key) for key in saved if key not in live]
     if missing or unexpected:
         return f"{place}: missing {_few(missing)}, unexpected {_few(unexpected)}"
     return next((found for key in live if (found := _misfit(f"{place}.{key}", saved[key], live[key]))), None)

@@ -2,27 +2,21 @@
 
 A checkpoint is a state dict, bare or under ``"model"``, as the published distillation projects write it: with the
 prefix of a DataParallel network (``module.``) or of a whole distiller (``module.student.``, ``teacher.``, ...), beside
-an optimizer's state, accuracies as tensors or NumPy scalars and the command line's options. Nothing of a file is ever
-executed: it is read with ``weights_only=True``, and what is neither tensor nor plain data is dropped or refused.
-Damage is found by the checksums of a zip archive; the format before it has none, there only truncation shows.
+an optimizer's state, accuracies as tensors or NumPy scalars and the command line's options.
 """
 
 import hashlib
-import pickletools
-import re
-import warnings
-import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mdistill.errors import RunFailed, UserError, shown, suggestion
+from mdistill.errors import RunFailed, UserError, printable, shown, suggestion
 from mdistill.files import atomic_write
 from mdistill.models.base import MODELS
+from mdistill.models.torch_files import FileRecord, file_record, read_file
 
 Role = Literal["student", "teacher"]
 
@@ -46,15 +40,18 @@ def read_checkpoint(path: Path, role: Role = "student", *, keys: Collection[str]
         state = _network(state, role, file)
     broken = _first_non_finite(state)
     if broken:
-        raise UserError(f"checkpoint {file}: {broken} holds NaN or infinite values")
+        raise UserError(f"checkpoint {file}: {printable(broken)} holds NaN or infinite values")
     return state
 
 
-def load_weights(model: nn.Module, path: Path, *, name: str, role: Role = "student") -> None:
+def load_weights(model: nn.Module, path: Path, *, name: str, role: Role = "student") -> FileRecord:
     """Load a checkpoint into ``model``, every key and shape of which must agree.
 
     Args:
         name: the model's name, for messages.
+
+    Returns:
+        which file it was.
 
     Raises:
         UserError: as ``read_checkpoint``; or the weights are another network's, which is then named, or were trained
@@ -65,6 +62,7 @@ def load_weights(model: nn.Module, path: Path, *, name: str, role: Role = "stude
     if problem:
         raise UserError(f"checkpoint {_file(path)}: {problem}")
     model.load_state_dict(state, strict=True)
+    return file_record(_file(path))
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -102,24 +100,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-# --- reading a file ---
-
-
-class _Ignored:
-    """Stands for what lies beside the weights: takes any arguments and stores nothing."""
-
-    def __init__(self, *_: Any) -> None: ...
-
-    def __setstate__(self, _: Any) -> None: ...
-
-
-# All that a file may name beyond torch's own tensors and containers. NumPy 1 and 2 pickle a scalar under two names.
-_ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    (_Ignored, "numpy.core.multiarray.scalar"),
-    (_Ignored, "numpy._core.multiarray.scalar"),
-    (_Ignored, "numpy.dtype"),
-    (_Ignored, "argparse.Namespace"),
-]
+# --- finding the file and the network ---
 
 
 def _file(path: Path) -> Path:
@@ -146,104 +127,6 @@ def _existing_file(path: Path) -> Path:
     raise UserError(f"checkpoint {path} does not exist{where}{near}")
 
 
-def read_file(file: Path) -> Any:
-    """What ``torch.save`` wrote: tensors and plain data, on the CPU; nothing in the file is run.
-
-    Raises:
-        UserError: unreadable, truncated, damaged, or it names code.
-    """
-    try:
-        with open(file, "rb") as opened:
-            head = opened.read(512)
-    except OSError as error:
-        raise UserError(f"checkpoint {file} cannot be read: {error.strerror}") from error
-    if not head:
-        raise UserError(f"checkpoint {file} is empty (0 bytes)")
-    try:
-        with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on odd pickles end up in the error
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # a file that is no checkpoint can fail in any way
-        raise UserError(f"checkpoint {file} {_why_unreadable(file, head, str(error))}") from error
-    damage = _zip_damage(file) if head.startswith(b"PK") else None
-    if damage:
-        raise UserError(f"checkpoint {file} is damaged: {damage}")
-    return content
-
-
-def _zip_damage(file: Path) -> str | None:
-    """What is wrong with a zip archive, by its checksums, which torch itself does not compare; None if nothing."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            member = archive.testzip()
-    except Exception as error:  # damage can fail in any way
-        return f"{type(error).__name__}: {error}"
-    return f"the checksum of {member} in it does not fit" if member else None
-
-
-_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # starts what torch wrote before it wrote zip archives
-
-
-def _why_unreadable(file: Path, head: bytes, error: str) -> str:
-    refused = _refused_global(file, error)
-    if refused:
-        return f"was refused and nothing of it was run: it names {refused!r}, which is code, not weights"
-    size = f"{file.stat().st_size:,} bytes"
-    if head.startswith(b"PK"):
-        if not zipfile.is_zipfile(file):
-            return f"is truncated: its {size} lack the end of the archive"
-        damage = _zip_damage(file)
-        if damage:
-            return f"is damaged: {damage}"
-        with zipfile.ZipFile(file) as archive:
-            members = archive.namelist()
-        if any(member.endswith("constants.pkl") for member in members):
-            return "is a TorchScript program, not a state dict"
-        if not any(member.endswith("data.pkl") for member in members):
-            return f"is a zip archive, not a torch checkpoint (it holds: {', '.join(members[:4])})"
-        return f"cannot be read: {error.splitlines()[0]}"
-    if head.startswith(_LEGACY_MAGIC):
-        return f"is truncated or damaged ({size})"
-    if head[257:262] == b"ustar":
-        return "is a tar archive: unpack it and name a file in it, such as resnet32x4_vanilla/ckpt_epoch_240.pth"
-    return f"is not a torch checkpoint: it starts with {head[:16]!r}"
-
-
-def _refused_global(file: Path, error: str) -> str | None:
-    """The function or class that made torch refuse a pickle: from its message, else the first that looks foreign."""
-    named = re.search(r"GLOBAL ([A-Za-z_][\w.]*)(?: |$)", error)
-    if named:
-        return named.group(1)
-    pickles = []
-    with suppress(Exception), zipfile.ZipFile(file) as archive:  # no archive, or a damaged one
-        pickles = [archive.read(member) for member in archive.namelist() if member.endswith("data.pkl")]
-    with open(file, "rb") as opened:
-        pickles = pickles or [opened.read(1_000_000)]
-    harmless = ("torch.", "collections.OrderedDict", "numpy.", "_codecs.encode", "argparse.Namespace")
-    names = (name for data in pickles for name in _globals(data) if not name.startswith(harmless))
-    return next((name for name in names if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", name)), None)
-
-
-def _globals(data: bytes) -> Iterator[str]:
-    """What a pickle names, read off without running it."""
-    texts: list[str] = []
-    try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name == "GLOBAL":
-                yield str(argument).replace(" ", ".")
-            elif opcode.name == "STACK_GLOBAL":
-                yield ".".join(texts[-2:])
-            elif isinstance(argument, str):
-                texts.append(argument)
-    except Exception:  # damaged, or no pickle: the names so far are all there are
-        return
-
-
-# --- finding the network ---
-
-
 def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
     if isinstance(content, Tensor):
         raise UserError(f"checkpoint {file} holds one tensor of shape {tuple(content.shape)}, not a state dict")
@@ -253,14 +136,26 @@ def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
     state = content.get("model", content)
     if not isinstance(state, Mapping):
         raise UserError(f"checkpoint {file} holds a {type(state).__name__} under 'model', not a state dict")
-    foreign = [str(key) for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
+    foreign = [key for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if foreign or not state:
-        keys = ", ".join([str(key) for key in state][:8]) or "none"
+        keys = ", ".join([printable(key) for key in [*state][:8]]) or "none"
         raise UserError(
             f"checkpoint {file} holds no weights: {len(foreign)} of the {len(state)} entries {place} are not tensors"
             f" (keys: {keys}; needed: a state dict, bare or under 'model')"
         )
+    odd = next((key for key, value in state.items() if _is_odd(value)), None)
+    if odd is not None:
+        raise UserError(
+            f"checkpoint {file}: {printable(odd)} is no plain tensor (sparse, quantised, a view of less memory)"
+        )
     return {key: value.detach() for key, value in state.items()}
+
+
+def _is_odd(value: Tensor) -> bool:
+    """Whether reading its values may fail: no network's weights are like that."""
+    if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu" or value.ndim > 16:
+        return True
+    return value.numel() * value.element_size() > value.untyped_storage().nbytes()
 
 
 def _network(state: dict[str, Tensor], role: Role, file: Path) -> dict[str, Tensor]:
@@ -301,9 +196,9 @@ def _mismatch(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: s
         return f"{name} was trained for {classes} classes, the data set has {wanted_classes}"
     details = []
     if missing:
-        details.append(f"{len(missing)} missing, first {missing[0]}")
+        details.append(f"{len(missing)} missing, first {printable(missing[0])}")
     if unexpected:
-        details.append(f"{len(unexpected)} unexpected, first {unexpected[0]}")
+        details.append(f"{len(unexpected)} unexpected, first {printable(unexpected[0])}")
     if other:
         key = other[0]
         details.append(

@@ -1,5 +1,6 @@
 """Whole runs: what they write, that they resume exactly, and what they refuse."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -91,7 +92,10 @@ def test_a_run_writes_what_it_says(kd_cfg: Path, teacher_file: Path, tmp_path: P
     assert config.load(folder / "config.yaml") == config.load(kd_cfg)
     (session,) = json.loads((folder / "env.json").read_text())["sessions"]
     assert session["versions"]["torch"] == torch.__version__
-    assert session["teacher"]["path"] == str(teacher_file)
+    (file,) = session["teacher"]["files"]
+    assert file["path"] == str(teacher_file)
+    assert file["sha256"] == hashlib.sha256(teacher_file.read_bytes()).hexdigest()
+    assert file["checksums"] is True
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("test/top1")] == [1, 2, 3]
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([m["train/loss"] for m in metrics])

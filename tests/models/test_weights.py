@@ -7,6 +7,8 @@ import os
 import pickle
 import re
 import tarfile
+import warnings
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from mdistill.errors import RunFailed, UserError
-from mdistill.models import MODELS
+from mdistill.models import MODELS, torch_files
+from mdistill.models.torch_files import file_record
 from mdistill.models.weights import fingerprint, load_weights, read_checkpoint, save_weights
 
 
@@ -451,3 +454,100 @@ def test_fingerprint_of_a_known_state_is_its_sha256() -> None:
     text += b"b\0torch.int64\0()\0" + np.int64(5).tobytes()
     state = {"b": torch.tensor(5), "a": torch.tensor([1.0, 2.0])}
     assert fingerprint(state) == hashlib.sha256(text).hexdigest()
+
+
+# --- which file it was ---
+
+
+def saved(path: Path, state: dict[str, Tensor], *, legacy: bool) -> Path:
+    torch.save(state, path, _use_new_zipfile_serialization=not legacy)
+    return path
+
+
+def test_a_file_without_checksums_is_told_to_be_unverifiable(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    path = saved(tmp_path / "old.pth", state, legacy=True)
+    record = load_weights(network(), path, name="resnet8")
+    assert record.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert record.note is not None
+    assert record.note.endswith(f"compare its SHA-256 with the publisher's: {record.sha256}")
+    path = saved(tmp_path / "new.pth", state, legacy=False)
+    assert load_weights(network(), path, name="resnet8").note is None
+
+
+def test_a_release_is_known_by_its_hash(
+    tmp_path: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path / "old.pth", state, legacy=True)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    for name, release in ((f"net-{sha256[:8]}.pth", f"net-{sha256[:8]}"), ("net-0123abcd.pth", None)):
+        renamed = path.rename(tmp_path / name)
+        assert file_record(renamed).release == release
+        path = renamed
+    monkeypatch.setitem(torch_files.RELEASES, sha256, "a release")
+    record = file_record(path)
+    assert (record.release, record.checksums, record.note) == ("a release", False, None)
+
+
+# --- hostile files ---
+
+
+def deep_key(depth: int) -> bytes:
+    return b"\x80\x02})" + b"\x85" * depth + b"K\x01s."
+
+
+def archive_of(path: Path, members: list[tuple[str, bytes]], compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # two of one name
+        for name, content in members:
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_keys_nested_a_hundred_thousand_deep_are_refused(tmp_path: Path, legacy: bool) -> None:
+    path = tmp_path / "deep.pth"
+    if legacy:
+        path.write_bytes(torch_files._LEGACY_MAGIC + b"\x80\x02M\xe9\x03." + b"\x80\x02}." + deep_key(100_000))
+    else:
+        archive_of(path, [("deep/data.pkl", deep_key(100_000)), ("deep/version", b"3\n")])
+    assert "nests more than 64 containers" in refusal(path)
+
+
+def test_compressed_and_ambiguous_archives_are_refused(tmp_path: Path) -> None:
+    path = archive_of(tmp_path / "a.pth", [("a/data.pkl", bytes(1 << 20))], zipfile.ZIP_DEFLATED)
+    assert "is compressed, which torch.save never does" in refusal(path)
+    path = archive_of(tmp_path / "b.pth", [("a/data.pkl", b"N."), ("a/data.pkl", b"I1\n.")])
+    assert "holds two members of one name" in refusal(path)
+
+
+def test_names_from_a_file_are_shown_harmless_and_short(tmp_path: Path) -> None:
+    path = tmp_path / "names.pth"
+    torch.save({"\x1b[31mred\nerror: all is well" + "x" * 100_000: 1}, path)
+    message = refusal(path)
+    assert message.isprintable()
+    assert "\\x1b[31mred\\nerror" in message
+    assert len(message) < 600
+
+
+ODD = {
+    "a view of less memory": torch.zeros(1).expand(1_000_000_000_000),
+    "sparse": torch.zeros(3).to_sparse(),
+    "on no device": torch.zeros(3, device="meta"),
+    "of many dimensions": torch.zeros([1] * 40),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_tensors_without_plain_values_are_refused(odd: str, tmp_path: Path) -> None:
+    path = tmp_path / "odd.pth"
+    torch.save({"conv1.weight": ODD[odd]}, path)
+    assert "conv1.weight is no plain tensor" in refusal(path)
+
+
+def test_a_dictionary_that_hides_its_methods_is_read_as_it_is(state: dict[str, Tensor]) -> None:
+    """As a file can have it: the attributes of an object are set by what the file says."""
+    dressed = OrderedDict(state)
+    dressed.__dict__.update(items=1, keys=2, get=3)
+    plain = torch_files._plain({"model": dressed})
+    assert type(plain["model"]) is dict
+    assert_same(plain["model"], state)
