@@ -19,10 +19,10 @@ from mdistill.errors import UserError, shown, suggestion
 T = TypeVar("T")
 Builder = TypeVar("Builder", bound=Callable[..., Any])
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -147,7 +147,10 @@ def _checked(annotation: Any, value: Any) -> Any:
     if annotation is inspect.Parameter.empty:
         return value
     adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-    return adapter.validate_json(json.dumps(value, default=str), strict=True)
+    checked = adapter.validate_json(json.dumps(value, default=str), strict=True)
+    if isinstance(checked, int) and not -(2**31) < checked < 2**31:  # whatever the annotation lets through
+        TypeAdapter(Annotated[int, Field(gt=-(2**31), lt=2**31)]).validate_python(checked)
+    return checked
 
 
 def _is_plain(value: Any) -> bool:

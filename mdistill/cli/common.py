@@ -221,16 +221,22 @@ def _explain(error: BaseException, stopper: _Stopper) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt) or stopper.signal is not None:  # whatever became of its exception
         return stopper.message, Stopped.exit_code
     if isinstance(error, UserError):
-        return "\n".join(f"error: {printable(line, 2000)}" for line in str(error).splitlines()), error.exit_code
+        return _error_lines(str(error)), error.exit_code
     if isinstance(error, BrokenPipeError):  # whoever read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return "", 1
     if isinstance(error, OSError):
-        return f"error: {error}", 1
+        return _error_lines(str(error)), 1
     if _is_out_of_memory(error):
         first = (str(error).splitlines() or ["there is not enough of it"])[0]
         return f"error: out of memory, a smaller data.batch_size needs less: {first}", 1
     raise error
+
+
+def _error_lines(message: str) -> str:
+    """Harmless for a terminal, and no more than a person reads."""
+    lines = [f"error: {printable(line, 1000)}" for line in message.splitlines() or ["no reason is given"]]
+    return "\n".join([*lines[:20], *([f"error: and {len(lines) - 20} more"] if lines[20:] else [])])
 
 
 def _engine_stop(error: BaseException | None) -> str:

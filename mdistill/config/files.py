@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import math
 import os
 import re
 import sys
@@ -15,10 +16,12 @@ import yaml
 
 from mdistill.config.schema import COMPONENTS, Config, check, leaves, results_only
 from mdistill.distillers import DISTILLERS
-from mdistill.errors import UserError, suggestion
+from mdistill.errors import UserError, printable, shown, suggestion
 from mdistill.registry import Registry
 
 MAX_DEPTH = 16  # files that are based on each other
+MAX_NESTING = 16  # sections within sections
+MAX_LENGTH = 1 << 18  # bytes of a file, or of a value on the command line
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?\.?inf|\.?nan", re.IGNORECASE)
 _NAME_LIMIT = 180  # characters of a folder name, below the 255 bytes of common file systems
 
@@ -154,7 +157,7 @@ class _Draft:
                 below = tree[part] = {}
             if not isinstance(below, dict):
                 place = ".".join(key[: depth + 1])
-                raise UserError(f"{source}: {'.'.join(key)}: {place} is not a section, it holds {below!r}")
+                raise UserError(f"{source}: {'.'.join(key)}: {place} is not a section, it holds {shown(below)}")
             tree = below
         tree[key[-1]] = value
         for known in (self.origins, self.written_for):
@@ -192,17 +195,25 @@ def _apply_overrides(draft: _Draft, overrides: Sequence[str]) -> str:
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals or not name or not all(name.split(".")):
-            raise UserError(f"command line: {override!r} is not an override; write key=value, such as solver.lr=0.1")
+            raise UserError(
+                f"command line: {shown(override)} is not an override; write key=value, such as solver.lr=0.1"
+            )
         try:
             value = _parse(text)
-        except _UNREADABLE as error:
-            raise UserError(f"command line: {override!r}: not a YAML value: {_one_line(error)}") from None
+        except Exception as error:
+            raise UserError(f"command line: {shown(override)}: not a YAML value: {_one_line(error)}") from None
         key = tuple(name.split("."))
+        if len(key) > MAX_NESTING:
+            raise UserError(
+                f"command line: {shown(override)}: a key of {len(key)} parts; no section is nested deeper than"
+                f" {MAX_NESTING}"
+            )
         if len(key) == 1 and key[0] not in Config.model_fields:
             known = {dotted[-1]: ".".join(dotted) for dotted, _ in leaves(draft.tree)}
             hint = f"; did you mean {known[name]}?" if name in known else suggestion(name, known.values())
             raise UserError(
-                f"command line: {override!r}: unknown key {name!r}{hint} (sections: {', '.join(Config.model_fields)})"
+                f"command line: {shown(override)}: unknown key {shown(name)}{hint}"
+                f" (sections: {', '.join(Config.model_fields)})"
             )
         draft.set(key, value, "command line")
         keys.append(key)
@@ -226,7 +237,9 @@ def _retire(tree: dict[str, Any]) -> list[str]:
         if setting in RENAMED:
             given.setdefault(RENAMED[setting], value)
         elif value != RETIRED[setting][0]:
-            problems.append(f"distiller.{key}: {value!r} is no setting of {method!r} any more; {RETIRED[setting][1]}")
+            problems.append(
+                f"distiller.{key}: {shown(value)} is no setting of {method!r} any more; {RETIRED[setting][1]}"
+            )
     return problems
 
 
@@ -234,7 +247,13 @@ def _retire(tree: dict[str, Any]) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice."""
+    """SafeLoader that refuses a key given twice, and aliases, which can unfold to more than memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not read", problem_mark=mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -260,7 +279,9 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path
     bases = tree.pop("base", None)
     bases = [bases] if isinstance(bases, str) else [] if bases is None else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise UserError(f"{path}: base: should be a path or a list of paths relative to this file, found {bases!r}")
+        raise UserError(
+            f"{path}: base: should be a path or a list of paths relative to this file, found {shown(bases)}"
+        )
     chain = (*above, path)
     for base in bases:
         base_path = _tidy(path.parent / base)
@@ -278,45 +299,70 @@ def _read(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a file in it, or one of its pairs with --pair")
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MAX_LENGTH + 1)
     except FileNotFoundError:
         raise UserError(f"no such configuration file: {path}{_near(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a YAML file: {error}") from None
     try:
         tree = _parse(text)
-    except _UNREADABLE as error:
+    except Exception as error:
         raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: should hold `key: value` lines, found {type(tree).__name__}")
     return tree
 
 
-_UNREADABLE = (yaml.YAMLError, ValueError, TypeError, RecursionError)  # the latter of impossible dates, or cycles
-
-
 def _parse(text: str) -> Any:
-    return _numbers(yaml.load(text, Loader=_Loader))
+    """The YAML value ``text``; may fail in any way: its constructors let out whatever Python raises."""
+    if len(text) > MAX_LENGTH:
+        raise ValueError(f"longer than {MAX_LENGTH:,} characters")
+    return _plain(yaml.load(text, Loader=_Loader))
 
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return printable(
+        text if isinstance(error, (yaml.YAMLError, ValueError)) else f"{type(error).__name__}: {text}", 200
+    )
 
 
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads ``5e-4`` as text: turn text that is a number into it. Booleans stay booleans."""
+def _plain(value: Any, depth: int = 0) -> Any:
+    """``value`` as a configuration can hold it: text that is a number is one (YAML 1.1 reads ``5e-4`` as text).
+
+    Raises:
+        ValueError: it is nested too deep, a number that no 64 bits hold, or text that no file can hold.
+    """
+    if depth > MAX_NESTING:
+        raise ValueError(f"nested deeper than {MAX_NESTING} levels")
     if isinstance(value, dict):
-        return {str(key): _numbers(item) for key, item in value.items()}
+        return {_plain_text(str(key)): _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    if isinstance(value, str) and _NUMBER.fullmatch(value):
-        try:
-            return int(value)
-        except ValueError:
-            return float(value.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        return [_plain(item, depth + 1) for item in value]
+    if isinstance(value, str):
+        return _number(value) if len(value) < 400 and _NUMBER.fullmatch(value) else _plain_text(value)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("a whole number beyond 64 bits")
     return value
+
+
+def _number(text: str) -> int | float:
+    try:
+        number: int | float = int(text)
+    except ValueError:
+        number = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        if math.isinf(number) and "inf" not in text.lower():
+            raise ValueError(f"{text} is beyond what a number can be") from None
+    return _plain(number) if isinstance(number, int) else number
+
+
+def _plain_text(text: str) -> str:
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{shown(text)} holds a character that no file can hold")
+    return text
 
 
 def _get(tree: Any, key: _Key) -> Any:

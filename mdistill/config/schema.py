@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, Va
 from mdistill.data import DATASETS
 from mdistill.data.mixing import Mixing
 from mdistill.distillers import DISTILLERS
-from mdistill.errors import UserError, suggestion
+from mdistill.errors import UserError, shown, suggestion
 from mdistill.models import MODELS
 from mdistill.optim import SOLVERS
 from mdistill.optim.schedules import Schedule, learning_rate
@@ -24,6 +24,13 @@ def _folder_name(text: str) -> str:
     if text in {".", ".."} or not text.isprintable() or set(text) & {"/", "\\"} or len(text.encode()) > 255:
         raise ValueError("should be usable as the name of one folder")
     return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes no aliases, which are not read."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 class _Section(BaseModel):
@@ -148,7 +155,7 @@ class Config(_Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML that ``load`` reads back unchanged."""
-        return yaml.safe_dump(self.resolved(), sort_keys=False, default_flow_style=None, width=120)
+        return yaml.dump(self.resolved(), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
 
     def run_folder(self) -> Path:
         """``<dataset>/<method>/<teacher>_<student>[/<variant>]/seed<k>``."""
@@ -316,11 +323,11 @@ def _schema_problems(error: ValidationError) -> list[str]:
         known = _known_keys(detail["loc"][:-1])
         if detail["type"] == "extra_forbidden":
             near = suggestion(str(detail["loc"][-1]), known)
-            line = f"{place}: unknown key (value {detail['input']!r}){near} (allowed: {', '.join(known)})"
+            line = f"{place}: unknown key (value {shown(detail['input'])}){near} (allowed: {', '.join(known)})"
         elif detail["type"] == "missing":
             line = f"{place}: missing"
         elif detail["type"] in {"model_type", "dict_type", "model_attributes_type"}:
-            line = f"{place}: should be a section of `key: value` lines, found {detail['input']!r}"
+            line = f"{place}: should be a section of `key: value` lines, found {shown(detail['input'])}"
         problems.append(line)
     return problems
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from mdistill import pickles
 from mdistill.data.dataset import DATASETS, InMemoryDataset, Split
-from mdistill.errors import RunFailed, UserError
+from mdistill.errors import RunFailed, UserError, printable
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 ARCHIVE_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
@@ -139,9 +139,9 @@ def _load(path: Path, notes: list[str]) -> dict[str, Any]:
     except pickles.HostilePickle as error:
         raise UserError(f"{path} was refused and nothing of it was run: it {error}") from None
     except Exception as error:  # a damaged pickle may raise anything
+        reason = f"{type(error).__name__}: {printable(str(error))}"
         raise UserError(
-            f"{path} is damaged or not a pickle ({len(content)} bytes; {type(error).__name__}: {error});"
-            " delete it and fetch it again"
+            f"{path} is damaged or not a pickle ({len(content)} bytes; {reason}); delete it and fetch it again"
         ) from error
     if not isinstance(entry, dict):
         raise UserError(f"{path} must hold a dictionary, found {type(entry).__name__}")
@@ -176,7 +176,8 @@ class _SafeUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.allowed:
-            raise UserError(f"asks for {module}.{name}, which no CIFAR-100 file needs; refused, nothing was executed")
+            wanted = printable(f"{module}.{name}")
+            raise UserError(f"asks for {wanted}, which no CIFAR-100 file needs; refused, nothing was executed")
         return self.allowed[module, name]
 
 

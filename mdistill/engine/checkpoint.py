@@ -194,7 +194,8 @@ def restore(
     )
     if problem:
         raise UserError(f"{path} does not fit this run, or is damaged: {problem}")
-    bad = _not_finite({key: content[key] for key in ("model", "averages", "solver")})
+    parts = ("model", "averages", "solver")
+    bad = _not_finite({**{key: content[key] for key in parts}, "metrics": vars(saved.metrics)})
     if bad:
         raise UserError(f"{path} is damaged: NaN or infinite values in {bad}")
     distiller.load_state_dict(saved.model, strict=False)  # all but the teacher's

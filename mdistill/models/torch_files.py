@@ -160,8 +160,8 @@ def _zip_damage(file: Path) -> str | None:
         with zipfile.ZipFile(file) as archive:
             member = archive.testzip()
     except Exception as error:  # damage can fail in any way
-        return f"{type(error).__name__}: {error}"
-    return f"the checksum of {member} in it does not fit" if member else None
+        return printable(f"{type(error).__name__}: {error}", 200)
+    return f"the checksum of {printable(member)} in it does not fit" if member else None
 
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # starts what torch wrote before it wrote zip archives
@@ -170,7 +170,7 @@ _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # starts what torch
 def _why_unreadable(file: Path, head: bytes, error: str) -> str:
     refused = _refused_global(file, error)
     if refused:
-        return f"was refused and nothing of it was run: it names {refused!r}, which is code, not weights"
+        return f"was refused and nothing of it was run: it names '{printable(refused)}', which is code, not weights"
     size = f"{file.stat().st_size:,} bytes"
     if head.startswith(b"PK"):
         if not zipfile.is_zipfile(file):

@@ -156,7 +156,7 @@ def test_seed_flag_wins_and_is_kept(kd_cfg: Path) -> None:
         ("distiller.temperature", r"'distiller.temperature' is not an override; write key=value"),
         ("solver.lr=[1", r"not a YAML value: line 1"),
         ("variant=../up", r"variant: should be usable as the name of one folder, found '../up'"),
-        ("seed=9223372036854775808", r"seed: should be less than 9223372036854775808, found 9223372036854775808"),
+        ("seed=9223372036854775808", r"'seed=9223372036854775808': not a YAML value: a whole number beyond 64 bits"),
         ("solver.lr={{4}}", r"'solver.lr=\{\{4\}\}': not a YAML value: line 1, column 2: a key should be a word"),
         ("variant=2024-13-45", r"not a YAML value: month must be in 1..12"),
         ("seed=-1", r"seed: should be greater than or equal to 0, found -1"),
@@ -167,6 +167,55 @@ def test_bad_values_are_one_clear_line(kd_cfg: Path, override: str, pattern: str
     lines = problems(kd_cfg, override)
     assert len(lines) == 1, lines
     assert re.search(pattern, lines[0]), lines[0]
+
+
+LAUGHS = "a: &a [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1 or ''}, *a{n - 1 or ''}]\n" for n in range(1, 60))
+
+ABSURD = {
+    "a billion laughs": (LAUGHS, "aliases (*name) are not read"),
+    "deep nesting": (f"seed: {'[' * 50}{']' * 50}", "nested deeper than 16 levels"),
+    "very deep nesting": (f"seed: {'[' * 100_000}{']' * 100_000}", "RecursionError: "),
+    "a huge whole number": (f"seed: {'9' * 4000}", "a whole number beyond 64 bits"),
+    "a huge number in base 16": (f"seed: 0x{'f' * 20_000}", "a whole number beyond 64 bits"),
+    "a number in base 60": (f"seed: 1{':59' * 3000}.5", "OverflowError: "),
+    "a number beyond floats": ("seed: 1e999", "1e999 is beyond what a number can be"),
+    "a bad tag": ("seed: !!bool x", "KeyError: 'x'"),
+    "a surrogate": ('variant: "\\ud800"', r"holds a character that no file can hold"),
+    "a null character": ('variant: "a\\0b"', r"holds a character that no file can hold"),
+    "a key that is a surrogate": ('"\\ud800": 1', r"holds a character that no file can hold"),
+    "too much of it": ("#" * 300_000, "longer than 262,144 characters"),
+}
+
+
+@pytest.mark.parametrize("name", ABSURD)
+def test_absurd_yaml_is_one_short_line(name: str, tmp_path: Path, kd_cfg: Path) -> None:
+    text, expected = ABSURD[name]
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    (line,) = problems(path)
+    assert expected in line
+    assert len(line) < 500
+    (line,) = problems(
+        kd_cfg, f"data={{{text}}}" if name == "a billion laughs" else f"variant={text.partition(': ')[2]}"
+    )
+    assert len(line) < 500
+
+
+@pytest.mark.parametrize(
+    ("override", "pattern"),
+    [
+        ("a" + ".b" * 1200 + "=1", r"a key of 1201 parts; no section is nested deeper than 16"),
+        ("x" * 100_000, r"\.\.\. is not an override"),
+        ("distiller.temperature=1e308", r"temperature: should be less than or equal to 1000000000, found 1e\+308"),
+        ("student.width=9223372036854775807", r"student\.width: should be less than 2147483648, found 922"),
+        ("student.width=-9223372036854775807", r"student\.width: should be greater than -2147483648, found -922"),
+        ("data.batch_size=2147483648", r"batch_size: should be less than 2147483648"),
+    ],
+)
+def test_absurd_overrides_are_one_short_line(override: str, pattern: str, kd_cfg: Path) -> None:
+    (line,) = problems(kd_cfg, override)
+    assert re.search(pattern, line), line
+    assert len(line) < 500
 
 
 def test_every_problem_is_reported_at_once_with_its_file(kd_cfg: Path, recipe: Path) -> None:
@@ -199,8 +248,8 @@ def test_missing_section_and_key(tmp_path: Path) -> None:
         ("seed: 1\nseed: 2\n", r"x.yaml: not valid YAML: line 2, column 1: key 'seed' is given twice"),
         ("seed: &a [*a]\n", r"x.yaml: not valid YAML: "),
         (
-            "data: &d {name: tiny}\nstudent:\n  <<: *d\n",
-            r"not valid YAML: line 3, column 3: merge keys \(<<\) are not read",
+            "student:\n  <<: {name: tiny}\n",
+            r"not valid YAML: line 2, column 3: merge keys \(<<\) are not read",
         ),
         ("base: nowhere.yaml\n", r"x.yaml: base: no such file .*nowhere.yaml"),
         ("base: 7\n", r"x.yaml: base: should be a path or a list of paths relative to this file, found 7"),
