@@ -46,6 +46,7 @@ RANKS = {
     "errors": 1,
     "files": 1,
     "pickles": 1,
+    "user_code": 1,
     "precision": 1,
     "distributed": 1,
 }

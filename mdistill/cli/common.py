@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mdistill.engine.console import StopHandler, on_stop_signal, stop_signals
 from mdistill.errors import Stopped, UserError, printable, suggestion
+from mdistill.user_code import traceback_of
 
 if TYPE_CHECKING:
     from mdistill.config import Config
@@ -221,7 +223,7 @@ def _explain(error: BaseException, stopper: _Stopper) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt) or stopper.signal is not None:  # whatever became of its exception
         return stopper.message, Stopped.exit_code
     if isinstance(error, UserError):
-        return _error_lines(str(error)), error.exit_code
+        return traceback_of(error.__cause__) + _error_lines(str(error)), error.exit_code
     if isinstance(error, BrokenPipeError):  # whoever read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return "", 1
@@ -230,6 +232,9 @@ def _explain(error: BaseException, stopper: _Stopper) -> tuple[str, int]:
     if _is_out_of_memory(error):
         first = (str(error).splitlines() or ["there is not enough of it"])[0]
         return f"error: out of memory, a smaller data.batch_size needs less: {first}", 1
+    theirs = traceback_of(error)
+    if theirs:
+        return f"{theirs}{''.join(traceback.format_exception_only(error)).rstrip()}", 1
     raise error
 
 

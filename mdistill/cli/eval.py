@@ -42,6 +42,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--precision", choices=get_args(Precision), help="of convolutions (default: fp32 if the run had that, or tf32)"
     )
     common.add_imports(parser)
+    parser.add_argument("--trust", action="store_true", help="run the code that the run folder names (its imports)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a line")
     return parser.parse_intermixed_args(arguments)
 
@@ -70,14 +71,14 @@ def find_subject(args: argparse.Namespace) -> Subject:
 
 
 def _lone_checkpoint(args: argparse.Namespace) -> Subject:
-    from mdistill import config
     from mdistill.data import DATASETS
     from mdistill.engine.build import build_network
+    from mdistill.user_code import import_user_module
 
     if args.model is None:
         raise UserError(f"--weights {args.weights} needs --model, the network that it belongs to")
     for module in args.imports:
-        config.import_user_module(module, [Path.cwd()])
+        import_user_module(module, [Path.cwd()])
     dataset = DATASETS.build(args.data or "cifar100", args.data_root, args.download, where="--data")
     network = build_network("--model", args.model, {}, dataset.info(1), seed=0)
     return Subject(args.model, network, args.weights, dataset)
@@ -93,7 +94,8 @@ def _of_run(args: argparse.Namespace) -> Subject:
         raise UserError(f"no run folder or checkpoint at {args.run}")
     if not recorded.is_file():
         raise UserError(f"{args.run}: no {recorded.name} in its folder; give --model NAME --weights {args.run}")
-    settings = config.load(recorded, imports=args.imports, search=code_folders(recorded.parent))
+    folders = [Path.cwd(), *code_folders(recorded.parent), *([recorded.parent] if args.trust else [])]
+    settings = config.load(recorded, imports=args.imports, folders=folders, trusted=args.trust)
     dataset = build_dataset(settings, data_root=args.data_root, download=args.download)
     students = build_students(settings, dataset.info(settings.data.batch_size))
     headline = next(iter(students.values()))  # averages of its weights have its network

@@ -40,11 +40,11 @@ def show(args: argparse.Namespace) -> None:
     if args.names and (args.write or args.check):
         raise UserError("--write and --check are for the page of all methods: name none")
 
-    from mdistill import config
     from mdistill.distillers import DISTILLERS
+    from mdistill.user_code import import_user_module
 
     for module in args.imports:
-        config.import_user_module(module, [Path.cwd()])
+        import_user_module(module, [Path.cwd()])
     root = common.project_root()
     names = [DISTILLERS.canonical(name) for name in args.names] or DISTILLERS.names()
     if args.write or args.check:

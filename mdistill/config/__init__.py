@@ -1,6 +1,6 @@
 """The typed, strict configuration: everything that changes a result, from YAML files, their bases and overrides."""
 
-from mdistill.config.files import for_pair, import_user_module, load
+from mdistill.config.files import for_pair, load
 from mdistill.config.schema import (
     Config,
     MemberConfig,
@@ -18,7 +18,6 @@ __all__ = [
     "cell_identity",
     "differences",
     "for_pair",
-    "import_user_module",
     "load",
     "results_only",
     "without_defaults",

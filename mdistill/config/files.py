@@ -1,11 +1,9 @@
 """From YAML files, their bases and the command line to a checked configuration; every message names its source."""
 
 import hashlib
-import importlib
 import math
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ from mdistill.config.schema import COMPONENTS, Config, check, leaves, results_on
 from mdistill.distillers import DISTILLERS
 from mdistill.errors import UserError, printable, shown, suggestion
 from mdistill.registry import Registry
+from mdistill.user_code import import_user_module
 
 MAX_DEPTH = 16  # files that are based on each other
 MAX_NESTING = 16  # sections within sections
@@ -46,7 +45,8 @@ def load(
     *,
     imports: Sequence[str] = (),
     seed: int | None = None,
-    search: Sequence[Path] = (),
+    folders: Sequence[Path] | None = None,
+    trusted: bool = True,
 ) -> Config:
     """Read ``path``, its bases and ``key=value`` overrides; check everything and resolve all defaults.
 
@@ -59,7 +59,8 @@ def load(
         overrides: ``solver.lr=0.1`` and the like; values are YAML.
         imports: further modules to load first, as ``imports:`` in the file.
         seed: replaces the file's.
-        search: folders with user modules, beside the current one and the file's.
+        folders: where user modules are; None for beside the files and the current one.
+        trusted: whether modules that the files name may be loaded; else only those that ``imports`` names too.
 
     Raises:
         UserError: every unknown, missing and ill-typed key together, one line each with its file and key.
@@ -75,11 +76,20 @@ def load(
         tree["variant"] = _shortened(",".join(part for part in (str(tree.get("variant") or ""), variant) if part))
     if seed is not None:
         draft.set(("seed",), seed, "--seed")
-    modules = [*_as_list(tree.get("imports"))]
+    modules = [str(module) for module in _as_list(tree.get("imports"))]
+    unnamed = [module for module in modules if module not in imports]
+    if unnamed and not trusted:
+        flags = " ".join(f"--import {printable(module)}" for module in unnamed[:4])
+        raise UserError(
+            f"{files[-1]}: imports: it names code, {printable(', '.join(unnamed))}; code that a run folder names is run"
+            f" only when you name it ({flags}) or trust the folder (--trust)"
+        )
     if imports:
         tree["imports"] = modules = [*modules, *(module for module in imports if module not in modules)]
+    if folders is None:
+        folders = [*(file.resolve().parent for file in files), Path.cwd()]
     for module in modules:
-        import_user_module(str(module), [*(file.resolve().parent for file in files), Path.cwd(), *search])
+        import_user_module(module, folders)
     draft.drop_foreign_arguments()
     retired = _retire(tree)
     config, problems = check(tree)
@@ -427,35 +437,7 @@ def _value_text(value: Any) -> str:
     return quote(str(value), safe="")
 
 
-# ---- user modules --------------------------------------------------------------------------------------------------
-
-
 def _as_list(value: Any) -> list[str]:
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
-
-
-def import_user_module(module: str, folders: Sequence[Path]) -> None:
-    """Import ``module`` from one of ``folders`` or the installed packages.
-
-    Raises:
-        UserError: there is no such module, or it fails to load.
-    """
-    sys.path[:0] = [folder for folder in dict.fromkeys(map(str, folders)) if folder not in sys.path]
-    if module.endswith(".py") or "/" in module:
-        raise UserError(f"imports: {module!r} is a file; name the module, {Path(module).stem!r}")
-    try:
-        importlib.import_module(module)
-    except UserError:
-        raise
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise UserError(
-                f"imports: module {module!r} was found but needs {error.name!r}, which is missing"
-            ) from None
-        raise UserError(
-            f"imports: no module {module!r} in {', '.join(map(str, folders))} or among the installed packages"
-        ) from None
-    except (Exception, SystemExit) as error:
-        raise UserError(f"imports: module {module!r} failed to load: {type(error).__name__}: {error}") from error

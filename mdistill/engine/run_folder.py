@@ -130,8 +130,8 @@ class RunFolder:
 
     def _refuse_if_taken(self) -> None:
         for path in self._files_there():
-            if path.is_dir() and not path.is_symlink():
-                raise UserError(f"{path} is a folder, and a run writes a file of this name: move it away")
+            if path.exists() and not path.is_file():
+                raise UserError(f"{path} is no file, and a run writes a file of this name: move it away")
         if self.mode == "overwrite" or self.resumable:
             return
         epochs = len(read_metrics(self.path))

@@ -74,7 +74,7 @@ def test_evaluates_a_published_checkpoint(
     assert "resnet8  test (60 images)" in capsys.readouterr().out
 
 
-def test_eval_finds_user_code_beside_the_original_configuration(
+def test_code_that_a_run_folder_names_runs_only_when_it_is_asked_for(
     capsys: pytest.CaptureFixture[str],
     train: Train,
     evaluate_tool: Evaluate,
@@ -82,12 +82,49 @@ def test_eval_finds_user_code_beside_the_original_configuration(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "beside_cfg.py").write_text("LOADED = True\n")
+    """It is found beside the original configuration; training from that file, and resuming, asks for nothing."""
+    (tmp_path / "beside_cfg.py").write_text(
+        "from pathlib import Path\nwith Path(__file__).with_name('loaded').open('a') as file:\n    file.write('x')\n"
+    )
     student_cfg.write_text("imports: [beside_cfg]\n" + student_cfg.read_text())
     assert train(student_cfg, "solver.epochs=1") == 0
-    monkeypatch.delitem(sys.modules, "beside_cfg")
-    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder != str(tmp_path)])
-    assert evaluate_tool([str(tmp_path / "runs/tiny/vanilla/tiny_net/seed0"), "--device", "cpu"]) == 0
+
+    def fresh() -> None:
+        monkeypatch.delitem(sys.modules, "beside_cfg", raising=False)
+        monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder != str(tmp_path)])
+
+    fresh()
+    assert train(student_cfg, "solver.epochs=2", "--resume") == 0
+    assert (tmp_path / "loaded").read_text() == "xx"
+    arguments = [str(tmp_path / "runs/tiny/vanilla/tiny_net/seed0"), "--device", "cpu"]
+    fresh()
+    capsys.readouterr()
+    line = refused(capsys, evaluate_tool(arguments))
+    assert "imports: it names code, beside_cfg; code that a run folder names is run only when you name it" in line
+    assert "(--import beside_cfg) or trust the folder (--trust)" in line
+    line = refused(capsys, evaluate_tool([*arguments, "--import", "json"]))
+    assert (tmp_path / "loaded").read_text() == "xx"
+    for number, flags in enumerate((["--import", "beside_cfg"], ["--trust"]), start=3):
+        fresh()
+        assert evaluate_tool([*arguments, *flags]) == 0
+        assert (tmp_path / "loaded").read_text() == number * "x"
+
+
+def test_a_module_inside_a_run_folder_is_loaded_only_from_a_trusted_one(
+    capsys: pytest.CaptureFixture[str], train: Train, evaluate_tool: Evaluate, student_cfg: Path, tmp_path: Path
+) -> None:
+    assert train(student_cfg, "solver.epochs=1") == 0
+    folder = tmp_path / "runs/tiny/vanilla/tiny_net/seed0"
+    (folder / "inside_run.py").write_text("from pathlib import Path\nPath(__file__).with_name('loaded').touch()\n")
+    recorded = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(recorded.replace("imports: []", "imports: [inside_run]"))
+    arguments = [str(folder), "--device", "cpu"]
+    capsys.readouterr()
+    refused(capsys, evaluate_tool(arguments))
+    assert "no module 'inside_run'" in refused(capsys, evaluate_tool([*arguments, "--import", "inside_run"]))
+    assert not (folder / "loaded").exists()
+    assert evaluate_tool([*arguments, "--trust"]) == 0
+    assert (folder / "loaded").exists()
 
 
 @pytest.mark.parametrize(

@@ -525,7 +525,7 @@ def test_a_folder_in_the_place_of_a_file_is_told_before_anything_changes(
     (folder / name).unlink()
     (folder / name).mkdir()
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    with pytest.raises(UserError, match=rf"{name} is a folder, and a run writes a file of this name: move it away"):
+    with pytest.raises(UserError, match=rf"{name} is no file, and a run writes a file of this name: move it away"):
         runs.train(student_cfg, tmp_path / "runs", mode="overwrite")
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
