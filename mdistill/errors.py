@@ -23,9 +23,9 @@ class Stopped(BaseException):
 
 
 def shown(value: object, limit: int = 120) -> str:
-    """``repr(value)``, cut short where it is long, for a message."""
+    """``repr(value)`` in one line, cut short where it is long, for a message."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split("\n"))
     except Exception:  # nested too deep, a number of thousands of digits, or a class of the user's
         text = f"a {type(value).__name__}"
     return text if len(text) <= limit else f"{text[: limit - 4]} ..."

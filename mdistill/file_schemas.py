@@ -5,6 +5,7 @@
 the header of a file of cached logits.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -20,7 +21,8 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 Epoch = Annotated[int, Field(ge=1, lt=2**31)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Text = Annotated[str, Field(max_length=4096)]
-ExportName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}$")]
+EXPORT_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}$")  # of a network that a run writes
+ExportName = Annotated[str, Field(pattern=EXPORT_NAME.pattern)]
 
 
 class _Exact(BaseModel):

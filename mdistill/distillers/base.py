@@ -17,7 +17,7 @@ from mdistill import distributed
 from mdistill.data.batch import Batch, DataInfo
 from mdistill.data.mixing import least_certain
 from mdistill.distillers.functional import standardize
-from mdistill.errors import UserError
+from mdistill.errors import UserError, shown
 from mdistill.models.base import Features
 from mdistill.models.layers import count_batches
 from mdistill.models.memory_format import to_layout
@@ -123,6 +123,7 @@ class Distiller(nn.Module, ABC):
             raise UserError(f"{type(self).__name__} takes no teacher: remove teacher: from the configuration")
         self.student = student
         self.teacher = teacher
+        self._classes = data.num_classes
         if teacher is not None:
             teacher.requires_grad_(False)
             self._set_teacher_mode(teacher)
@@ -166,7 +167,11 @@ class Distiller(nn.Module, ABC):
     # ---- the step ----
 
     def forward(self, batch: Batch, epoch: Tensor) -> StepOutput:
-        """Both networks on ``batch``, then the weighted losses; ``epoch`` is a () tensor counted from 1."""
+        """Both networks on ``batch``, then the weighted losses; ``epoch`` is a () tensor counted from 1.
+
+        Raises:
+            UserError: a network or the method returned something else than it should.
+        """
         if batch.keep is not None:
             batch = least_certain(batch, self._run_teacher(batch.image)[0])
         views: list[Signals] = []
@@ -197,7 +202,8 @@ class Distiller(nn.Module, ABC):
             )
         signals = views[0] if len(views) == 1 else replace(views[0], strong=views[1])
         with torch.autocast(batch.image.device.type, enabled=False):  # float32, also under a caller's autocast
-            distillation, task = self.distillation(signals), self.task(signals)
+            distillation = self._checked_terms("distillation", self.distillation(signals))
+            task = self._checked_terms("task", self.task(signals), distillation)
         if self.warmup_epochs:
             ramp = (epoch / self.warmup_epochs).clamp(max=1.0)
             distillation = {name: ramp * term for name, term in distillation.items()}
@@ -264,11 +270,46 @@ class Distiller(nn.Module, ABC):
         image = to_layout(network, image)
         with computing(precision, image.device):
             if not features:
-                return widen(network(image)), None
+                return self._checked_logits(network, network(image), len(image)), None
             computed: Features = network.forward_features(image)  # type: ignore[operator]
+        if not isinstance(computed, Features):
+            raise UserError(
+                f"{type(network).__name__}.forward_features should return Features, found {_what(computed)}"
+            )
         wide: dict[str, Any] = {name: _widened(getattr(computed, name)) for name in self.needs.features}
-        logits = widen(computed.logits)
+        logits = self._checked_logits(network, computed.logits, len(image))
         return logits, replace(computed, logits=logits, **wide)
+
+    def _checked_logits(self, network: nn.Module, logits: Any, images: int) -> Tensor:
+        """``logits`` in float32 or wider, if they are a network's: (B, C)."""
+        wanted = (images, self._classes)
+        if not isinstance(logits, Tensor) or logits.shape != wanted or not logits.is_floating_point():
+            raise UserError(
+                f"{type(network).__name__} should turn {images} images into logits of shape {wanted}, found"
+                f" {_what(logits)}"
+            )
+        return widen(logits)
+
+    def _checked_terms(self, part: str, terms: Any, others: Iterable[str] = ()) -> dict[str, Tensor]:
+        """``terms`` if they are what ``part`` of a method should return: scalars by name, none of ``others``."""
+        place = f"{type(self).__name__}.{part}"
+        if not isinstance(terms, dict):
+            raise UserError(f"{place} should return a dictionary of scalar tensors, found {_what(terms)}")
+        for name, term in terms.items():
+            if not isinstance(term, Tensor) or term.ndim or not term.is_floating_point():
+                raise UserError(f"{place}: the term {shown(name)} should be a scalar tensor, found {_what(term)}")
+            if not isinstance(name, str) or name in others:
+                raise UserError(f"{place}: {shown(name)} is no name of its own for a term")
+        if part == "task" and not terms and not others:
+            raise UserError(f"{type(self).__name__} returned no term at all, so there is no loss")
+        return terms
+
+
+def _what(value: object) -> str:
+    """A value in words, for a message."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} in {value.dtype}"
+    return f"{shown(value, 60)}, a {type(value).__name__}"
 
 
 def _widened(feature: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:

@@ -221,6 +221,7 @@ class ActiveTrial:
         try:
             self.loader.finish()  # first: a teacher that overflows is the reason for a loss that does
             train = self.metrics.read(epoch)
+            evaluated = {name: launched.read() for name, launched in evaluations.items()}
         except RunFailed as error:
             raise RunFailed(f"{error}; {self._last_good()}") from None
         seconds = self._clock.seconds()
@@ -233,8 +234,7 @@ class ActiveTrial:
             "train/top1": train.top1,
             "images_per_second": (train.images - self._images_before) / max(seconds, 1e-9),
         }
-        for name, launched in evaluations.items():
-            evaluation = launched.read()
+        for name, evaluation in evaluated.items():
             results |= {f"{name}/{key}": getattr(evaluation, key) for key in ("top1", "top5", "loss")}
         return results | {"seconds/train": self.progress.seconds, "seconds/eval": self._clock.seconds_since_stop()}
 

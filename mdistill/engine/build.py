@@ -20,8 +20,10 @@ from mdistill.distillers import DISTILLERS, Distiller, Needs
 from mdistill.engine.cuda_graph import choose_engine
 from mdistill.engine.evaluate import evaluate
 from mdistill.engine.logit_cache import LogitCache
+from mdistill.engine.run_folder import STANDARD_EXPORTS
 from mdistill.engine.teacher import CACHE_DTYPES, FrozenTeacher, open_cache
-from mdistill.errors import UserError
+from mdistill.errors import UserError, shown
+from mdistill.file_schemas import EXPORT_NAME
 from mdistill.models import MODELS
 from mdistill.models.ensemble import Ensemble
 from mdistill.models.memory_format import move
@@ -158,10 +160,37 @@ def build_distiller(config: Config, info: DataInfo, teacher: nn.Module | None) -
         if features and network is not None and not hasattr(network, "forward_features"):
             name = getattr(config, section).name
             raise UserError(f"{section}.name: {method!r} reads features and {name!r} has no forward_features")
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise UserError(f"student.name: {config.student.name!r} has no trainable parameters")
     with _seeded(config.seed, "distiller"):
         distiller = DISTILLERS.get(method)(student, teacher, info, **config.distiller.arguments)
     distiller.seed = config.seed
+    _check_students(distiller.students(), method)
     return distiller
+
+
+def _check_students(students: Any, method: str) -> None:
+    """Refuse networks to export that have no usable names."""
+    names = list(students) if isinstance(students, dict) else []
+    taken = {"last", *STANDARD_EXPORTS} - {"student"}
+    wrong = [name for name in names if not (isinstance(name, str) and EXPORT_NAME.fullmatch(name)) or name in taken]
+    if not names or wrong or not all(isinstance(network, nn.Module) for network in students.values()):
+        found = f"{shown(wrong[0])} is no such name" if wrong else f"found {shown(students)}"
+        raise UserError(
+            f"distiller.name: students() of {method!r} should return networks by name (letters, digits, _ - and .; not"
+            f" {', '.join(sorted(taken))}); {found}"
+        )
+
+
+def _check_groups(groups: Any, method: str) -> None:
+    """Refuse parameter groups that no optimiser takes."""
+    for group in groups if isinstance(groups, list) and groups else [None]:
+        parameters = group.get("params") if isinstance(group, dict) else None
+        if not parameters or not all(isinstance(parameter, nn.Parameter) for parameter in parameters):
+            raise UserError(
+                f"distiller.name: param_groups() of {method!r} should return a list of groups, each a dictionary whose"
+                f" 'params' are some parameters; found {shown(groups)}"
+            )
 
 
 def build_students(config: Config, info: DataInfo) -> dict[str, nn.Module]:
@@ -253,7 +282,9 @@ def build(
         distiller = distiller.to(device)
         averages = averages_of(each, next(iter(distiller.students().values())))
         distiller.student_precision, distiller.teacher_precision = run.precision, teacher_precision
-        solver = SOLVERS.get(each.solver.name)(distiller.param_groups(), **each.solver.arguments)
+        groups = distiller.param_groups()
+        _check_groups(groups, each.distiller.name)
+        solver = SOLVERS.get(each.solver.name)(groups, **each.solver.arguments)
         if run.engine == "compile" and solver.backward_passes > 1:
             raise UserError(
                 "run.engine: what is compiled allows one backward pass a step and the solver"

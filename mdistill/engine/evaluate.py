@@ -1,5 +1,6 @@
 """Top-1, top-5 and cross-entropy of a network on a split. Letters: B batch, C classes."""
 
+import math
 import time
 from dataclasses import asdict, dataclass
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdistill.data import Dataset
+from mdistill.errors import RunFailed
 from mdistill.models.memory_format import to_layout
 from mdistill.precision import Precision, computing
 
@@ -37,10 +39,20 @@ class LaunchedEvaluation:
     sums: Tensor  # (3,) float64 on the device: images in the top 1, in the top 5, cross-entropy
     images: int
     started: float
+    network: str  # of which class
+    split: str
 
     def read(self) -> Evaluation:
-        """Its results; the host waits for the device."""
+        """Its results; the host waits for the device.
+
+        Raises:
+            RunFailed: a logit is not finite.
+        """
         top1, top5, loss = self.sums.tolist()
+        if not math.isfinite(loss):
+            raise RunFailed(
+                f"the cross-entropy on {self.split} is {loss}: {self.network} has logits that are not finite"
+            )
         return Evaluation(
             top1=100.0 * top1 / self.images,
             top5=100.0 * top5 / self.images,
@@ -82,7 +94,7 @@ def launch_evaluation(
         loss = F.cross_entropy(logits, target, reduction="sum")
         sums += torch.stack([(rank <= 1).sum().double(), (rank <= 5).sum().double(), loss.double()])
     network.train(was_training)
-    return LaunchedEvaluation(sums, dataset.size(split), started)
+    return LaunchedEvaluation(sums, dataset.size(split), started, type(network).__name__, split)
 
 
 def evaluate(

@@ -7,7 +7,7 @@ import torch
 
 from mdistill import distributed
 from mdistill.distillers.base import StepOutput
-from mdistill.errors import RunFailed
+from mdistill.errors import RunFailed, UserError
 from mdistill.models.weights import tensor_misfit
 
 
@@ -36,11 +36,20 @@ class RunningMetrics:
         )  # (2 T + 2,): sums, finite steps, correct, images
 
     def update(self, output: StepOutput) -> None:
-        """Add one step: its terms, logits and labels; a mixed image counts as of the class with the largest share."""
+        """Add one step: its terms, logits and labels; a mixed image counts as of the class with the largest share.
+
+        Raises:
+            UserError: the terms have other names than those of the steps before.
+        """
         terms, target = output.terms, output.target
         if not self.names:
             self.names = list(terms)
             self.totals = self.totals.new_zeros(2 * len(terms) + 2)
+        elif terms.keys() != set(self.names):
+            raise UserError(
+                f"the loss terms of this step are {', '.join(terms)}; they were {', '.join(self.names)}: a method"
+                " returns the same terms in every step"
+            )
         count = len(self.names)
         values = torch.stack([terms[name].detach() for name in self.names]).double() * len(target)
         finite = (self.totals[:count] + values).isfinite()

@@ -153,12 +153,20 @@ def test_evaluation_counts_ranks_and_the_uneven_last_batch() -> None:
     assert result.images == 60
 
 
-@pytest.mark.parametrize("value", [0.0, math.nan])
-def test_a_network_that_says_nothing_scores_nothing(value: float) -> None:
-    """All classes equal, or NaN: neither is a hit by accident."""
+def test_a_network_that_says_nothing_scores_nothing() -> None:
+    """All classes equal: no hit by accident."""
     data = DATASETS.build("tiny", None, False)
-    result = evaluate(Scores(torch.full((60, 10), value)), data, "test", batch_size=60)
+    result = evaluate(Scores(torch.zeros(60, 10)), data, "test", batch_size=60)
     assert (result.top1, result.top5) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_no_result(value: float) -> None:
+    data = DATASETS.build("tiny", None, False)
+    scores = torch.zeros(60, 10)
+    scores[17] = value
+    with pytest.raises(RunFailed, match="the cross-entropy on test is nan: Scores has logits that are not finite"):
+        evaluate(Scores(scores), data, "test", batch_size=60)
 
 
 def test_evaluation_restores_the_mode_and_changes_nothing() -> None:
