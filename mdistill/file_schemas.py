@@ -36,7 +36,7 @@ class _Open(BaseModel):
 class EpochLine(_Open):
     """Every value is a finite number."""
 
-    __pydantic_extra__: dict[str, int | float]
+    __pydantic_extra__: dict[str, Annotated[int, Field(ge=-(2**53), le=2**53)] | float]
     epoch: Epoch
 
 

@@ -22,7 +22,7 @@ KEY_OF_NESTED_TUPLES = {
 @pytest.mark.parametrize("depth", [MAX_DEPTH, 1000, 100_000])
 def test_tuples_that_nest_too_deep_are_refused(form: str, depth: int) -> None:
     """To hash one recurses, and from some thousands on crashes the interpreter."""
-    with pytest.raises(HostilePickle, match="nests more than 64 containers"):
+    with pytest.raises(HostilePickle, match=r"nests more than 64 containers|unfolds to more than"):
         inspect(io.BytesIO(KEY_OF_NESTED_TUPLES[form](depth)))
 
 
@@ -46,6 +46,18 @@ def test_depth_is_that_of_the_objects(protocol: int) -> None:
     wide = {number: (number, [number], {number: (number,)}) for number in range(5000)}
     inspect(io.BytesIO(pickle.dumps(wide, protocol)))
     inspect(io.BytesIO(pickle.dumps(nested(30), protocol)))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_lists_that_hold_each_other_twice_are_refused(protocol: int) -> None:
+    shared: Any = [1]
+    for _ in range(12):
+        shared = [shared, shared]
+    inspect(io.BytesIO(pickle.dumps(shared, protocol)))
+    for _ in range(30):
+        shared = {"a": shared, "b": [shared]} if protocol == 4 else [shared, shared]
+    with pytest.raises(HostilePickle, match=r"unfolds to more than 20,000,000 objects|nests more than 64"):
+        inspect(io.BytesIO(pickle.dumps(shared, protocol)))
 
 
 def test_a_name_of_absurd_length_is_refused() -> None:

@@ -186,7 +186,9 @@ def _mismatch(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: s
     unexpected = [key for key in state if key not in wanted]
     other = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     if not (missing or unexpected or other):
-        return None
+        kinds = (key for key in wanted if state[key].is_floating_point() != wanted[key].is_floating_point())
+        odd = next(kinds, None)
+        return None if odd is None else f"{odd} is in {state[odd].dtype}, not in {wanted[odd].dtype}"
     classes, wanted_classes = _num_classes(state), _num_classes(wanted)
     if not (missing or unexpected) and all(
         (state[key].shape[:1], wanted[key].shape[:1]) == ((classes,), (wanted_classes,))
@@ -219,6 +221,8 @@ def _num_classes(state: Mapping[str, Tensor]) -> int:
 def _identify(state: Mapping[str, Tensor]) -> str | None:
     """The registered model that has exactly these keys and shapes."""
     classes = _num_classes(state)
+    if not classes:
+        return None
     shapes = {key: value.shape for key, value in state.items()}
     for name in MODELS.names():
         try:

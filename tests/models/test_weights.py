@@ -544,6 +544,17 @@ def test_tensors_without_plain_values_are_refused(odd: str, tmp_path: Path) -> N
     assert "conv1.weight is no plain tensor" in refusal(path)
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int8, torch.bool])
+def test_numbers_of_another_kind_are_refused(dtype: torch.dtype, tmp_path: Path, state: dict[str, Tensor]) -> None:
+    key = next(iter(state))
+    path = tmp_path / "kind.pth"
+    torch.save(state | {key: state[key].to(dtype)}, path)
+    with pytest.raises(UserError, match=rf"{key} is in {dtype}, not in torch.float32"):
+        load_weights(network(), path, name="resnet8")
+    torch.save({name: value.half() if value.is_floating_point() else value for name, value in state.items()}, path)
+    load_weights(network(), path, name="resnet8")
+
+
 def test_a_dictionary_that_hides_its_methods_is_read_as_it_is(state: dict[str, Tensor]) -> None:
     """As a file can have it: the attributes of an object are set by what the file says."""
     dressed = OrderedDict(state)
