@@ -2,6 +2,7 @@
 # make test         set up and run every test
 # make test-fast    set up and run the tests that take no seconds each, in at most 90 seconds
 # make test-pretend set up and run the tests that need a GPU on a pretended one (5 minutes)
+# make campaign     set up and try every fault: broken files, full disks, signals (15 minutes)
 # make lint         set up, then ruff and mypy
 # make setup        only set up: .venv with everything in it
 # make format       let ruff format and mend what it can
@@ -14,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart test test-fast test-pretend lint format bench clean
+.PHONY: setup quickstart test test-fast test-pretend campaign lint format bench clean
 
 setup: $(STAMP)
 
@@ -35,6 +36,9 @@ test-fast: setup
 
 test-pretend: setup
 	MDISTILL_PRETEND_CUDA=1 $(BIN)/python -m pytest -m gpu
+
+campaign: setup
+	$(BIN)/python -m tests.faults.campaign
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,13 +7,18 @@ assert ended.code == 75 and "Traceback" not in ended.err
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_PRELOADED = ["mdistill.cli.train", "mdistill.cli.eval", "mdistill.cli.cache", "mdistill.engine.trainer", __name__]
+_PRELOADED = [
+    *("mdistill.cli.train", "mdistill.cli.eval", "mdistill.cli.cache", "mdistill.engine.trainer"),
+    *("torch._dynamo.convert_frame", "torch._inductor.standalone_compile"),  # by an optimizer: most of a second
+    *("torch.utils.tensorboard", "torchvision", "filelock", "tests.faults.io_cases", __name__),
+]
 
 
 @dataclass(frozen=True)
@@ -90,5 +95,7 @@ def _main(arguments: list[str], before: Callable[[], object] | None, out: Path, 
     if before is not None:
         before()
     code = main()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # what ends here is the test's own
+        signal.signal(number, signal.SIG_IGN)
     sys.stdout.flush()
     sys.exit(code)
