@@ -18,6 +18,7 @@ from mdistill.user_code import traceback_of
 if TYPE_CHECKING:
     from mdistill.config import Config
 
+MOST_LINES = 15  # of what is wrong with an input
 EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 bad input, 75 stopped by a signal: run again with --resume"
 
 
@@ -28,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
         near = ""
         if message.startswith("unrecognized arguments:"):
             near = suggestion(message.split()[2].split("=")[0], self._option_string_actions)
-        self.exit(2, f"error: {message}{near} (see --help)\n")
+        self.exit(2, f"error: {printable(message, 900)}{near} (see --help)\n")
 
 
 def plain_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -47,9 +48,24 @@ def machine_parser(command: str, description: str, examples: str) -> argparse.Ar
     parser = plain_parser(command, description, examples)
     machine = parser.add_argument_group("machine (does not change results)")
     machine.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
-    machine.add_argument("--data-root", type=Path, default=Path("data"), help="folder of the data sets (%(default)s)")
+    machine.add_argument("--data-root", type=path, default=Path("data"), help="folder of the data sets (%(default)s)")
     machine.add_argument("--download", action="store_true", help="fetch the data set if it is not there")
     return parser
+
+
+def path(text: str) -> Path:
+    """A file or folder on the command line; an empty text, such as an unset variable leaves, is none.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty, or cannot be written down.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"found {text!r}, which names no file or folder")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"found {text!r}, which is no UTF-8 text") from None
+    return Path(text)
 
 
 def add_imports(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +75,7 @@ def add_imports(parser: argparse.ArgumentParser) -> None:
 
 def add_configuration(parser: argparse.ArgumentParser, what: str) -> None:
     """The arguments that ``load_configs`` reads; ``what`` says which file ``--cfg`` takes."""
-    parser.add_argument("--cfg", type=Path, required=True, help=f"{what}, a YAML file")
+    parser.add_argument("--cfg", type=path, required=True, help=f"{what}, a YAML file")
     parser.add_argument(
         "--pair", help="the method of --cfg (or of that folder) with another teacher and student: res56_res20"
     )
@@ -69,9 +85,9 @@ def add_configuration(parser: argparse.ArgumentParser, what: str) -> None:
 
 def add_roots(parser: argparse.ArgumentParser) -> None:
     """The folders of runs and of teacher weights."""
-    parser.add_argument("--output", type=Path, default=Path("runs"), help="folder of all runs (%(default)s)")
+    parser.add_argument("--output", type=path, default=Path("runs"), help="folder of all runs (%(default)s)")
     parser.add_argument(
-        "--checkpoint-root", type=Path, default=Path("checkpoints"), help="folder of teacher weights (%(default)s)"
+        "--checkpoint-root", type=path, default=Path("checkpoints"), help="folder of teacher weights (%(default)s)"
     )
 
 
@@ -79,7 +95,7 @@ def add_cache_root(parser: argparse.ArgumentParser) -> None:
     """The flag that says where teacher logits are cached; see ``cache_root``."""
     parser.add_argument(
         "--cache-root",
-        type=Path,
+        type=path,
         help="folder of cached teacher logits ($MDISTILL_CACHE, else OUTPUT/teacher_cache)",
     )
 
@@ -240,8 +256,10 @@ def _explain(error: BaseException, stopper: _Stopper) -> tuple[str, int]:
 
 def _error_lines(message: str) -> str:
     """Harmless for a terminal, and no more than a person reads."""
-    lines = [f"error: {printable(line, 1000)}" for line in message.splitlines() or ["no reason is given"]]
-    return "\n".join([*lines[:20], *([f"error: and {len(lines) - 20} more"] if lines[20:] else [])])
+    lines = [f"error: {printable(line, 900)}" for line in message.splitlines() or ["no reason is given"]]
+    return "\n".join(
+        [*lines[:MOST_LINES], *([f"error: and {len(lines) - MOST_LINES} more"] if lines[MOST_LINES:] else [])]
+    )
 
 
 def _engine_stop(error: BaseException | None) -> str:

@@ -31,8 +31,8 @@ Precision = Literal["fp32", "tf32"]
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = common.machine_parser("eval", DESCRIPTION, EXAMPLES)
-    parser.add_argument("run", type=Path, nargs="?", help="a run folder or a checkpoint in one")
-    parser.add_argument("--weights", type=Path, help="a checkpoint that stands alone; needs --model")
+    parser.add_argument("run", type=common.path, nargs="?", help="a run folder or a checkpoint in one")
+    parser.add_argument("--weights", type=common.path, help="a checkpoint that stands alone; needs --model")
     parser.add_argument("--model", help="the network that --weights belong to, with its default settings")
     parser.add_argument("--role", choices=["student", "teacher"], help="whose, if a file has both")
     parser.add_argument("--data", help="the data set for --weights (cifar100)")

@@ -31,7 +31,9 @@ NEXT = """what to try next:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = common.machine_parser("quickstart", DESCRIPTION, EXAMPLES)
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder of the runs (%(default)s)")
+    parser.add_argument(
+        "--output", type=common.path, default=Path("runs/quickstart"), help="folder of the runs (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the students; the teacher's is 0 (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="start again instead of going on")
     return parser.parse_args(arguments)

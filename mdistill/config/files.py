@@ -209,10 +209,9 @@ def _apply_overrides(draft: _Draft, overrides: Sequence[str]) -> str:
                 f"command line: {shown(override)} is not an override; write key=value, such as solver.lr=0.1"
             )
         try:
-            value = _parse(text)
+            key, value = tuple(_plain_text(name).split(".")), _parse(text)
         except Exception as error:
             raise UserError(f"command line: {shown(override)}: not a YAML value: {_one_line(error)}") from None
-        key = tuple(name.split("."))
         if len(key) > MAX_NESTING:
             raise UserError(
                 f"command line: {shown(override)}: a key of {len(key)} parts; no section is nested deeper than"
@@ -333,7 +332,8 @@ def _parse(text: str) -> Any:
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
+        place = f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+        return f"{place}: {printable(str(error.problem), 200)}"
     text = " ".join(str(error).split())
     return printable(
         text if isinstance(error, (yaml.YAMLError, ValueError)) else f"{type(error).__name__}: {text}", 200

@@ -31,6 +31,11 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], train: Train) -> None:
     [
         (["--overwite"], "error: unrecognized arguments: --overwite; did you mean '--overwrite'? (see --help)"),
         (["--seed", "abc"], "error: argument --seed: invalid int value: 'abc' (see --help)"),
+        (["--output", ""], "error: argument --output: found '', which names no file or folder (see --help)"),
+        (
+            ["--data-root", "\udcff"],
+            "error: argument --data-root: found '\\udcff', which is no UTF-8 text (see --help)",
+        ),
         (["--resume", "--overwrite"], "error: argument --overwrite: not allowed with argument --resume (see --help)"),
     ],
 )

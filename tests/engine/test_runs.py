@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mdistill import config
 from mdistill.data import Batch, DataInfo
+from mdistill.data.loader import BatchLoader
 from mdistill.distillers import DISTILLERS, Distiller, Needs, Signals
 from mdistill.distillers.functional import uniform
 from mdistill.engine import build, checkpoint, trainer
@@ -27,6 +29,7 @@ from mdistill.models import MODELS
 from mdistill.models.weights import load_weights
 
 from .. import runs
+from ..conftest import refused
 from ..same import TIMINGS, assert_same
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -425,6 +428,41 @@ def test_resume_refuses_lost_metrics(student_cfg: Path, tmp_path: Path) -> None:
     metrics.write_bytes(b"\xff\xfe\n[1]\n" + metrics.read_bytes().splitlines()[1] + b"\n")
     with pytest.raises(UserError, match=r"metrics.jsonl: 2 epochs are done, but it holds 1 of their lines"):
         run(student_cfg, tmp_path / "runs", "resume")
+
+
+def test_a_folder_that_vanishes_ends_the_run_in_one_line(
+    kd_cfg: Path, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache of the teacher's logits with it."""
+    fetch = BatchLoader.fetch
+
+    def vanished(loader: BatchLoader, step: int) -> int:
+        if step == 2:
+            shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        return fetch(loader, step)
+
+    monkeypatch.setattr(BatchLoader, "fetch", vanished)
+    with pytest.raises(RunFailed, match=r"could not write .*metrics\.jsonl: .*No such file or directory") as caught:
+        runs.train(kd_cfg, tmp_path / "runs")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("where", ["distiller", "writing"])
+def test_memory_that_runs_out_is_one_line(
+    where: str,
+    train: Callable[..., int],
+    student_cfg: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def out_of_memory(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    target = (Distiller, "forward") if where == "distiller" else (torch, "save")
+    monkeypatch.setattr(*target, out_of_memory)
+    assert refused(capsys, train(student_cfg), 1) == (
+        "error: out of memory, a smaller data.batch_size needs less: there is not enough of it"
+    )
 
 
 FOREIGN = ("best_backup.pt", ".mine.tmp", ".last.pt.tmp", ".best.pt.7.tmp", "notes.txt", "tensorboard/notes.txt")

@@ -15,12 +15,37 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from . import io_cases
+from . import file_cases, io_cases
 from .cases import Case, Outcome
+
+FILES = {  # by the first part of a case's name; all others are damage to files that the program wrote
+    "pickle": "hostile checkpoints and pickles",
+    "archive": "hostile checkpoints and pickles",
+    "yaml": "absurd settings",
+    "override": "absurd settings",
+    "json": "absurd records",
+    "planted_module": "planted code",
+}
+DAMAGED = "damaged files"
+FILE_CASES = 2500
+
+
+def _survives(folder: Path, case: file_cases.Case) -> Outcome:
+    problem = case(folder)
+    return Outcome("failed", problem) if problem else Outcome("survived")
+
+
+def _of_files(group: str, folder: Path) -> Iterable[Case]:
+    """Cases of ``file_cases``, which share no folder."""
+    for name, case in file_cases.cases(count=FILE_CASES):
+        if FILES.get(name.partition("/")[0], DAMAGED) == group:
+            yield Case(group, name, functools.partial(_survives, case=case))
+
 
 GROUPS: dict[str, Callable[[Path], Iterable[Case]]] = {
     **{f"io {job.name}": functools.partial(io_cases.faults, job) for job in io_cases.JOBS},
     "random kills": io_cases.random_kills,
+    **{group: functools.partial(_of_files, group) for group in dict.fromkeys([*FILES.values(), DAMAGED])},
 }
 """What makes the cases of each group, given a folder for what they share."""
 
