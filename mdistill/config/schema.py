@@ -169,7 +169,7 @@ class Config(_Section):
         late = [milestone for milestone in solver.milestones if milestone >= solver.epochs]
         if late:
             warnings.append(
-                f"solver.milestones: {late} lie at or past the last epoch ({solver.epochs}) and have no effect"
+                f"solver.milestones: {shown(late)} lie at or past the last epoch ({solver.epochs}) and have no effect"
             )
         if solver.average_from is not None and solver.average_from > solver.epochs:
             warnings.append(
@@ -344,9 +344,10 @@ def _cross_checks(config: Config) -> list[str]:
     milestones = config.solver.milestones
     problems = []
     if list(milestones) != sorted(set(milestones)) or any(milestone < 1 for milestone in milestones):
-        problems.append(f"solver.milestones: should be epochs from 1 in rising order, found {list(milestones)}")
+        problems.append(f"solver.milestones: should be epochs from 1 in rising order, found {shown(list(milestones))}")
     if config.solver.schedule == "cosine" and milestones:
-        problems.append(f"solver.milestones: a cosine schedule takes none, found {list(milestones)}; set it to []")
+        found = shown(list(milestones))
+        problems.append(f"solver.milestones: a cosine schedule takes none, found {found}; set it to []")
     if config.teacher is not None and config.teacher.average != "probabilities" and not config.teacher.ensemble:
         problems.append(
             f"teacher.average: {config.teacher.average!r} says what to average over teacher.ensemble, which is empty"

@@ -60,7 +60,7 @@ class ActiveTrial:
             trial.students,
         )
         self.student = next(iter(self.students.values()))
-        self._folder = folder
+        self._folder, self._terms = folder, trial.terms
         self._label = f"seed {trial.config.seed}: " if several else ""
         self.metrics, self.progress = RunningMetrics(self.device), Progress()
         self.epoch: Tensor = torch.ones((), dtype=torch.int64, device=self.device)
@@ -112,7 +112,9 @@ class ActiveTrial:
             if self.folder.resumable:
                 path, steps = self.folder.checkpoint, self.loader.steps
                 saved = checkpoint.read(path, self.config, self.experiment.fingerprints, steps=steps)
-                checkpoint.restore(saved, path, self.distiller, self.averages, self.solver, self.metrics)
+                checkpoint.restore(
+                    saved, path, self.distiller, self.averages, self.solver, self.metrics, terms=self._terms
+                )
                 self.progress = saved.progress
                 before = saved.versions.torch
                 if before != torch.__version__:

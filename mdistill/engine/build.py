@@ -44,6 +44,7 @@ class Trial:
     distiller: Distiller
     solver: Solver
     averages: dict[str, AveragedNetwork]  # of the headline student's weights, by name
+    terms: tuple[str, ...]  # of its loss, by name
 
     @property
     def students(self) -> dict[str, nn.Module]:
@@ -290,8 +291,7 @@ def build(
                 "run.engine: what is compiled allows one backward pass a step and the solver"
                 f" {each.solver.name!r} takes {solver.backward_passes}; use auto, eager or graph"
             )
-        _try_solver(solver, distiller, info)
-        trials.append(Trial(each, distiller, solver, averages))
+        trials.append(Trial(each, distiller, solver, averages, _try_step(solver, distiller, info)))
     experiment = Experiment(trials, dataset, device, fingerprints, metadata)
     if config.teacher is not None and teacher is not None:
         if check_teacher:
@@ -335,17 +335,20 @@ def _top1(network: nn.Module, dataset: Dataset, batch_size: int | None, precisio
 
 
 @torch.no_grad()
-def _try_solver(solver: Solver, distiller: Distiller, info: DataInfo) -> None:
-    """Show a solver that asks something of a loss which terms the method has, on two blank images in eval mode."""
-    if type(solver).check is Solver.check:
-        return
+def _try_step(solver: Solver, distiller: Distiller, info: DataInfo) -> tuple[str, ...]:
+    """The names of the loss terms of a step on two blank images in eval mode, which changes no state.
+
+    Raises:
+        UserError: a network or the method returns what it should not, or the solver cannot take such steps.
+    """
     device = next(distiller.student.parameters()).device
     image = torch.zeros(2, 3, info.image_size, info.image_size, device=device)
     number = torch.arange(2, device=device)
     strong = image if distiller.needs.views > 1 else None
     distiller.eval()
-    solver.check(distiller(Batch(image, number, number, number, strong_image=strong), torch.ones((), device=device)))
-    distiller.train()
+    output = distiller(Batch(image, number, number, number, strong_image=strong), torch.ones((), device=device))
+    solver.check(output)
+    return tuple(output.terms)
 
 
 def _place_teacher(experiment: Experiment, teacher: nn.Module, cache_root: Path | None) -> None:

@@ -178,8 +178,13 @@ def restore(
     averages: Mapping[str, AveragedNetwork],
     solver: Solver,
     metrics: RunningMetrics,
+    *,
+    terms: Sequence[str],
 ) -> None:
     """Put a state from ``read`` back where it was; all of it is compared with where it goes before any is loaded.
+
+    Args:
+        terms: names of the loss terms.
 
     Raises:
         UserError: names, shapes or types are not those of this method, network and solver; or a value is not finite.
@@ -189,8 +194,8 @@ def restore(
     problem = (
         _misfit("model", saved.model, _without_teacher(distiller))
         or _misfit("averages", saved.averages, own)
-        or solver.misfit(saved.solver)
-        or metrics.misfit(vars(saved.metrics))
+        or solver.misfit(saved.solver, stepped=(saved.progress.epoch, saved.progress.step) > (1, 0))
+        or metrics.misfit(vars(saved.metrics), terms)
     )
     if problem:
         raise UserError(f"{path} does not fit this run, or is damaged: {problem}")

@@ -1,5 +1,6 @@
 """Training metrics of an epoch, summed on the device and read once. Letters: T terms of the loss."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 
 from mdistill import distributed
 from mdistill.distillers.base import StepOutput
-from mdistill.errors import RunFailed, UserError
+from mdistill.errors import RunFailed, UserError, shown
 from mdistill.models.weights import tensor_misfit
 
 
@@ -83,8 +84,10 @@ class RunningMetrics:
         """The sums, to go on with in the middle of an epoch."""
         return {"names": self.names, "totals": self.totals}
 
-    def misfit(self, state: dict[str, Any]) -> str | None:
-        """Why ``state``, from a file, cannot be loaded; None if it can."""
+    def misfit(self, state: dict[str, Any], terms: Sequence[str]) -> str | None:
+        """Why ``state``, from a file, cannot be loaded in a run with these ``terms``; None if it can."""
+        if state["names"] and state["names"] != list(terms):
+            return f"metrics.names are {shown(state['names'])}, not {list(terms)}"
         own = torch.zeros(2 * len(state["names"]) + 2, dtype=torch.float64)
         return tensor_misfit("metrics.totals", state["totals"], own)
 

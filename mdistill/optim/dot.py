@@ -82,11 +82,14 @@ class DOT(Solver):
         for name, optimizer in self.optimizers.items():
             load_optimizer(optimizer, state[name])
 
-    def misfit(self, state: dict[str, Any]) -> str | None:
+    def misfit(self, state: dict[str, Any], *, stepped: bool) -> str | None:
         if state.keys() != self.optimizers.keys():
             return f"solver should hold {', '.join(self.optimizers)}"
         found = (optimizer_misfit(f"solver.{name}", each, state[name]) for name, each in self.optimizers.items())
-        return next((problem for problem in found if problem), None)
+        problem = next((problem for problem in found if problem), None)
+        if not problem and stepped and not any(each["state"] for each in state.values()):
+            return "solver holds no momentum"
+        return problem
 
     def _gradients(self, terms: dict[str, Tensor], *, retain_graph: bool) -> list[Tensor | None]:
         """Of the sum of ``terms``, for each weight; None where it does not reach.

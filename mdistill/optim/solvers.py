@@ -48,8 +48,12 @@ class Solver(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of ``state_dict``."""
 
-    def misfit(self, state: dict[str, Any]) -> str | None:
-        """Why ``state``, from a file, cannot be loaded, with its place first; None, as by default, if it can."""
+    def misfit(self, state: dict[str, Any], *, stepped: bool) -> str | None:
+        """Why ``state``, from a file, cannot be loaded, with its place first; None, as by default, if it can.
+
+        Args:
+            stepped: whether it is of after the first step.
+        """
         return None
 
 
@@ -88,8 +92,11 @@ class SGD(Solver):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         load_optimizer(self.optimizer, state)
 
-    def misfit(self, state: dict[str, Any]) -> str | None:
-        return optimizer_misfit("solver", self.optimizer, state)
+    def misfit(self, state: dict[str, Any], *, stepped: bool) -> str | None:
+        problem = optimizer_misfit("solver", self.optimizer, state)
+        if not problem and stepped and self.optimizer.defaults["momentum"] and not state["state"]:
+            return "solver.state holds no momentum"
+        return problem
 
 
 def fused_sgd(param_groups: list[dict[str, Any]], **settings: Any) -> torch.optim.SGD:
@@ -117,6 +124,21 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
             if momentum is not None:
                 laid_out = torch.empty_like(parameter, requires_grad=False)
                 optimizer.state[parameter]["momentum_buffer"] = laid_out.copy_(momentum)
+    if optimizer.state and optimizer.defaults["momentum"]:
+        _require_momenta_once(optimizer)
+
+
+def _require_momenta_once(optimizer: torch.optim.Optimizer) -> None:
+    """Before the next step, which tells what weights take part in it, see that a loaded state lacks none of theirs."""
+
+    def check(*_: Any) -> None:
+        handle.remove()
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, parameter in enumerate(parameters):
+            if parameter.grad is not None and parameter not in optimizer.state:
+                raise UserError(f"the state that was resumed is damaged: it lacks the momentum of weight {index}")
+
+    handle = optimizer.register_step_pre_hook(check)
 
 
 REQUIRED = {"params", "lr", "lr_scale", "momentum", "weight_decay"}  # of a group in a file
@@ -147,8 +169,10 @@ def optimizer_misfit(place: str, optimizer: torch.optim.Optimizer, saved: Any) -
         if not isinstance(entry, dict) or entry.keys() != {"momentum_buffer"}:
             return f"{where} should hold momentum_buffer alone"
         momentum = entry["momentum_buffer"]
+        if momentum is None and not optimizer.defaults["momentum"]:
+            continue
         problem = tensor_misfit(f"{where}.momentum_buffer", momentum, parameters[index])
-        if momentum is not None and problem:
+        if problem:
             return problem
     return None
 

@@ -151,7 +151,7 @@ def test_a_state_read_back_is_the_one_written(cfg: Path, tmp_path: Path) -> None
     trial, metrics = built.trials[0], RunningMetrics(built.device)
     path = tmp_path / "seed0" / "last.pt"
     saved = checkpoint.read(path, trial.config, built.fingerprints, steps=runs.STEPS)
-    checkpoint.restore(saved, path, trial.distiller, trial.averages, trial.solver, metrics)
+    checkpoint.restore(saved, path, trial.distiller, trial.averages, trial.solver, metrics, terms=trial.terms)
     assert saved.progress.model_dump() == before["progress"]
     after = checkpoint.state_of(
         trial.distiller,
@@ -371,7 +371,8 @@ def restored(built: Experiment, change: Callable[[dict[str, Any]], object]) -> N
     change(state)
     trial, path = built.trials[0], Path("last.pt")
     saved = checked(Checkpoint, state, path)
-    checkpoint.restore(saved, path, trial.distiller, trial.averages, trial.solver, RunningMetrics(built.device))
+    metrics = RunningMetrics(built.device)
+    checkpoint.restore(saved, path, trial.distiller, trial.averages, trial.solver, metrics, terms=trial.terms)
 
 
 def momentum(value: Any) -> Callable[[dict[str, Any]], object]:
@@ -406,6 +407,9 @@ MISFITS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda state: state["solver"]["param_groups"][0].update(momentum=9.0), r"groups\.0\.momentum is 9\.0, not 0\.9"),
     (lambda state: state["solver"]["param_groups"].append({}), r"solver\.param_groups should be 1 groups"),
     (lambda state: state["solver"].clear(), "solver should hold state and param_groups"),
+    (lambda state: state["progress"].update(epoch=2), r"solver\.state holds no momentum"),
+    (lambda state: state["metrics"].update(names=["x"]), r"metrics\.names are \['x'\], not \['ce'\]"),
+    (momentum(None), r"solver\.state\.0\.momentum_buffer is None, not a tensor"),
     (lambda state: state["metrics"].update(totals=torch.zeros(3)), r"metrics\.totals is \(3,\) in torch\.float32, not"),
     (lambda state: state["model"]["student.bn.bias"].fill_(torch.nan), r"NaN or infinite values in model\.student\.bn"),
     (
@@ -443,6 +447,19 @@ def test_momenta_that_share_memory_get_memory_of_their_own(cfg: Path) -> None:
     buffer = optimizer.state[optimizer.param_groups[0]["params"][0]]["momentum_buffer"]
     assert buffer.tolist() == [1.0, 1.0, 1.0]
     assert buffer.stride() == (1,)
+
+
+def test_a_momentum_that_is_lacking_is_told_at_the_first_step(cfg: Path, tmp_path: Path) -> None:
+    """Which weights take part shows only then."""
+    runs.train(cfg, tmp_path, "solver.epochs=1")
+    path = tmp_path / "seed0" / "last.pt"
+    state = runs.state(tmp_path)
+    del state["solver"]["state"][1]
+    torch.save(state, path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="the state that was resumed is damaged: it lacks the momentum of weight 1"):
+        runs.train(cfg, tmp_path, mode="resume")
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(("epoch", "step"), [(1, runs.STEPS), (runs.EPOCHS + 1, 1), (runs.EPOCHS + 2, 0)])

@@ -66,7 +66,7 @@ RETURNS: dict[str, tuple[Callable[[Signals], Any], str]] = {
     ),
     "a vector": (
         lambda signals: {"mine": signals.student_logits.mean(dim=1)},
-        "the term 'mine' should be a scalar tensor, found a tensor of shape (64,) in torch.float32",
+        "the term 'mine' should be a scalar tensor, found a tensor of shape (2,) in torch.float32",
     ),
     "a float": (lambda signals: {"mine": 1.5}, "the term 'mine' should be a scalar tensor, found 1.5, a float"),
     "a whole number": (

@@ -63,7 +63,8 @@ class Listening(Distiller):
         self.heard: list[tuple[Tensor, Tensor]] = []
 
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
-        self.heard.append((signals.index, signals.raw_teacher_logits))
+        if self.training:
+            self.heard.append((signals.index, signals.raw_teacher_logits))
         return {"gap": (signals.student_logits - signals.teacher_logits).square().mean()}
 
 

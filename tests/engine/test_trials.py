@@ -398,7 +398,8 @@ page = os.sysconf("SC_PAGE_SIZE")
 
 def watched(message):
     if message.startswith("epoch "):
-        print("resident", int(Path("/proc/self/statm").read_text().split()[1]) * page, flush=True)
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
+        print("resident", resident, len(os.listdir("/proc/self/fd")), flush=True)
 
 active_trial.print_line = watched
 folder = Path(sys.argv[1])
@@ -409,7 +410,7 @@ runs.train(cfg, folder / "runs")
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-def test_resident_memory_does_not_grow_over_epochs(tmp_path: Path) -> None:
+def test_neither_memory_nor_descriptors_grow_over_epochs(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(tmp_path)],
         capture_output=True,
@@ -418,7 +419,9 @@ def test_resident_memory_does_not_grow_over_epochs(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
-    sizes = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("resident ")]
+    watched = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("resident ")]
+    sizes = [int(size) for size, _ in watched]
     assert len(sizes) == 30
     # The first epochs fill the allocators; the least of five, as what is about to be freed comes and goes.
     assert min(sizes[-5:]) - min(sizes[5:10]) < 10e6
+    assert len({descriptors for _, descriptors in watched[2:]}) == 1
