@@ -329,7 +329,7 @@ def epoch_as_a_number(patch: Patch) -> None:
     def forward(self: Distiller, batch: Any, epoch: Tensor) -> Any:
         return original(self, batch, torch.full_like(epoch, number[-1]))
 
-    number: list[int] = []
+    number = [1]
     original = Distiller.forward
     before(patch, ActiveTrial, "begin_epoch", lambda self, epoch: number.append(epoch))
     patch.setattr(Distiller, "forward", forward)
