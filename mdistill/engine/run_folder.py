@@ -51,6 +51,7 @@ class RunFolder:
         self.events = EventLog(path / "tensorboard")
         self._exports = ["student"]
         self._lock: BaseFileLock | None = None
+        self._began = False
         if path.exists() and not path.is_dir():
             raise UserError(f"output {path} is a file, not a folder")
         self._refuse_if_taken()
@@ -105,6 +106,7 @@ class RunFolder:
             write_text(self.metrics, "".join(_as_line(line) for line in finished))
             write_text(self.config, config_yaml)
             write_text(self.environment, json.dumps({"sessions": sessions}, indent=2, allow_nan=False) + "\n")
+        self._began = True
         self._remove_leftovers()
         self.events.clear()  # written anew from the metrics, so that both agree
         for line in finished:
@@ -124,6 +126,8 @@ class RunFolder:
     def close(self) -> None:
         """Give the folder up."""
         self.events.close()
+        if self._began:
+            self._remove_leftovers()  # again: what an error made the run leave here when it began
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -161,24 +165,24 @@ class RunFolder:
     @contextmanager
     def _replacing(self) -> Iterator[None]:
         """Within, the files of the run that is there are out of the way; an error brings them back."""
+        old = self._files_there()
         try:
-            aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=self.path))
+            aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=self.path)) if old else self.path / ASIDE
         except OSError as error:
             raise RunFailed(f"could not write {self.path}: {error}") from error
-        old = self._files_there()
         try:
             for path in old:
                 os.replace(path, aside / path.name)
             yield
         except BaseException as error:
             with suppress(OSError):
-                for path in reversed(self._files_there()):
-                    if path not in old or os.path.lexists(aside / path.name):  # the new run's
+                moved = [path for path in old if os.path.lexists(aside / path.name)]
+                for path in self._files_there():
+                    if path not in old or path in moved:  # the new run's
                         path.unlink()
-                for path in reversed(old):
-                    if os.path.lexists(aside / path.name):
-                        os.replace(aside / path.name, path)
-                aside.rmdir()
+                for path in reversed(moved):  # the checkpoint last
+                    os.replace(aside / path.name, path)
+                self._remove_leftovers()
             if isinstance(error, OSError):
                 raise RunFailed(f"could not replace the run in {self.path}: {error}; it is as it was") from error
             raise
