@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mdistill.engine.console import print_line
 from mdistill.errors import RunFailed, UserError
+from mdistill.file_schemas import ChunkHeader, checked
 from mdistill.files import atomic_write
 
 FORMAT = 2  # 1 was one file for all entries, with a table.json beside it
@@ -145,8 +146,7 @@ class LogitCache:
             return
         self.require_room(len(ids))
         chunk = {"entries": ids, "logits": logits.numpy().take(first, axis=0), "changed": changed[first]}
-        name = f"{uuid.uuid4().hex}.safetensors"
-        with atomic_write(self.path / name) as temporary:
+        with atomic_write(self.path / f"{uuid.uuid4().hex}.safetensors") as temporary:
             temporary.write_bytes(save(chunk, {"identity": self._identity, "checksum": _checksum(chunk)}))
         self.refresh()
 
@@ -170,15 +170,15 @@ class LogitCache:
         if not path.is_file():
             raise ValueError("it is no file")
         with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            if header.get("identity") != self._identity:
+            header = checked(ChunkHeader, file.metadata() or {}, path)
+            if header.identity != self._identity:
                 raise ValueError("it is of another teacher, data set or version")
             chunk = {key: file.get_tensor(key).numpy() for key in ("entries", "logits", "changed")}  # maps, no copies
         ids, count, start = chunk["entries"], len(chunk["entries"]), self._starts[-1]
         layout = [(array.dtype, array.shape) for array in chunk.values()]
         if layout != [(np.int64, (count,)), (self._dtype, (count, self.classes)), (np.bool_, (count,))]:
             raise ValueError(f"it holds {layout}")
-        if header.get("checksum") != _checksum(chunk):
+        if header.checksum != _checksum(chunk):
             raise ValueError("its checksum is wrong")
         if not count or ids[0] < 0 or ids[-1] >= self.entries or (ids[1:] <= ids[:-1]).any():
             raise ValueError(f"its entries are not ascending numbers from 0 to {self.entries - 1}")
