@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, RootModel, ValidationError
 
 from mdistill.errors import UserError
 from mdistill.files import read_text
@@ -22,7 +22,16 @@ Epoch = Annotated[int, Field(ge=1, lt=2**31)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Text = Annotated[str, Field(max_length=4096)]
 EXPORT_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}$")  # of a network that a run writes
-ExportName = Annotated[str, Field(pattern=EXPORT_NAME.pattern)]
+TAKEN = ("last", "ema", "average")  # files of a run that are no network of a method
+
+
+def _export_name(name: str) -> str:
+    if not EXPORT_NAME.fullmatch(name) or name.casefold() == "last":
+        raise ValueError("should be the name of an exported network")
+    return name
+
+
+ExportName = Annotated[str, AfterValidator(_export_name)]
 
 
 class _Exact(BaseModel):
@@ -69,7 +78,7 @@ class Progress(_Exact):
     epoch: Epoch = 1  # in progress, counted from 1
     step: Count = 0  # steps done in it
     seconds: Annotated[float, Field(ge=0)] = 0.0  # training time spent in it so far
-    best: Best | None = None  # epoch so far
+    best: Annotated[Best | None, BeforeValidator(lambda best: best or None)] = None  # epoch so far; {} once
 
 
 class _Metrics(_Exact):

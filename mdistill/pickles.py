@@ -10,6 +10,13 @@ MAX_NAME = 300  # characters of a module and a name in it
 MAX_OPCODES = 5_000_000
 MAX_SIZE = 20_000_000  # objects, each counted as often as it is reached
 
+_SIMPLE = {  # opcodes that push an empty container, a number, text or None: most of a pickle
+    opcode.name
+    for opcode in pickletools.opcodes
+    if not opcode.stack_before
+    and len(opcode.stack_after) == 1
+    and opcode.stack_after[0] not in (pickletools.markobject, pickletools.anyobject)
+}
 _FILLS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}  # what lies below, instead of a new object
 _PUTS = {"PUT", "BINPUT", "LONG_BINPUT"}
 _GETS = {"GET", "BINGET", "LONG_BINGET"}
@@ -28,8 +35,11 @@ class _Nest:
 
     def holds(self, others: "Sequence[_Nest]") -> None:
         """Put ``others`` in it."""
-        self.depth = max([self.depth, *(1 + other.depth for other in others)])
-        self.size += 1 + sum(other.size for other in others)
+        self.size += 1
+        for other in others:
+            self.size += other.size
+            if other.depth >= self.depth:
+                self.depth = other.depth + 1
 
 
 def inspect(stream: IO[bytes]) -> None:
@@ -45,6 +55,12 @@ def inspect(stream: IO[bytes]) -> None:
     marks: list[int] = []
     memo: dict[int, _Nest] = {}
     for opcode, argument in _opcodes(stream):
+        if opcode.name in _SIMPLE:
+            stack.append(_Nest(0, 1))
+            continue
+        if opcode.name == "MARK":
+            marks.append(len(stack))
+            continue
         if "GLOBAL" in opcode.name and isinstance(argument, str) and len(argument) > MAX_NAME:
             raise HostilePickle(f"names something of {len(argument):,} characters")
         if opcode.name in _PUTS or opcode.name == "MEMOIZE":
@@ -56,26 +72,22 @@ def inspect(stream: IO[bytes]) -> None:
         if opcode.name == "DUP":
             stack.append(stack[-1] if stack else _Nest())
             continue
-        before, taken = len(opcode.stack_before), []
+        below, taken = len(opcode.stack_before), []
         if pickletools.markobject in opcode.stack_before:
             start = marks.pop() if marks else 0
             taken = stack[start:]
             del stack[start:]
-            before = opcode.stack_before.index(pickletools.markobject)
-        taken = [*(stack.pop() for _ in range(min(before, len(stack)))), *taken]
-        container = _Nest()
-        if opcode.name in _FILLS and taken:  # it lies below what it is filled with
-            container = taken.pop(before - 1 if before <= len(taken) else -1)
+            below = opcode.stack_before.index(pickletools.markobject)
+        if below:  # what lies below the mark, its container first
+            taken = stack[-below:] + taken
+            del stack[-below:]
+        container = taken.pop(0) if opcode.name in _FILLS and taken else _Nest()
         container.holds(taken)
         if container.depth > MAX_DEPTH:
             raise HostilePickle(f"nests more than {MAX_DEPTH} containers")
         if container.size > MAX_SIZE:
             raise HostilePickle(f"unfolds to more than {MAX_SIZE:,} objects")
-        for pushed in opcode.stack_after:
-            if pushed is pickletools.markobject:
-                marks.append(len(stack))
-            else:
-                stack.append(container)
+        stack += [container] * len(opcode.stack_after)
 
 
 def _opcodes(stream: IO[bytes]) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:

@@ -13,6 +13,18 @@ OURS = Path(__file__).resolve().parent
 NEEDED = {  # packages that this one imports, some of them late
     *("mdistill", "torch", "torchvision", "numpy", "yaml", "tqdm", "tensorboard", "pydantic", "safetensors"),
     *("typing_extensions", "matplotlib", "filelock"),
+    *(
+        "PIL",
+        "google",
+        "sympy",
+        "mpmath",
+        "networkx",
+        "jinja2",
+        "fsspec",
+        "packaging",
+        "setuptools",
+        "triton",
+    ),  # by them
 }
 
 _places: list[Path] = []  # folders, or single files, of what was loaded

@@ -94,7 +94,9 @@ def _of_run(args: argparse.Namespace) -> Subject:
         raise UserError(f"no run folder or checkpoint at {args.run}")
     if not recorded.is_file():
         raise UserError(f"{args.run}: no {recorded.name} in its folder; give --model NAME --weights {args.run}")
-    folders = [Path.cwd(), *code_folders(recorded.parent), *([recorded.parent] if args.trust else [])]
+    home = recorded.parent.resolve()
+    beside = [folder for folder in code_folders(home) if args.trust or home not in (folder, *folder.parents)]
+    folders = [Path.cwd(), *beside, *([home] if args.trust else [])]
     settings = config.load(recorded, imports=args.imports, folders=folders, trusted=args.trust)
     dataset = build_dataset(settings, data_root=args.data_root, download=args.download)
     students = build_students(settings, dataset.info(settings.data.batch_size))

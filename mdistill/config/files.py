@@ -20,7 +20,7 @@ from mdistill.user_code import import_user_module
 
 MAX_DEPTH = 16  # files that are based on each other
 MAX_NESTING = 16  # sections within sections
-MAX_LENGTH = 1 << 18  # bytes of a file, or of a value on the command line
+MAX_LENGTH = 1 << 18  # characters of a file, or of a value on the command line
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?\.?inf|\.?nan", re.IGNORECASE)
 _NAME_LIMIT = 180  # characters of a folder name, below the 255 bytes of common file systems
 

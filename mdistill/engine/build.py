@@ -20,10 +20,9 @@ from mdistill.distillers import DISTILLERS, Distiller, Needs
 from mdistill.engine.cuda_graph import choose_engine
 from mdistill.engine.evaluate import evaluate
 from mdistill.engine.logit_cache import LogitCache
-from mdistill.engine.run_folder import STANDARD_EXPORTS
 from mdistill.engine.teacher import CACHE_DTYPES, FrozenTeacher, open_cache
 from mdistill.errors import UserError, shown
-from mdistill.file_schemas import EXPORT_NAME
+from mdistill.file_schemas import EXPORT_NAME, TAKEN
 from mdistill.models import MODELS
 from mdistill.models.ensemble import Ensemble
 from mdistill.models.memory_format import move
@@ -173,25 +172,40 @@ def build_distiller(config: Config, info: DataInfo, teacher: nn.Module | None) -
 def _check_students(students: Any, method: str) -> None:
     """Refuse networks to export that have no usable names."""
     names = list(students) if isinstance(students, dict) else []
-    taken = {"last", *STANDARD_EXPORTS} - {"student"}
-    wrong = [name for name in names if not (isinstance(name, str) and EXPORT_NAME.fullmatch(name)) or name in taken]
+    folded = [str(name).casefold() for name in names]  # as some file systems see them
+    wrong = [
+        name
+        for name in names
+        if not isinstance(name, str) or not EXPORT_NAME.fullmatch(name) or name.casefold() in TAKEN
+    ]
+    wrong += [name for name in names if folded.count(str(name).casefold()) > 1]
     if not names or wrong or not all(isinstance(network, nn.Module) for network in students.values()):
         found = f"{shown(wrong[0])} is no such name" if wrong else f"found {shown(students)}"
         raise UserError(
             f"distiller.name: students() of {method!r} should return networks by name (letters, digits, _ - and .; not"
-            f" {', '.join(sorted(taken))}); {found}"
+            f" {', '.join(TAKEN)}); {found}"
         )
 
 
-def _check_groups(groups: Any, method: str) -> None:
-    """Refuse parameter groups that no optimiser takes."""
-    for group in groups if isinstance(groups, list) and groups else [None]:
-        parameters = group.get("params") if isinstance(group, dict) else None
-        if not parameters or not all(isinstance(parameter, nn.Parameter) for parameter in parameters):
-            raise UserError(
-                f"distiller.name: param_groups() of {method!r} should return a list of groups, each a dictionary whose"
-                f" 'params' are some parameters; found {shown(groups)}"
-            )
+def _checked_groups(groups: Any, method: str) -> list[dict[str, Any]]:
+    """``groups`` of parameters, if an optimiser takes them."""
+    try:
+        checked = [{"lr_scale": 1.0, **group, "params": [*group["params"]]} for group in groups]
+    except (TypeError, KeyError):
+        checked = []
+    parameters = [parameter for group in checked for parameter in group["params"]]
+    if (
+        not parameters
+        or not all(group["params"] and type(group["lr_scale"]) in (int, float) for group in checked)
+        or not all(isinstance(parameter, nn.Parameter) for parameter in parameters)
+        or len(set(map(id, parameters))) < len(parameters)
+    ):
+        raise UserError(
+            f"distiller.name: param_groups() of {method!r} should return a list of groups, each a dictionary whose"
+            f" 'params' are some parameters that no other group has and whose 'lr_scale' is a number; found"
+            f" {shown(groups)}"
+        )
+    return checked
 
 
 def build_students(config: Config, info: DataInfo) -> dict[str, nn.Module]:
@@ -283,8 +297,7 @@ def build(
         distiller = distiller.to(device)
         averages = averages_of(each, next(iter(distiller.students().values())))
         distiller.student_precision, distiller.teacher_precision = run.precision, teacher_precision
-        groups = distiller.param_groups()
-        _check_groups(groups, each.distiller.name)
+        groups = _checked_groups(distiller.param_groups(), each.distiller.name)
         solver = SOLVERS.get(each.solver.name)(groups, **each.solver.arguments)
         if run.engine == "compile" and solver.backward_passes > 1:
             raise UserError(
@@ -334,9 +347,8 @@ def _top1(network: nn.Module, dataset: Dataset, batch_size: int | None, precisio
     return evaluate(network, dataset, "test", batch_size=batch_size, precision=precision).top1
 
 
-@torch.no_grad()
 def _try_step(solver: Solver, distiller: Distiller, info: DataInfo) -> tuple[str, ...]:
-    """The names of the loss terms of a step on two blank images in eval mode, which changes no state.
+    """The names of the loss terms of a training step on two blank images, after which all is as it was.
 
     Raises:
         UserError: a network or the method returns what it should not, or the solver cannot take such steps.
@@ -344,9 +356,14 @@ def _try_step(solver: Solver, distiller: Distiller, info: DataInfo) -> tuple[str
     device = next(distiller.student.parameters()).device
     image = torch.zeros(2, 3, info.image_size, info.image_size, device=device)
     number = torch.arange(2, device=device)
-    strong = image if distiller.needs.views > 1 else None
-    distiller.eval()
-    output = distiller(Batch(image, number, number, number, strong_image=strong), torch.ones((), device=device))
+    batch = Batch(image, number, number, number, strong_image=image if distiller.needs.views > 1 else None)
+    before = {name: value.clone() for name, value in distiller.named_buffers() if not name.startswith("teacher.")}
+    with torch.random.fork_rng(devices=[]):
+        output = distiller.train()(batch, torch.ones((), device=device))
+    with torch.no_grad():
+        for name, value in distiller.named_buffers():
+            if name in before and value.shape == before[name].shape:
+                value.copy_(before[name])
     solver.check(output)
     return tuple(output.terms)
 

@@ -49,7 +49,7 @@ def on_stop_signal(handler: Handler) -> Iterator[None]:
 class StopHandler:
     """Answers stop signals: the first one is told to ``first``, a second one ends the process at once.
 
-    Shells and schedulers send one signal twice in the same moment; within ``DOUBLE`` seconds that counts as one.
+    Shells and schedulers send one request twice in the same moment; within ``DOUBLE`` seconds that counts as one.
 
     Args:
         owns_process: whether the process may be ended; else, as in a notebook, an exception ends what is going on.
@@ -58,7 +58,7 @@ class StopHandler:
         signal: name of the first signal, None before it.
     """
 
-    DOUBLE = 0.1
+    DOUBLE = 0.25
 
     def __init__(self, owns_process: bool) -> None:
         self.signal: str | None = None

@@ -36,12 +36,18 @@ class EventLog:
             )
             self.close()
 
+    def files(self) -> list[Path]:
+        """The event files that are there."""
+        with suppress(OSError):
+            return [] if self.folder.is_symlink() else sorted(self.folder.glob(f"{PREFIX}*"))
+        return []
+
     def clear(self) -> None:
         """Remove the event files that are there, and nothing else; a link in the folder's place is taken away."""
         with suppress(OSError):
             if self.folder.is_symlink():
                 self.folder.unlink()
-            for file in self.folder.glob(f"{PREFIX}*"):
+            for file in self.files():
                 file.unlink()
 
     def close(self) -> None:

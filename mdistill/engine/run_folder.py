@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 Mode = Literal["new", "resume", "overwrite"]
 
 STANDARD_EXPORTS = ("student", "ema", "average")
-ASIDE = ".replaced."  # begins the name of a folder that holds a run's files while another takes its place
+ASIDE = ".replaced."  # begins the name of a folder that holds a run while the first files of another are written
+CHOICES = "continue it with --resume, replace it with --overwrite, or choose another --output"
+DISCARDED = ".discarded."  # and of what becomes of it once they are there
 
 
 class RunFolder:
@@ -73,10 +75,13 @@ class RunFolder:
         """
         self._lock = lock_folder(self.path, "output folder")
         self._exports = list(exports)
+        self._bring_back()
         self._refuse_if_taken()
-        there = self._files_there()
-        foreign = [path for name in self._exports if os.path.lexists(path := self.path / f"{name}.pt")]
-        foreign = [path for path in foreign if path not in there]
+        recorded = self._recorded_exports()
+        there = [path for path in self._networks(self._exports) if os.path.lexists(path)]
+        if not self._has_records:
+            recorded = []
+        foreign = [] if recorded is None else [path for path in there if path.stem not in recorded]
         if foreign:
             raise UserError(
                 f"{foreign[0]} is not of a run in its folder, and this run would replace it: move it away, or choose"
@@ -133,75 +138,122 @@ class RunFolder:
             self._lock = None
 
     def _refuse_if_taken(self) -> None:
+        asides = self._asides(ASIDE)
+        if asides and self._lock is None:  # what is there shows once it is brought back
+            if self.mode == "new":
+                raise UserError(
+                    f"output folder {self.path} already holds a run that was about to be replaced: {CHOICES}"
+                )
+            return
         for path in self._files_there():
             if path.exists() and not path.is_file():
                 raise UserError(f"{path} is no file, and a run writes a file of this name: move it away")
         if self.mode == "overwrite" or self.resumable:
             return
         epochs = len(read_metrics(self.path))
-        if self.mode == "new" and (self._files_there() or self.student.exists()):
-            raise UserError(
-                f"output folder {self.path} already holds a run{f' with {epochs} epochs done' if epochs else ''}:"
-                " continue it with --resume, replace it with --overwrite, or choose another --output"
-            )
+        if self.mode == "new" and (self._has_records or self.student.exists() or self.events.files()):
+            done = f" with {epochs} epochs done" if epochs else ""
+            raise UserError(f"output folder {self.path} already holds a run{done}: {CHOICES}")
         # One line alone may be a first epoch that was killed before its checkpoint was there: that starts again.
         if self.mode == "resume" and (epochs > 1 or self.student.exists()):
             raise UserError(
                 f"output folder {self.path} holds a run with {epochs} epochs done but no {self.checkpoint.name} to"
                 " resume from: replace it with --overwrite, or choose another --output"
             )
+        if self.mode == "resume" and self.config.exists() and not self.metrics.exists():  # which a run writes first
+            raise UserError(f"{self.config} is not of a run: move it away, or choose another --output")
+
+    @property
+    def _records(self) -> tuple[Path, ...]:
+        return (self.metrics, self.config, self.environment)  # in the order of writing
+
+    @property
+    def _has_records(self) -> bool:
+        return any(os.path.lexists(path) for path in (self.checkpoint, *self._records))
+
+    def _networks(self, names: Iterable[str]) -> list[Path]:
+        return [self.path / f"{name}.pt" for name in dict.fromkeys(names)]
+
+    def _recorded_exports(self) -> list[str] | None:
+        """What the run that is there exports, as it recorded it; None where it did not."""
+        recorded: list[str] | None = None
+        with suppress(UserError):  # a damaged record is told where it is needed
+            for session in read_sessions(self.path):
+                if "exports" in session:
+                    recorded = [*(recorded or []), *session["exports"]]
+        return recorded
 
     def _files_there(self) -> list[Path]:
-        """The files of the run that is there, by what it recorded; the checkpoint first: nothing resumes without it."""
-        records = (self.metrics, self.config, self.environment)
-        if not any(os.path.lexists(path) for path in (self.checkpoint, *records)):
+        """The files of the run that is there; the checkpoint first: without it nothing half-moved is resumed."""
+        if not self._has_records:
             return []
-        names = [*STANDARD_EXPORTS]
-        with suppress(UserError):  # a damaged record is told where it is needed
-            names += [name for session in read_sessions(self.path) for name in session.get("exports", ())]
-        networks = [self.path / f"{name}.pt" for name in dict.fromkeys(names)]
-        return [path for path in (self.checkpoint, *networks, *records) if os.path.lexists(path)]
+        recorded = self._recorded_exports()
+        networks = self._networks((*STANDARD_EXPORTS, *self._exports) if recorded is None else recorded)
+        return [path for path in (self.checkpoint, *networks, *self._records) if os.path.lexists(path)]
 
     @contextmanager
     def _replacing(self) -> Iterator[None]:
-        """Within, the files of the run that is there are out of the way; an error brings them back."""
+        """Within, the files of the run that is there are out of the way; an error, or the next start, brings them back.
+
+        The new run is begun when the folder that they are in gets its other name.
+        """
         old = self._files_there()
         try:
-            aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=self.path)) if old else self.path / ASIDE
+            aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=self.path)) if old else None
         except OSError as error:
             raise RunFailed(f"could not write {self.path}: {error}") from error
         try:
-            for path in old:
-                os.replace(path, aside / path.name)
-            yield
+            if aside is None:
+                yield
+            else:
+                for path in old:
+                    os.replace(path, aside / path.name)
+                yield
+                os.replace(aside, aside.with_name(aside.name.replace(ASIDE, DISCARDED)))
         except BaseException as error:
-            with suppress(OSError):
-                moved = [path for path in old if os.path.lexists(aside / path.name)]
-                for path in self._files_there():
-                    if path not in old or path in moved:  # the new run's
+            for path in self._records:
+                if path not in old or (aside is not None and os.path.lexists(aside / path.name)):  # the new run's
+                    with suppress(OSError):
                         path.unlink()
-                for path in reversed(moved):  # the checkpoint last
-                    os.replace(aside / path.name, path)
-                self._remove_leftovers()
-            if isinstance(error, OSError):
-                raise RunFailed(f"could not replace the run in {self.path}: {error}; it is as it was") from error
-            raise
+            self._bring_back()
+            if not isinstance(error, OSError):
+                raise
+            where = f"its files are in {aside}" if aside is not None and aside.exists() else "it is as it was"
+            raise RunFailed(f"could not replace the run in {self.path}: {error}; {where}") from error
+
+    def _asides(self, prefix: str) -> list[Path]:
+        """Folders in this one whose names begin with ``prefix``."""
+        with suppress(OSError):
+            return [path for path in self.path.glob(f"{prefix}*") if path.is_dir() and not path.is_symlink()]
+        return []
+
+    def _bring_back(self) -> None:
+        """Undo a replacement that was not completed, as far as the file system lets it."""
+        for aside in self._asides(ASIDE):
+            with suppress(OSError):
+                for path in sorted(aside.iterdir(), key=lambda path: path.name == self.checkpoint.name):  # it goes last
+                    if path.suffix == ".pt" or self.path / path.name in self._records:
+                        os.replace(path, self.path / path.name)
+                aside.rmdir()
 
     def _remove_leftovers(self) -> None:
-        """What a process that was killed has left while it wrote a file of a run here, or replaced one."""
-        names = {path.name for path in (self.checkpoint, self.metrics, self.config, self.environment)}
-        names |= {f"{name}.pt" for name in (*STANDARD_EXPORTS, *self._exports)}
+        """What a process that was killed has left while it wrote a file of a run here, or after it replaced one."""
+        recorded = self._recorded_exports()
+        exports = (*STANDARD_EXPORTS, *self._exports) if recorded is None else recorded
+        names = {path.name for path in (self.checkpoint, *self._records, *self._networks(exports))}
+        for discarded in self._asides(DISCARDED):
+            shutil.rmtree(discarded, ignore_errors=True)
         with suppress(OSError):
             for entry in self.path.iterdir():
                 if final_name(entry) in names:
                     entry.unlink()
-                elif entry.name.startswith(ASIDE) and entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry)
 
 
 def code_folders(folder: Path) -> list[Path]:
     """Where the user modules of the run in ``folder`` were looked for: beside its configuration."""
-    return [Path(session["config_folder"]) for session in read_sessions(folder) if session.get("config_folder")]
+    with suppress(UserError):  # nothing but this depends on it
+        return [Path(session["config_folder"]) for session in read_sessions(folder) if session.get("config_folder")]
+    return []
 
 
 def run_mode(resume: bool, overwrite: bool) -> Mode:

@@ -131,6 +131,9 @@ def _inspect(file: Path, head: bytes) -> None:
         return
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
+        names = [member.filename.rpartition("/")[2] for member in members]
+        if "data.pkl" not in names or "constants.pkl" in names:  # no checkpoint: told when it is read
+            return
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise pickles.HostilePickle("is compressed, which torch.save never does")
         if len({member.filename for member in members}) < len(members):

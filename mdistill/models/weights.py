@@ -20,6 +20,8 @@ from mdistill.models.torch_files import FileRecord, file_record, read_file
 
 Role = Literal["student", "teacher"]
 
+MAX_UNFOLDED = 1 << 30  # bytes of a tensor that has less memory than values
+
 
 def read_checkpoint(path: Path, role: Role = "student", *, keys: Collection[str] = ()) -> dict[str, Tensor]:
     """The bare state dict of one network, on the CPU.
@@ -38,6 +40,12 @@ def read_checkpoint(path: Path, role: Role = "student", *, keys: Collection[str]
     state = _state_dict(read_file(file), file)
     if state.keys() != set(keys):
         state = _network(state, role, file)
+    odd = next((key for key, value in state.items() if _is_odd(value)), None)
+    if odd is not None:
+        raise UserError(
+            f"checkpoint {file}: {printable(odd)} is no plain tensor (sparse, quantised, on no device, of too many"
+            " dimensions, or a view of far less memory)"
+        )
     broken = _first_non_finite(state)
     if broken:
         raise UserError(f"checkpoint {file}: {printable(broken)} holds NaN or infinite values")
@@ -143,11 +151,6 @@ def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
             f"checkpoint {file} holds no weights: {len(foreign)} of the {len(state)} entries {place} are not tensors"
             f" (keys: {keys}; needed: a state dict, bare or under 'model')"
         )
-    odd = next((key for key, value in state.items() if _is_odd(value)), None)
-    if odd is not None:
-        raise UserError(
-            f"checkpoint {file}: {printable(odd)} is no plain tensor (sparse, quantised, a view of less memory)"
-        )
     return {key: value.detach() for key, value in state.items()}
 
 
@@ -155,7 +158,8 @@ def _is_odd(value: Tensor) -> bool:
     """Whether reading its values may fail: no network's weights are like that."""
     if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu" or value.ndim > 16:
         return True
-    return value.numel() * value.element_size() > value.untyped_storage().nbytes()
+    size = value.numel() * value.element_size()
+    return size > max(value.untyped_storage().nbytes(), MAX_UNFOLDED)  # of one value, expanded
 
 
 def _network(state: dict[str, Tensor], role: Role, file: Path) -> dict[str, Tensor]:

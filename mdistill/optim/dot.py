@@ -87,7 +87,8 @@ class DOT(Solver):
             return f"solver should hold {', '.join(self.optimizers)}"
         found = (optimizer_misfit(f"solver.{name}", each, state[name]) for name, each in self.optimizers.items())
         problem = next((problem for problem in found if problem), None)
-        if not problem and stepped and not any(each["state"] for each in state.values()):
+        momentum = any(group["momentum"] for each in self.optimizers.values() for group in each.param_groups)
+        if not problem and stepped and momentum and not any(each["state"] for each in state.values()):
             return "solver holds no momentum"
         return problem
 

@@ -94,7 +94,8 @@ class SGD(Solver):
 
     def misfit(self, state: dict[str, Any], *, stepped: bool) -> str | None:
         problem = optimizer_misfit("solver", self.optimizer, state)
-        if not problem and stepped and self.optimizer.defaults["momentum"] and not state["state"]:
+        momentum = any(group["momentum"] for group in self.optimizer.param_groups)
+        if not problem and stepped and momentum and not state["state"]:
             return "solver.state holds no momentum"
         return problem
 
@@ -102,7 +103,9 @@ class SGD(Solver):
 def fused_sgd(param_groups: list[dict[str, Any]], **settings: Any) -> torch.optim.SGD:
     """torch's SGD, one update for all weights; its rates are set by ``set_group_rates``."""
     groups = [{"lr_scale": 1.0, **group, "lr": rate_tensor(group["params"][0].device)} for group in param_groups]
-    return torch.optim.SGD(groups, fused=True, **settings)
+    optimizer = torch.optim.SGD(groups, fused=True, **settings)
+    optimizer.register_step_pre_hook(_begin_late_momenta)
+    return optimizer
 
 
 def set_group_rates(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -124,21 +127,18 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
             if momentum is not None:
                 laid_out = torch.empty_like(parameter, requires_grad=False)
                 optimizer.state[parameter]["momentum_buffer"] = laid_out.copy_(momentum)
-    if optimizer.state and optimizer.defaults["momentum"]:
-        _require_momenta_once(optimizer)
 
 
-def _require_momenta_once(optimizer: torch.optim.Optimizer) -> None:
-    """Before the next step, which tells what weights take part in it, see that a loaded state lacks none of theirs."""
+def _begin_late_momenta(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Give weights that get their first gradient after others did a momentum of 0, as that of all is at first.
 
-    def check(*_: Any) -> None:
-        handle.remove()
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for index, parameter in enumerate(parameters):
-            if parameter.grad is not None and parameter not in optimizer.state:
-                raise UserError(f"the state that was resumed is damaged: it lacks the momentum of weight {index}")
-
-    handle = optimizer.register_step_pre_hook(check)
+    The fused update knows only states that begin together.
+    """
+    if optimizer.state:
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if group["momentum"] else ():
+                if parameter.grad is not None and parameter not in optimizer.state:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
 
 
 REQUIRED = {"params", "lr", "lr_scale", "momentum", "weight_decay"}  # of a group in a file
@@ -161,7 +161,7 @@ def optimizer_misfit(place: str, optimizer: torch.optim.Optimizer, saved: Any) -
         rate = group["lr"].item() if isinstance(group["lr"], Tensor) and group["lr"].numel() == 1 else group["lr"]
         if type(rate) is not float or not 0 <= rate <= 1e9:
             return f"{place}.param_groups.{number}.lr is {shown(rate, 60)}, not a rate"
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
     for index, entry in buffers.items():
         where = f"{place}.state.{shown(index, 60)}"
         if type(index) is not int or not 0 <= index < len(parameters):
@@ -169,9 +169,10 @@ def optimizer_misfit(place: str, optimizer: torch.optim.Optimizer, saved: Any) -
         if not isinstance(entry, dict) or entry.keys() != {"momentum_buffer"}:
             return f"{where} should hold momentum_buffer alone"
         momentum = entry["momentum_buffer"]
-        if momentum is None and not optimizer.defaults["momentum"]:
+        parameter, group = parameters[index]
+        if momentum is None and not group["momentum"]:
             continue
-        problem = tensor_misfit(f"{where}.momentum_buffer", momentum, parameters[index])
+        problem = tensor_misfit(f"{where}.momentum_buffer", momentum, parameter)
         if problem:
             return problem
     return None

@@ -36,7 +36,7 @@ class ReadsFeatures(Distiller):
     needs = Needs(teacher="features")
 
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
-        raise AssertionError("never trained")
+        return {"gap": signals.student_logits.square().mean()}
 
 
 @pytest.fixture(autouse=True)

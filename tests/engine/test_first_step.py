@@ -108,10 +108,10 @@ def test_terms_whose_names_change_are_named(train: Train, faulty: Path, capsys: 
 
 
 CHANGES: dict[str, tuple[Callable[[Tensor], Any], str]] = {
-    "another width": (lambda logits: logits[:, :7], "(64, 10), found a tensor of shape (64, 7)"),
-    "maps": (lambda logits: logits[:, :, None, None], "(64, 10), found a tensor of shape (64, 10, 1, 1)"),
-    "a tuple": (lambda logits: (logits, logits), "(64, 10), found (tensor("),
-    "whole numbers": (lambda logits: logits.long(), "(64, 10), found a tensor of shape (64, 10) in torch.int64"),
+    "another width": (lambda logits: logits[:, :7], "(2, 10), found a tensor of shape (2, 7)"),
+    "maps": (lambda logits: logits[:, :, None, None], "(2, 10), found a tensor of shape (2, 10, 1, 1)"),
+    "a tuple": (lambda logits: (logits, logits), "(2, 10), found (tensor("),
+    "whole numbers": (lambda logits: logits.long(), "(2, 10), found a tensor of shape (2, 10) in torch.int64"),
 }
 
 
@@ -121,7 +121,7 @@ def test_logits_of_another_form_are_named_with_their_network(
 ) -> None:
     Reshaped.change = staticmethod(CHANGES[change][0])
     line = refused(capsys, train(faulty, "student.name=reshaped_net"))
-    assert line.startswith("error: Reshaped should turn 64 images into logits of shape (64, 10), found ")
+    assert line.startswith("error: Reshaped should turn 2 images into logits of shape (2, 10), found ")
     assert CHANGES[change][1] in line
 
 
@@ -140,6 +140,8 @@ def test_a_network_without_trainable_parameters_is_named(
         (lambda self: {}, "found {}"),
         (lambda self: {"student": self.student, "../up": self.student}, "'../up' is no such name"),
         (lambda self: {"last": self.student}, "'last' is no such name"),
+        (lambda self: {"EMA": self.student}, "'EMA' is no such name"),
+        (lambda self: {"wide": self.student, "Wide": self.student}, "'wide' is no such name"),
         (lambda self: {"student": self.student, "ema": self.student}, "'ema' is no such name"),
         (lambda self: {"student": "student"}, "found {'student': 'student'}"),
     ],
@@ -158,13 +160,59 @@ def test_networks_to_export_need_names_of_their_own(
     assert message in line
 
 
-@pytest.mark.parametrize("groups", [None, [], [{}], [{"params": []}], [{"params": [torch.zeros(1)]}], [3]])
+WEIGHT = nn.Parameter(torch.zeros(2))
+GROUPS: list[Any] = [
+    None,
+    [],
+    [{}],
+    [3],
+    [{"params": []}],
+    [{"params": [torch.zeros(1)]}],
+    [{"params": WEIGHT}],
+    [{"params": [WEIGHT]}, {"params": [WEIGHT]}],
+    [{"params": [WEIGHT], "lr_scale": "x"}],
+]
+
+
+@pytest.mark.parametrize("groups", GROUPS)
 def test_parameter_groups_that_no_optimiser_takes_are_named(
     groups: Any, train: Train, faulty: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Faulty, "param_groups", lambda self: groups)
     line = refused(capsys, train(faulty))
     assert line.startswith("error: distiller.name: param_groups() of 'faulty_method' should return a list of groups")
+
+
+def test_the_step_that_is_tried_leaves_no_trace(
+    train: Train, faulty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has gradients, as a method may ask for them, and it is in training mode; buffers are as before."""
+    seen: list[tuple[int, bool, bool, float]] = []
+
+    def returns(signals: Signals) -> dict[str, Tensor]:
+        (gradient,) = torch.autograd.grad(signals.student_logits.sum(), signals.student_logits, retain_graph=True)
+        seen.append((len(signals.target), module.training, gradient is not None, float(module.counter)))
+        module.counter += 1
+        return {
+            "mine": signals.student_logits.square().mean(),
+            **({"more": 0 * gradient.sum()} if module.training else {}),
+        }
+
+    original = Faulty.__init__
+
+    def with_a_counter(self: Faulty, *arguments: Any, **shared: Any) -> None:
+        nonlocal module
+        original(self, *arguments, **shared)
+        self.register_buffer("counter", torch.zeros(()))
+        module = self
+
+    module: Any = None
+    monkeypatch.setattr(Faulty, "__init__", with_a_counter)
+    Faulty.returns = staticmethod(returns)
+    assert train(faulty, "solver.epochs=1") == 0
+    assert seen[0] == (2, True, True, 0.0)
+    assert seen[1] == (64, True, True, 0.0)
+    assert train(faulty, "--resume") == 0
 
 
 def test_an_evaluation_that_is_not_finite_ends_the_run_and_no_line_is_written(

@@ -494,6 +494,89 @@ def test_only_the_run_s_own_files_are_ever_removed(mode: Mode, stage: str, stude
     assert {path.name for path in folder.iterdir()} == FILES | {"ema.pt"} | {name.split("/")[0] for name in FOREIGN}
 
 
+def killed_while_replacing(cfg: Path, output: Path, after: str) -> None:
+    """Overwrite a run and end the process, as a kill does, once the file ``after`` is written or moved."""
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom tests import conftest, runs\n"
+        "replace = os.replace\n"
+        "def killing(source, target):\n    replace(source, target)\n"
+        f"    if Path(target).name.startswith({after!r}): os._exit(9)\n"
+        "os.replace = killing\nruns.train(Path(sys.argv[1]), Path(sys.argv[2]), mode='overwrite')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(cfg), str(output)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert result.returncode == 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["resume", "overwrite", "new"])
+@pytest.mark.parametrize("after", ["last.pt", "student.pt", "env.json", "metrics.jsonl", "config.yaml", ".discarded"])
+def test_a_run_whose_replacement_is_killed_is_there_at_the_next_start(
+    after: str, mode: Mode, student_cfg: Path, tmp_path: Path
+) -> None:
+    """Whole, however far it was moved; once the new run's first files are written, that one is."""
+    output, folder = tmp_path / "runs", tmp_path / "runs" / "seed0"
+    runs.train(student_cfg, output)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in {".pt", ".jsonl"}}
+    killed_while_replacing(student_cfg, output, after)
+    if mode == "new":
+        with pytest.raises(UserError, match="already holds a run"):
+            runs.train(student_cfg, output)
+        assert not (folder / "student.pt").exists() or after == "last.pt"
+        return
+    runs.train(student_cfg, output, mode=mode)
+    assert runs.place(output) == (4, 0)
+    if mode == "resume" and after != ".discarded":
+        assert {name: (folder / name).read_bytes() for name in before if name != "last.pt"} == {
+            name: content for name, content in before.items() if name != "last.pt"
+        }
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
+def test_files_of_the_user_named_as_averages_stay(
+    student_cfg: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "ema.pt").write_text("mine")
+
+    def full(path: Path, text: str) -> None:
+        if path.name == "config.yaml":
+            raise RunFailed("could not write config.yaml: No space left on device")
+        path.write_text(text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mdistill.engine.run_folder.write_text", full)
+        with pytest.raises(RunFailed, match="No space left"):
+            runs.train(student_cfg, tmp_path / "runs")
+    for mode in ("new", "resume", "overwrite"):
+        runs.train(student_cfg, tmp_path / "runs", mode=mode)
+        assert (folder / "ema.pt").read_text() == "mine"
+
+
+def test_event_files_of_another_run_are_not_cleared_by_a_new_one(student_cfg: Path, tmp_path: Path) -> None:
+    events = tmp_path / "runs" / "seed0" / "tensorboard" / "events.out.tfevents.1"
+    events.parent.mkdir(parents=True)
+    events.write_text("mine")
+    with pytest.raises(UserError, match="already holds a run"):
+        runs.train(student_cfg, tmp_path / "runs")
+    assert events.read_text() == "mine"
+
+
+def test_a_folder_of_an_earlier_version_that_recorded_no_exports_is_continued(
+    student_cfg: Path, tmp_path: Path
+) -> None:
+    runs.train(student_cfg, tmp_path / "runs", "solver.epochs=1", "solver.ema_decay=0.5")
+    record = tmp_path / "runs" / "seed0" / "env.json"
+    sessions = json.loads(record.read_text())["sessions"]
+    del sessions[0]["exports"]
+    record.write_text(json.dumps({"sessions": sessions}))
+    runs.train(student_cfg, tmp_path / "runs", "solver.ema_decay=0.5", mode="resume")
+    runs.train(student_cfg, tmp_path / "runs", mode="overwrite")
+    assert {path.name for path in record.parent.iterdir()} == FILES
+
+
 def test_overwriting_removes_what_the_run_before_exported(student_cfg: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "seed0"
     runs.train(student_cfg, tmp_path / "runs", "solver.ema_decay=0.5")

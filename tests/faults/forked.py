@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,10 +88,12 @@ def _main(arguments: list[str], before: Callable[[], object] | None, out: Path, 
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
     import torch
+    from tqdm import tqdm
 
     from mdistill.cli.main import main
 
     torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
+    tqdm.set_lock(threading.RLock())  # instead of one between processes, which a kill would leave behind
     sys.argv = ["mdistill", *arguments]
     if before is not None:
         before()

@@ -516,6 +516,8 @@ def test_keys_nested_a_hundred_thousand_deep_are_refused(tmp_path: Path, legacy:
 def test_compressed_and_ambiguous_archives_are_refused(tmp_path: Path) -> None:
     path = archive_of(tmp_path / "a.pth", [("a/data.pkl", bytes(1 << 20))], zipfile.ZIP_DEFLATED)
     assert "is compressed, which torch.save never does" in refusal(path)
+    path = archive_of(tmp_path / "c.pth", [("notes.txt", bytes(1 << 20))], zipfile.ZIP_DEFLATED)
+    assert "is a zip archive, not a torch checkpoint (it holds: notes.txt)" in refusal(path)
     path = archive_of(tmp_path / "b.pth", [("a/data.pkl", b"N."), ("a/data.pkl", b"I1\n.")])
     assert "holds two members of one name" in refusal(path)
 
@@ -542,6 +544,13 @@ def test_tensors_without_plain_values_are_refused(odd: str, tmp_path: Path) -> N
     path = tmp_path / "odd.pth"
     torch.save({"conv1.weight": ODD[odd]}, path)
     assert "conv1.weight is no plain tensor" in refusal(path)
+
+
+def test_expanded_tensors_of_common_size_load(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    path = tmp_path / "expanded.pth"
+    key = next(key for key, value in state.items() if value.ndim == 1)
+    torch.save(state | {key: torch.ones(1).expand(state[key].shape)}, path)
+    load_weights(network(), path, name="resnet8")
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int8, torch.bool])
