@@ -147,10 +147,7 @@ def _checked(annotation: Any, value: Any) -> Any:
     if annotation is inspect.Parameter.empty:
         return value
     adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-    checked = adapter.validate_json(json.dumps(value, default=str), strict=True)
-    if isinstance(checked, int) and not -(2**31) < checked < 2**31:  # whatever the annotation lets through
-        TypeAdapter(Annotated[int, Field(gt=-(2**31), lt=2**31)]).validate_python(checked)
-    return checked
+    return adapter.validate_json(json.dumps(value, default=str), strict=True)
 
 
 def _is_plain(value: Any) -> bool:

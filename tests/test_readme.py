@@ -49,7 +49,7 @@ def test_own_method_network_and_data_work_like_built_in_ones(tmp_path: Path) -> 
     student = "runs/my_data/my_method/my_network_my_network/seed0"
     for config in ("my_teacher.yaml", "my_student.yaml"):
         run(tmp_path, "train", ["--cfg", config, "--device", "cpu"])
-    assert "my_network  test" in run(tmp_path, "eval", [student, "--device", "cpu"])
+    assert "my_network  test" in run(tmp_path, "eval", [student, "--trust", "--device", "cpu"])
     assert (tmp_path / student / "student.pt").is_file()
 
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from mdistill.data.dataset import DATASETS, InMemoryDataset, Split
 from mdistill.errors import UserError
-from mdistill.registry import NonNegativeInt, PositiveInt
+from mdistill.registry import PositiveInt
 
 SIZE = 32  # pixels, height and width
 CHUNK = 256  # images drawn at a time: about what a processor's cache holds
@@ -57,7 +57,7 @@ def synthetic(
     fine_classes: PositiveInt = 5,
     train_images: PositiveInt = 5000,
     test_images: PositiveInt = 2000,
-    seed: NonNegativeInt = 0,
+    seed: int = 0,
 ) -> InMemoryDataset:
     """The data set; a view is a crop after 4 pixels of zero padding, perhaps mirrored.
 

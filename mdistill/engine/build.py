@@ -21,7 +21,7 @@ from mdistill.engine.cuda_graph import choose_engine
 from mdistill.engine.evaluate import evaluate
 from mdistill.engine.logit_cache import LogitCache
 from mdistill.engine.teacher import CACHE_DTYPES, FrozenTeacher, open_cache
-from mdistill.errors import UserError, shown
+from mdistill.errors import UserError, printable, shown
 from mdistill.file_schemas import EXPORT_NAME, TAKEN
 from mdistill.models import MODELS
 from mdistill.models.ensemble import Ensemble
@@ -31,6 +31,7 @@ from mdistill.models.weights import fingerprint, load_weights
 from mdistill.optim import SOLVERS, Solver
 from mdistill.optim.averaging import AveragedNetwork
 from mdistill.precision import Precision, require_precision, set_numerics
+from mdistill.user_code import traceback_of
 
 UNCALIBRATED = "trained without cross-entropy: the scale of its logits is free and its test loss not comparable"
 
@@ -99,7 +100,15 @@ def build_network(section: str, name: str, arguments: Mapping[str, Any], info: D
         UserError: its output is not (B, num_classes).
     """
     with _seeded(seed, section):
-        network = MODELS.build(name, info.num_classes, where=section, **arguments)
+        try:
+            network = MODELS.build(name, info.num_classes, where=section, **arguments)
+        except (RuntimeError, OverflowError) as error:  # of torch, which cannot make a tensor of any size
+            if traceback_of(error):
+                raise
+            reason = printable(" ".join(str(error).split()), 200)
+            raise UserError(
+                f"{section}.name: {name!r} cannot be built with {shown(dict(arguments))}: {reason}"
+            ) from None
     parameter = next(network.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     with torch.no_grad():

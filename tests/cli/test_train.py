@@ -231,6 +231,14 @@ def test_missing_data_folder(
     assert "--download" in line
 
 
+@pytest.mark.parametrize("width", [9223372036854775807, -5])
+def test_a_network_that_torch_cannot_make_is_told_with_its_settings(
+    width: int, capsys: pytest.CaptureFixture[str], train: Train, student_cfg: Path
+) -> None:
+    line = refused(capsys, train(student_cfg, f"student.width={width}"))
+    assert line.startswith(f"error: student.name: 'tiny_net' cannot be built with {{'width': {width}}}: ")
+
+
 def test_a_network_of_another_width_of_output(
     capsys: pytest.CaptureFixture[str], train: Train, student_cfg: Path
 ) -> None:

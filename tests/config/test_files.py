@@ -207,8 +207,6 @@ def test_absurd_yaml_is_one_short_line(name: str, tmp_path: Path, kd_cfg: Path) 
         ("a" + ".b" * 1200 + "=1", r"a key of 1201 parts; no section is nested deeper than 16"),
         ("x" * 100_000, r"\.\.\. is not an override"),
         ("distiller.temperature=1e308", r"temperature: should be less than or equal to 1000000000, found 1e\+308"),
-        ("student.width=9223372036854775807", r"student\.width: should be less than 2147483648, found 922"),
-        ("student.width=-9223372036854775807", r"student\.width: should be greater than -2147483648, found -922"),
         ("data.batch_size=2147483648", r"batch_size: should be less than 2147483648"),
     ],
 )

@@ -130,7 +130,7 @@ def test_defaults():
         ({"test_images": 5}, "data.test_images must be at least the number of classes, 12, found 5"),
         ({"superclasses": 0}, "data: superclasses: should be greater than 0, found 0"),
         ({"fine_classes": 2.5}, "data: fine_classes: should be a valid integer, found 2.5"),
-        ({"seed": -1}, "data: seed: should be greater than or equal to 0, found -1"),
+        ({"seed": -1}, r"data.seed must be from 0 to 2\*\*64 - 1, found -1"),
         ({"seed": 2**64}, "data.seed must be from 0 to 2\\*\\*64 - 1, found 18446744073709551616"),
         ({"images": 5}, "images: unknown key"),
     ],

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from mdistill.models.weights import load_weights
 
 from .. import runs
 from ..conftest import refused
+from ..faults import forked, renames
 from ..same import TIMINGS, assert_same
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -494,43 +496,26 @@ def test_only_the_run_s_own_files_are_ever_removed(mode: Mode, stage: str, stude
     assert {path.name for path in folder.iterdir()} == FILES | {"ema.pt"} | {name.split("/")[0] for name in FOREIGN}
 
 
-def killed_while_replacing(cfg: Path, output: Path, after: str) -> None:
-    """Overwrite a run and end the process, as a kill does, once the file ``after`` is written or moved."""
-    code = (
-        "import os, sys\nfrom pathlib import Path\nfrom tests import conftest, runs\n"
-        "replace = os.replace\n"
-        "def killing(source, target):\n    replace(source, target)\n"
-        f"    if Path(target).name.startswith({after!r}): os._exit(9)\n"
-        "os.replace = killing\nruns.train(Path(sys.argv[1]), Path(sys.argv[2]), mode='overwrite')\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(cfg), str(output)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    assert result.returncode == 9
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["resume", "overwrite", "new"])
 @pytest.mark.parametrize("after", ["last.pt", "student.pt", "env.json", "metrics.jsonl", "config.yaml", ".discarded"])
 def test_a_run_whose_replacement_is_killed_is_there_at_the_next_start(
-    after: str, mode: Mode, student_cfg: Path, tmp_path: Path
+    after: str, mode: Mode, train: Callable[..., int], student_cfg: Path, tmp_path: Path
 ) -> None:
     """Whole, however far it was moved; once the new run's first files are written, that one is."""
-    output, folder = tmp_path / "runs", tmp_path / "runs" / "seed0"
-    runs.train(student_cfg, output)
+    folder = tmp_path / "runs/tiny/vanilla/tiny_net/seed0"
+    assert train(student_cfg) == 0
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in {".pt", ".jsonl"}}
-    killed_while_replacing(student_cfg, output, after)
+    arguments = ["train", "--cfg", str(student_cfg), "--device", "cpu", "--output", str(tmp_path / "runs")]
+    ended = forked.command([*arguments, "--overwrite"], before=partial(renames.kill_after, after))
+    assert ended.code == -9
+    assert train(student_cfg, *([] if mode == "new" else [f"--{mode}"])) == (2 if mode == "new" else 0)
     if mode == "new":
-        with pytest.raises(UserError, match="already holds a run"):
-            runs.train(student_cfg, output)
-        assert not (folder / "student.pt").exists() or after == "last.pt"
         return
-    runs.train(student_cfg, output, mode=mode)
-    assert runs.place(output) == (4, 0)
+    assert torch.load(folder / "last.pt", weights_only=True)["progress"]["epoch"] == 4
     if mode == "resume" and after != ".discarded":
-        assert {name: (folder / name).read_bytes() for name in before if name != "last.pt"} == {
-            name: content for name, content in before.items() if name != "last.pt"
-        }
+        del before["last.pt"]
+        assert {name: (folder / name).read_bytes() for name in before} == before
     assert {path.name for path in folder.iterdir()} == FILES
 
 

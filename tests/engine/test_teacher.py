@@ -54,7 +54,10 @@ Train = Callable[..., int]
 
 @DISTILLERS.register("listening_method")
 class Listening(Distiller):
-    """Pulls the student to the teacher, and writes down which logits it was given for which pair."""
+    """Pulls the student to the teacher, and writes down which logits it was given for which pair.
+
+    The first entry is of the step that is tried when it is built.
+    """
 
     needs = Needs(teacher="logits")
 
@@ -63,8 +66,7 @@ class Listening(Distiller):
         self.heard: list[tuple[Tensor, Tensor]] = []
 
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
-        if self.training:
-            self.heard.append((signals.index, signals.raw_teacher_logits))
+        self.heard.append((signals.index, signals.raw_teacher_logits))
         return {"gap": (signals.student_logits - signals.teacher_logits).square().mean()}
 
 
@@ -428,7 +430,7 @@ def test_a_method_is_given_the_logits_of_its_own_images(
     fit(made, tmp_path / "runs")
     method = made.trials[0].distiller
     assert isinstance(method, Listening)
-    index, logits = (torch.cat(part) for part in zip(*method.heard, strict=True))
+    index, logits = (torch.cat(part) for part in zip(*method.heard[1:], strict=True))
     shown = np.concatenate([ids_of(seed=0, epoch=epoch) for epoch in (1, 2, 3)])
     assert index.tolist() == (shown // VIEWS).tolist()
     assert made.teacher is not None
@@ -798,7 +800,7 @@ def test_views_that_cannot_be_enumerated_are_computed_every_time_and_the_run_say
     shown = np.concatenate([plan.index * VIEWS + plan.view % VIEWS for plan in plans])
     method = made.trials[0].distiller
     assert isinstance(method, Listening)
-    logits = torch.cat([logits for _, logits in method.heard])
+    logits = torch.cat([logits for _, logits in method.heard[1:]])
     assert made.teacher is not None
     assert torch.equal(logits, answers(made.teacher, made.dataset, shown).half().float())
     with pytest.raises(UserError, match="views of this data set cannot be enumerated"):
