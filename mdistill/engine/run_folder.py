@@ -26,8 +26,8 @@ Mode = Literal["new", "resume", "overwrite"]
 
 STANDARD_EXPORTS = ("student", "ema", "average")
 ASIDE = ".replaced."  # begins the name of a folder that holds a run while the first files of another are written
-CHOICES = "continue it with --resume, replace it with --overwrite, or choose another --output"
 DISCARDED = ".discarded."  # and of what becomes of it once they are there
+CHOICES = "continue it with --resume, replace it with --overwrite, or choose another --output"
 
 
 class RunFolder:
