@@ -30,16 +30,21 @@ DAMAGED = "damaged files"
 FILE_CASES = 2500
 
 
-def _survives(folder: Path, case: file_cases.Case) -> Outcome:
-    problem = case(folder)
+@functools.cache
+def _file_cases() -> dict[str, file_cases.Case]:
+    return dict(file_cases.cases(count=FILE_CASES))
+
+
+def _survives(folder: Path, name: str) -> Outcome:
+    problem = _file_cases()[name](folder)
     return Outcome("failed", problem) if problem else Outcome("survived")
 
 
 def _of_files(group: str, folder: Path) -> Iterable[Case]:
     """Cases of ``file_cases``, which share no folder."""
-    for name, case in file_cases.cases(count=FILE_CASES):
+    for name in _file_cases():
         if FILES.get(name.partition("/")[0], DAMAGED) == group:
-            yield Case(group, name, functools.partial(_survives, case=case))
+            yield Case(group, name, functools.partial(_survives, name=name))
 
 
 GROUPS: dict[str, Callable[[Path], Iterable[Case]]] = {
