@@ -199,6 +199,7 @@ _NO_RESULT = {
     "seed",
     "variant",
     "data.eval_batch_size",
+    "data.root",
     *(f"{member}.{key}" for member in ("teacher", "teacher.ensemble") for key in ("checkpoint", "expected_top1")),
     "run.engine",
     "run.evaluate_every",

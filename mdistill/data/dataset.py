@@ -210,7 +210,7 @@ class InMemoryDataset(Dataset):
             )
         if "val" in self._eval:
             raise UserError(f"data.holdout: {self.size('val')} training images are already held out")
-        held, remaining = _held_out(self._train_labels.cpu().numpy(), count)
+        held, remaining = held_out(self._train_labels.cpu().numpy(), count)
         held, remaining = held.to(self._train.device), remaining.to(self._train.device)
         size = self.image_size
         other = copy.copy(self)
@@ -273,7 +273,7 @@ class InMemoryDataset(Dataset):
         return self._eval[split]
 
 
-def _held_out(labels: npt.NDArray[np.int64], count: int) -> tuple[Tensor, Tensor]:
+def held_out(labels: npt.NDArray[np.int64], count: int) -> tuple[Tensor, Tensor]:
     """Which samples are held out and which remain, both ascending.
 
     The samples are shuffled, then one of each class is taken in turn until there are ``count``.

@@ -1,0 +1,306 @@
+"""Folders of images: what is read, the same whoever decodes it and when, and what is refused in one line."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch.nn import functional as F
+
+from mdistill import config
+from mdistill.data import DATASETS, decoding, resized_crop
+from mdistill.data.decoding import decode
+from mdistill.data.folder import FolderDataset, centre_crop, resize
+from mdistill.errors import UserError
+from mdistill.models import MODELS
+
+from .. import runs
+
+SIZE = 24
+
+
+def picture(seed: int, height: int = 40, width: int = 52) -> np.ndarray:
+    """Smooth colours, which JPEG keeps."""
+    generator = np.random.default_rng(seed)
+    coarse = torch.from_numpy(generator.random((1, 3, 5, 6)))
+    smooth = F.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1)
+    return (smooth[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+
+
+def encoded(pixels: np.ndarray, form: str = "JPEG", mode: str = "RGB", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two classes, ten images to train on and four to evaluate, of different sizes; and what lies beside."""
+    place = tmp_path / "photos"
+    for split, count in (("train", 5), ("val", 2)):
+        for label, name in enumerate(("ant", "bee")):
+            folder = place / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                size = 30 + 7 * number, 61 - 5 * number
+                content = encoded(picture(100 * label + number, *size))
+                (folder / f"{number}.jpg").write_bytes(content)
+            (folder / "notes.txt").write_text("no image")
+            (folder / ".hidden.jpg").write_bytes(b"")
+    (place / "train" / "README").write_text("no class")
+    return place
+
+
+def build(root: Path, **settings: Any) -> FolderDataset:
+    made = DATASETS.build("folder", root.parent, False, root=root.name, image_size=SIZE, **settings)
+    assert isinstance(made, FolderDataset)
+    return made
+
+
+# ---- what is read ----
+
+
+def test_lists_the_images_class_by_class(root: Path) -> None:
+    data = build(root)
+    assert (data.num_samples, data.num_classes, data.size("test"), data.class_names) == (10, 2, 4, ("ant", "bee"))
+    assert data.labels is not None
+    assert data.labels.tolist() == [0] * 5 + [1] * 5
+    assert data.notes == ["10 images of 2 classes, 4 to evaluate"]
+    assert data.info(4).num_views is None
+
+
+def test_a_training_image_is_its_crop_resized_and_flipped(root: Path) -> None:
+    """Put together here step by step."""
+    data = build(root)
+    index, view = np.arange(10), np.arange(10) * 987654321
+    for number, pixels in zip(index, data.read(index, view), strict=True):
+        path = root / "train" / ("ant", "bee")[number // 5] / f"{number % 5}.jpg"
+        image = np.array(Image.open(path).convert("RGB"))
+        height, width = image.shape[:2]
+        box = resized_crop.draw(*(np.array([value]) for value in (number, view[number], height, width)))
+        top, left, bottom, right = (
+            int(value[0]) for value in (box.top, box.left, box.top + box.height, box.left + box.width)
+        )
+        cut = torch.from_numpy(image[top:bottom, left:right].copy()).permute(2, 0, 1)[None]
+        wanted = F.interpolate(cut, size=(SIZE, SIZE), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+        assert np.array_equal(pixels, wanted[:, ::-1] if box.flip[0] else wanted)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_pixels_do_not_depend_on_workers_order_or_batch(workers: int, root: Path) -> None:
+    data = build(root)
+    other = FolderDataset(data._train, data._eval["test"][0], data.class_names, image_size=SIZE, workers=workers)
+    index, view = np.array([3, 1, 9, 4, 4]), np.array([5, 2**62, 7, 1, 2])
+    whole = data.read(index, view)
+    assert np.array_equal(whole, other.read(index[::-1].copy(), view[::-1].copy())[::-1])
+    assert np.array_equal(whole[2:4], other.read(index[2:4], view[2:4]))
+    assert not np.array_equal(whole[3], whole[4])  # another view
+
+
+def test_evaluates_the_centre_of_the_resized_image_in_order(root: Path) -> None:
+    data = build(root)
+    batches = list(data.eval_batches("test", 3))
+    assert [len(target) for _, target in batches] == [3, 1]
+    assert torch.cat([target for _, target in batches]).tolist() == [0, 0, 1, 1]
+    image = np.array(Image.open(root / "val" / "bee" / "1.jpg").convert("RGB"))
+    wanted = data._normalize(torch.from_numpy(centre_crop(image, SIZE).copy())[None])
+    assert torch.equal(batches[1][0], wanted)
+
+
+@pytest.mark.parametrize("shape", [(468, 400), (400, 468), (300, 300), (40, 7), (7, 40), (1, 1)])
+def test_the_centre_crop_is_that_of_the_short_side_resized(shape: tuple[int, int]) -> None:
+    """The short side becomes 256 / 224 of the crop, the long one in proportion, as torchvision rounds it."""
+    from torchvision.transforms.v2 import functional as V
+
+    image = picture(0, *shape)
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    resized = V.resize(tensor, [32], interpolation=V.InterpolationMode.BILINEAR, antialias=True)
+    wanted = V.center_crop(resized, [28]).permute(1, 2, 0).numpy()
+    assert np.array_equal(centre_crop(image, 28), wanted)
+
+
+def test_held_out_images_are_evaluated_with_their_labels_and_keep_their_crops(root: Path) -> None:
+    data = build(root)
+    other = data.hold_out(4)
+    assert (other.num_samples, other.splits, other.size("val")) == (6, ("val", "test"), 4)
+    assert torch.cat([target for _, target in other.eval_batches("val", 10)]).tolist() == [0, 0, 1, 1]
+    kept = other._kept
+    view = np.arange(6) + 50
+    assert np.array_equal(other.read(np.arange(6), view), data.read(kept, view))
+    assert other.labels is not None
+    assert other.labels.tolist() == [0 if number < 5 else 1 for number in kept]
+    assert other.fingerprint() != data.fingerprint()
+    assert data.hold_out(0) is data
+    with pytest.raises(UserError, match=r"data\.holdout must be from 0 to 9, .* found 10"):
+        data.hold_out(10)
+
+
+def test_the_fingerprint_is_of_names_sizes_and_settings(root: Path) -> None:
+    before = build(root).fingerprint()
+    assert build(root).fingerprint() == before
+    assert build(root, mean=[0.5, 0.5, 0.5]).fingerprint() != before
+    (root / "train/ant/0.jpg").write_bytes(encoded(picture(77)) + b"more")
+    assert build(root).fingerprint() != before
+
+
+# ---- decoding ----
+
+FORMS: dict[str, Callable[[np.ndarray], bytes]] = {
+    "JPEG": lambda pixels: encoded(pixels, quality=95),
+    "JPEG without subsampling": lambda pixels: encoded(pixels, quality=95, subsampling=0),
+    "progressive JPEG": lambda pixels: encoded(pixels, quality=95, progressive=True),
+    "grey JPEG": lambda pixels: encoded(pixels, mode="L", quality=95),
+    "CMYK JPEG": lambda pixels: encoded(pixels, mode="CMYK", quality=95),
+    "PNG": lambda pixels: encoded(pixels, "PNG"),
+    "PNG with a palette": lambda pixels: encoded(pixels, "PNG", mode="P"),
+    "WebP": lambda pixels: encoded(pixels, "WEBP", lossless=True),
+    "BMP": lambda pixels: encoded(pixels, "BMP"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_both_decoders_give_the_same_pixels(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if decoding.fast_decoder() is None:
+        pytest.skip("needs simplejpeg")
+    content = FORMS[form](picture(1))
+    fast = decode(content)
+    monkeypatch.setattr(decoding, "fast_decoder", lambda: None)
+    assert np.array_equal(fast, decode(content))
+    assert fast.shape == (40, 52, 3)
+    assert np.abs(fast.astype(int) - picture(1)).mean() < {"grey JPEG": 60, "PNG with a palette": 25}.get(form, 12)
+
+
+def test_grey_images_have_three_equal_channels_and_16_bits_become_8() -> None:
+    grey = decode(encoded(picture(2), mode="L"))
+    assert (grey[..., 0] == grey[..., 1]).all()
+    deep = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
+    buffer = io.BytesIO()
+    Image.fromarray(deep).save(buffer, "PNG")
+    assert np.array_equal(decode(buffer.getvalue())[..., 2], (deep >> 8).astype(np.uint8))
+
+
+def test_a_rotation_in_the_metadata_is_left_out() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode(encoded(picture(3), exif=exif)).shape == (40, 52, 3)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"no image at all", r"it begins with b'no image', as no known format does"),
+        (encoded(picture(0))[:500], "."),
+        (encoded(picture(0), "PNG")[:300], "."),
+        (b"\xff\xd8\xff" + bytes(100), "."),
+    ],
+)
+def test_what_is_no_image_is_refused(content: bytes, message: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fast:
+        monkeypatch.setattr(decoding, "fast_decoder", lambda: None)
+    with pytest.raises(ValueError, match=message):
+        decode(content)
+
+
+def test_a_huge_image_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 2000)
+    for form in ("JPEG", "PNG"):
+        with pytest.raises(ValueError, match="it has 52 x 40 pixels, more than 2,000"):
+            decode(encoded(picture(0), form))
+
+
+def test_resizing_to_the_same_size_changes_nothing() -> None:
+    assert np.array_equal(resize(picture(4), 40, 52), picture(4))
+
+
+# ---- what is refused ----
+
+
+def test_missing_and_mixed_up_folders_are_one_line(root: Path, tmp_path: Path) -> None:
+    def message(place: Path) -> str:
+        with pytest.raises(UserError) as caught:
+            build(place)
+        (line,) = str(caught.value).splitlines()
+        return line
+
+    assert "there is no folder" in message(tmp_path / "nowhere")
+    assert "should hold train/ and val/ (or test/), found ant, bee" in message(root / "val")
+    (root / "val" / "bee").rename(root / "val" / "beee")
+    assert "differ: 1 are in train alone, 1 in val alone, such as" in message(root)
+    assert "did you mean 'beee'" in message(root)
+    (root / "val" / "beee").rename(root / "val" / "bee")
+    for file in (root / "train" / "ant").glob("*.jpg"):
+        file.unlink()
+    (root / "train" / "ant" / "more").mkdir()
+    assert "ant holds no image (.bmp, .jpeg" in message(root)
+    (root / "train" / "ant" / "more" / "x.PNG").write_bytes(encoded(picture(0), "PNG"))
+    assert build(root).num_samples == 6
+
+
+def test_images_that_are_not_sorted_by_class_are_told(root: Path) -> None:
+    for label in ("ant", "bee"):
+        for path in (root / "val" / label).iterdir():
+            path.rename(root / "val" / f"{label}{path.name}")
+        (root / "val" / label).rmdir()
+    with pytest.raises(UserError, match="2 classes, found 0; it holds 6 images, which have to be sorted into folders"):
+        build(root)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", encoded(picture(0))[:400]])
+def test_a_broken_file_is_one_line_with_its_path(content: bytes, root: Path) -> None:
+    path = root / "train" / "bee" / "2.jpg"
+    path.write_bytes(content)
+    data = build(root)
+    with pytest.raises(UserError, match=rf"{path}: no image that can be read: ") as caught:
+        data.read(np.arange(10), np.arange(10))
+    assert len(str(caught.value).splitlines()) == 1
+    path.unlink()
+    with pytest.raises(UserError, match=rf"{path}: cannot be read: No such file"):
+        data.read(np.arange(10), np.arange(10))
+
+
+# ---- whole runs ----
+
+
+def configured(root: Path, folder: Path, method: str = "vanilla") -> Path:
+    queue = {"queue_size": 8} if method == "mcld" else None
+    settings = yaml.safe_load(runs.write_config(folder, method, distiller=queue).read_text())
+    settings["data"] = {"name": "folder", "root": str(root), "image_size": SIZE, "batch_size": 4, "eval_batch_size": 3}
+    torch.save({"model": MODELS.build("tiny_net", 2).state_dict()}, folder / "teacher.pt")
+    cfg = folder / "photos.yaml"
+    cfg.write_text(yaml.safe_dump(settings))
+    return cfg
+
+
+def test_where_the_images_are_changes_no_result(root: Path, tmp_path: Path) -> None:
+    cfg = configured(root, tmp_path)
+    here, there = config.load(cfg), config.load(cfg, ["data.root=/elsewhere"])
+    assert here.run_folder() == there.run_folder()
+    assert config.results_only(here.resolved()) == config.results_only(there.resolved())
+
+
+def test_a_run_goes_on_where_its_images_were_moved(root: Path, tmp_path: Path) -> None:
+    cfg = configured(root, tmp_path)
+    runs.train(cfg, tmp_path / "runs", "solver.epochs=1")
+    moved = root.rename(tmp_path / "moved")
+    runs.train(cfg, tmp_path / "runs", f"data.root={moved}", mode="resume")
+    (moved / "train" / "ant" / "0.jpg").unlink()
+    with pytest.raises(UserError, match="cannot resume with another data"):
+        runs.train(cfg, tmp_path / "runs", f"data.root={moved}", "solver.epochs=4", mode="resume")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["vanilla", "mcld"])
+def test_a_run_stopped_in_mid_epoch_and_resumed_equals_an_unbroken_one(method: str, root: Path, tmp_path: Path) -> None:
+    cfg = configured(root, tmp_path, method)
+    runs.train(cfg, tmp_path / "whole")
+    runs.train(cfg, tmp_path / "parts", stop_at=5)
+    assert runs.place(tmp_path / "parts") == (2, 2)
+    runs.train(cfg, tmp_path / "parts", mode="resume")
+    runs.assert_same_runs(tmp_path / "whole", tmp_path / "parts")
