@@ -43,7 +43,7 @@ def nested(depth: int) -> Any:
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_depth_is_that_of_the_objects(protocol: int) -> None:
     """However many there are side by side, and in whatever batches a dictionary or list is filled."""
-    wide = {number: (number, [number], {number: (number,)}) for number in range(5000)}
+    wide = {number: (number, [number], {number: (number,)}) for number in range(2500)}
     inspect(io.BytesIO(pickle.dumps(wide, protocol)))
     inspect(io.BytesIO(pickle.dumps(nested(30), protocol)))
 

@@ -333,6 +333,7 @@ def test_evaluation_is_in_float32_whatever_the_student_ran_in(conv_cfg: Callable
 
 
 @units
+@pytest.mark.slow
 def test_a_bf16_run_learns_and_resumes_bit_for_bit(
     train: Train, kd_cfg: Path, teacher_file: Path, tmp_path: Path
 ) -> None:

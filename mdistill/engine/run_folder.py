@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -313,6 +314,7 @@ def environment(device: "torch.device", metadata: Mapping[str, Any]) -> dict[str
     }
 
 
+@cache
 def _commit() -> str | None:
     """The commit this package was run from, with ``+changes`` when files differ from it; None outside git."""
     here = Path(__file__).resolve().parent

@@ -190,7 +190,7 @@ def _mismatch(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: s
     unexpected = [key for key in state if key not in wanted]
     other = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     if not (missing or unexpected or other):
-        kinds = (key for key in wanted if state[key].is_floating_point() != wanted[key].is_floating_point())
+        kinds = (key for key in wanted if _kind(state[key]) != _kind(wanted[key]))
         odd = next(kinds, None)
         return None if odd is None else f"{odd} is in {state[odd].dtype}, not in {wanted[odd].dtype}"
     classes, wanted_classes = _num_classes(state), _num_classes(wanted)
@@ -215,6 +215,10 @@ def _mismatch(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: s
     if holds:
         return f"it holds {holds} with {classes} classes, not {name} with {wanted_classes} classes; {counts}"
     return f"it does not fit {name}, nor any other known model; {counts}"
+
+
+def _kind(value: Tensor) -> tuple[bool, bool]:
+    return value.is_floating_point(), value.is_complex()
 
 
 def _num_classes(state: Mapping[str, Tensor]) -> int:

@@ -142,6 +142,7 @@ def test_an_estimate_prints_the_size_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_after_a_full_fill_no_run_asks_the_teacher(
     cfg: Path, tool: Tool, train: Tool, tmp_path: Path, shown: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:

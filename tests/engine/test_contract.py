@@ -92,6 +92,7 @@ def test_a_method_s_own_network_is_exported_and_not_the_bare_student(tmp_path: P
     assert last["test/loss"] != last["bare/test/loss"]
 
 
+@pytest.mark.slow
 def test_a_method_s_state_changes_from_epoch_to_epoch(tmp_path: Path) -> None:
     for case, key in (("projector", "center"), ("memory", "memory"), ("streamed with a queue", "queue.logits")):
         folder = tmp_path / key
@@ -200,6 +201,7 @@ def test_an_image_that_cannot_be_read_ends_the_run_in_one_line_and_costs_one_epo
     runs.assert_same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_several_trials_read_streamed_images_each_in_its_own_order(tmp_path: Path) -> None:
     cfg = write("streamed", tmp_path)
     runs.train(cfg, tmp_path / "together", seeds=(0, 1))

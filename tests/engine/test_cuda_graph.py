@@ -211,7 +211,7 @@ def test_a_replayed_and_resumed_run_equals_an_eager_one(recipe: str, tmp_path: P
     runs.assert_same_runs(tmp_path / "eager", tmp_path / "graph")
 
 
-@pytest.mark.parametrize("stop_at", [2, 8, 10])
+@pytest.mark.parametrize("stop_at", [8, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 10))])
 def test_a_replayed_run_resumes_wherever_it_was_stopped(stop_at: int, tmp_path: Path) -> None:
     """Before anything is captured, after it, and between epochs."""
     cfg = config_of(tmp_path, "mcld")
@@ -225,6 +225,7 @@ def test_a_replayed_run_resumes_wherever_it_was_stopped(stop_at: int, tmp_path: 
 
 
 @pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.slow
 def test_captured_teacher_batches_give_the_same_logits(cache: bool, tmp_path: Path) -> None:
     """What a replayed run caches, an eager run reads; without a cache both compute them all."""
     cfg = config_of(tmp_path, "mcld")
@@ -529,6 +530,7 @@ def test_only_full_training_batches_are_compiled(method: str, tmp_path: Path, co
     assert_same(runs.state(tmp_path / "eager"), runs.state(tmp_path / "compile"), ignore={"config"})
 
 
+@pytest.mark.slow
 def test_trials_share_a_compilation(tmp_path: Path, compilations: list[Any]) -> None:
     cfg = config_of(tmp_path, "kd")
     runs.train(cfg, tmp_path / "eager", "run.engine=eager", seeds=(0, 1, 2))

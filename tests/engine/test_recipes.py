@@ -57,6 +57,7 @@ def ensemble_cfg(kd_cfg: Path, teacher_file: Path) -> Path:
 
 
 class TestTwoViews:
+    @pytest.mark.slow
     def test_the_weak_view_s_logits_are_cached_which_changes_nothing(self, two_views_cfg, teacher_file):
         experiment = runs.experiment(two_views_cfg)
         assert experiment.cache is not None

@@ -117,7 +117,7 @@ def test_the_checkpoint_never_holds_the_teacher(kd_cfg: Path, teacher_file: Path
     assert_same(student["model"], {key.removeprefix("student."): value for key, value in state["model"].items()})
 
 
-@pytest.mark.parametrize("stop_after", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("stop_after", [5, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 2, 3, 6))])
 @pytest.mark.parametrize("method", ["mcld", "noise"])
 def test_a_stopped_and_resumed_run_equals_an_unbroken_one(
     method: str, stop_after: int, request: pytest.FixtureRequest, teacher_file: Path, tmp_path: Path
@@ -284,6 +284,7 @@ def test_the_seed_fixes_the_student_whatever_the_method(
     assert not torch.equal(students[0].hidden.weight, different.hidden.weight)
 
 
+@pytest.mark.slow
 def test_nothing_reads_the_global_generators(kd_cfg: Path, teacher_file: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     first = run(kd_cfg, tmp_path / "a")
@@ -519,6 +520,7 @@ def test_a_run_whose_replacement_is_killed_is_there_at_the_next_start(
     assert {path.name for path in folder.iterdir()} == FILES
 
 
+@pytest.mark.slow
 def test_files_of_the_user_named_as_averages_stay(
     student_cfg: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -549,6 +551,7 @@ def test_event_files_of_another_run_are_not_cleared_by_a_new_one(student_cfg: Pa
     assert events.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_folder_of_an_earlier_version_that_recorded_no_exports_is_continued(
     student_cfg: Path, tmp_path: Path
 ) -> None:
@@ -562,6 +565,7 @@ def test_a_folder_of_an_earlier_version_that_recorded_no_exports_is_continued(
     assert {path.name for path in record.parent.iterdir()} == FILES
 
 
+@pytest.mark.slow
 def test_overwriting_removes_what_the_run_before_exported(student_cfg: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "seed0"
     runs.train(student_cfg, tmp_path / "runs", "solver.ema_decay=0.5")

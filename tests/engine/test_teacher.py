@@ -366,6 +366,7 @@ def targets(made: build.Experiment, ids: Ids) -> Tensor:
     return made.dataset.train_batch(index, view).target
 
 
+@pytest.mark.slow
 def test_the_teacher_has_a_precision_of_its_own(conv_cfg: Path) -> None:
     require("bf16")
     ids = ids_of(seed=0, epoch=1, images=96)[:64]
@@ -384,6 +385,7 @@ def test_the_teacher_has_a_precision_of_its_own(conv_cfg: Path) -> None:
     assert 1e-4 < gap < 0.1
 
 
+@pytest.mark.slow
 def test_what_changes_a_logit_has_a_cache_of_its_own_and_nothing_else_has(
     kd_cfg: Path, dkd_cfg: Path, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,6 +439,7 @@ def test_a_method_is_given_the_logits_of_its_own_images(
     assert torch.equal(logits, answers(made.teacher, made.dataset, shown).to(CACHE_DTYPES[dtype]).float())
 
 
+@pytest.mark.slow
 def test_seeds_trained_together_share_a_cache_and_change_no_bit(
     kd_cfg: Path, teacher_file: Path, tmp_path: Path, small: int, asked: Asked
 ) -> None:
@@ -539,6 +542,7 @@ def test_a_run_that_fails_within_an_epoch_keeps_what_was_computed(
     assert filled(made.cache) == asked.take() == sorted(ids_of(0, 1)[:64].tolist())
 
 
+@pytest.mark.slow
 def test_a_run_resumes_within_an_epoch_whose_entries_are_all_in_the_cache(
     kd_cfg: Path, dkd_cfg: Path, teacher_file: Path, tmp_path: Path, small: int, asked: Asked
 ) -> None:
@@ -826,6 +830,7 @@ def test_no_cache_says_so_and_changes_nothing(
 
 
 @pytest.mark.parametrize("cause", ["headroom", "limit", "read-only"])
+@pytest.mark.slow
 def test_a_run_that_cannot_add_to_its_cache_reads_on_and_changes_nothing(
     cause: str,
     kd_cfg: Path,

@@ -73,6 +73,7 @@ def assert_same_trials(left: Path, right: Path, seeds: tuple[int, ...] = SEEDS) 
 # --- several seeds ---
 
 
+@pytest.mark.slow
 def test_seeds_together_equal_each_alone(
     cfg: Path, alone: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,6 +140,7 @@ def test_seeds_at_different_places_go_on_together(
     assert_same_trials(expected, together)
 
 
+@pytest.mark.slow
 def test_a_stop_reaches_seeds_that_are_an_epoch_ahead_and_ends_an_epoch_that_is_complete(
     kd_cfg: Path, alone: Callable[[Path], Path], tmp_path: Path
 ) -> None:
@@ -169,6 +171,7 @@ def poisoned(seed: int, step: int) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_a_seed_that_fails_leaves_the_others_to_finish(
     kd_cfg: Path, alone: Callable[[Path], Path], tmp_path: Path
 ) -> None:

@@ -40,6 +40,7 @@ def test_format_follows_device_precision_and_family(
     assert "not measured" in reason if device.startswith("cuda") else reason
 
 
+@pytest.mark.slow
 def test_families_with_depthwise_convolutions_are_told_apart() -> None:
     """ShuffleNetV1's grouped 1x1 convolutions alone would not count."""
     cuda = torch.device("cuda")

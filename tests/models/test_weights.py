@@ -359,6 +359,7 @@ def test_weights_with_a_prefix_load_into_a_model(tmp_path: Path, state: dict[str
     assert_same(dict(model.state_dict()), state)
 
 
+@pytest.mark.slow
 def test_another_model_is_named(tmp_path: Path) -> None:
     path = tmp_path / "ckpt_epoch_240.pth"
     torch.save({"model": network("resnet32x4", 100).state_dict()}, path)
@@ -369,6 +370,7 @@ def test_another_model_is_named(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_another_width_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     torch.save(network("wrn_16_1", 100).state_dict(), path)
@@ -378,6 +380,7 @@ def test_another_width_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet8", "mobilenet_v2", "vgg8", "shufflenet_v2", "wrn_16_1"])
+@pytest.mark.slow
 def test_other_number_of_classes_is_named(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.pth"
     torch.save(network(name, 10).state_dict(), path)
@@ -385,6 +388,7 @@ def test_other_number_of_classes_is_named(tmp_path: Path, name: str) -> None:
     assert message == f"checkpoint {path}: {name} was trained for 10 classes, the data set has 100"
 
 
+@pytest.mark.slow
 def test_weights_of_no_known_model_are_refused_with_the_differences(tmp_path: Path, state: dict[str, Tensor]) -> None:
     del state["conv1.weight"]
     state["extra"] = torch.zeros(1)
@@ -560,6 +564,11 @@ def test_numbers_of_another_kind_are_refused(dtype: torch.dtype, tmp_path: Path,
     torch.save(state | {key: state[key].to(dtype)}, path)
     with pytest.raises(UserError, match=rf"{key} is in {dtype}, not in torch.float32"):
         load_weights(network(), path, name="resnet8")
+    counter = next((key for key, value in state.items() if not value.is_floating_point()), None)
+    if counter is not None and dtype.is_complex:
+        torch.save(state | {counter: state[counter].to(dtype)}, path)
+        with pytest.raises(UserError, match=rf"{counter} is in {dtype}, not in torch.int64"):
+            load_weights(network(), path, name="resnet8")
     torch.save({name: value.half() if value.is_floating_point() else value for name, value in state.items()}, path)
     load_weights(network(), path, name="resnet8")
 

@@ -52,6 +52,7 @@ def test_unpaired_seeds_are_refused() -> None:
         paired_table({"alone": {0: 1.0, 1: 2.0}, "taught": {0: 1.0}}, "alone")
 
 
+@pytest.mark.slow
 def test_curves_are_a_png(tmp_path: Path) -> None:
     records = [read_run(write_run(tmp_path / name, [10.0, 20.0]), name, 1) for name in ("a", "b")]
     picture = tmp_path / "out" / "curves.png"
