@@ -18,7 +18,7 @@ from mdistill.user_code import traceback_of
 if TYPE_CHECKING:
     from mdistill.config import Config
 
-MOST_LINES = 12  # of what is wrong with an input
+MOST_LINES = 10  # of what is wrong with an input
 EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 bad input, 75 stopped by a signal: run again with --resume"
 
 
