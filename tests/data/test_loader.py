@@ -122,6 +122,7 @@ def test_a_batch_may_be_larger_than_the_data_set() -> None:
 
 
 @kinds
+@pytest.mark.slow
 def test_begun_at_any_step_the_batches_are_the_same(kind: str) -> None:
     source = loader_of(kind)
     whole = values(batches(source, epoch=2))

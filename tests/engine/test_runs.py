@@ -171,6 +171,7 @@ def test_resume_of_a_complete_run_changes_nothing(
     assert (tmp_path / "runs" / "seed0" / "student.pt").exists()
 
 
+@pytest.mark.slow
 def test_epochs_may_grow(student_cfg: Path, tmp_path: Path) -> None:
     run(student_cfg, tmp_path / "runs", "new", "solver.epochs=2")
     grown = run(student_cfg, tmp_path / "runs", "resume", "solver.epochs=3")
@@ -224,6 +225,7 @@ def test_two_processes_cannot_share_a_folder(student_cfg: Path, tmp_path: Path) 
     assert len(run(student_cfg, tmp_path / "runs", "resume", "solver.epochs=2")) == 2
 
 
+@pytest.mark.slow
 def test_metrics_past_the_checkpoint_are_cut_back(student_cfg: Path, tmp_path: Path) -> None:
     """A kill between the metrics line and the checkpoint: the epoch runs again and is logged once."""
     run(student_cfg, tmp_path / "whole")
@@ -643,6 +645,7 @@ def test_a_folder_in_the_place_of_a_file_is_told_before_anything_changes(
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", '{"sessions": 1}', '{"sessions": [{"exports": ["../../x"]}]}', "[" * 100_000, '{"a": 1']
 )
+@pytest.mark.slow
 def test_a_damaged_record_of_sessions_is_told_and_nothing_changes(
     content: str, student_cfg: Path, tmp_path: Path
 ) -> None:

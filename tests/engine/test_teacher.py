@@ -456,6 +456,7 @@ def test_seeds_trained_together_share_a_cache_and_change_no_bit(
 # --- what is computed ---
 
 
+@pytest.mark.slow
 def test_a_run_computes_what_the_cache_lacks_and_no_later_run_computes_it_again(
     kd_cfg: Path, dkd_cfg: Path, teacher_file: Path, tmp_path: Path, small: int, asked: Asked
 ) -> None:
