@@ -26,7 +26,7 @@ class HostilePickle(Exception):  # noqa: N818  (reads as the sentence it prints)
     """What is wrong with a pickle."""
 
 
-@dataclass(slots=True)
+@dataclass
 class _Nest:
     """What is known of an object: how deep it nests, and how many objects are in it."""
 

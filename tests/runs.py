@@ -14,7 +14,7 @@ evaluate, and takes well under a second. What seed k writes lies in ``output/see
 import itertools
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,13 @@ def train(
 @contextmanager
 def stopping(at: int) -> Iterator[None]:
     """Within, this process gets SIGTERM as the n-th training step is launched, captured or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BatchLoader, "fetch", stopping_fetch(at))
+        yield
+
+
+def stopping_fetch(at: int) -> Callable[[BatchLoader, int], int]:
+    """``BatchLoader.fetch``, with SIGTERM to this process as it is called for the n-th time, from 1."""
     fetch, count = BatchLoader.fetch, itertools.count(1)
 
     def counted(loader: BatchLoader, step: int) -> int:
@@ -122,9 +129,7 @@ def stopping(at: int) -> Iterator[None]:
             os.kill(os.getpid(), signal.SIGTERM)
         return fetch(loader, step)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BatchLoader, "fetch", counted)
-        yield
+    return counted
 
 
 def state(output: Path, seed: int = 0) -> dict[str, Any]:

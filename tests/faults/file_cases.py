@@ -10,7 +10,6 @@ import json
 import os
 import resource
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ import yaml
 
 import tests.conftest  # noqa: F401  (registers the tiny data set and network)
 from mdistill.data import cifar100
+from mdistill.data.loader import BatchLoader
 from mdistill.models import MODELS
 from tests import runs
 from tests.faults import damage, forked, hostile
@@ -59,7 +59,7 @@ LONE = (*EVAL, "--model", "tiny_net", "--data", "tiny", "--weights")
 def files() -> Path:
     """A user's folder: ``out`` holds a run that was stopped in its second epoch, ``done`` one that is complete."""
     holder = tempfile.TemporaryDirectory(prefix="mdistill-files-")
-    files.holder = holder  # type: ignore[attr-defined]  # until this process ends
+    files.holder = holder  # until this process ends
     folder = Path(holder.name)
     runs.write_config(folder)
     content = torch.load(folder / "teacher.pt", weights_only=True)
@@ -96,27 +96,12 @@ def command(folder: Path, arguments: Sequence[str], stop_at: int | None = None) 
 def _prepare(folder: Path, stop_at: int | None) -> None:
     os.chdir(folder)
     os.environ.pop("MDISTILL_CACHE", None)
-    sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as it is in a terminal
+    sys.stderr.reconfigure(errors="backslashreplace")  # as it is in a terminal
     cifar100.SAMPLES.update(CIFAR_IMAGES)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if stop_at is not None:
-        contextlib.ExitStack().enter_context(_stopping(stop_at))
-
-
-@contextlib.contextmanager
-def _stopping(at: int) -> Iterator[None]:
-    from mdistill.data.loader import BatchLoader
-
-    fetch, count = BatchLoader.fetch, itertools.count(1)
-
-    def counted(loader: BatchLoader, step: int) -> int:
-        if next(count) == at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return fetch(loader, step)
-
-    BatchLoader.fetch = counted  # type: ignore[method-assign]
-    yield
+        BatchLoader.fetch = runs.stopping_fetch(stop_at)
 
 
 # ---- what must hold ------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import random
 import re
 import shutil
 import signal
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,8 +150,8 @@ def run_kills(job: Job, shared: Path, seed: int, folder: Path) -> Outcome:
         arguments = job.arguments(shared, output, again=number > 0)
         with forked.started(arguments, before=functools.partial(mark, begun)) as running:
             while not begun.exists() and running.process.exitcode is None:
-                time.sleep(0.002)
-            time.sleep(delay)
+                running.process.join(0.002)
+            running.process.join(delay)
             if running.process.exitcode is None:
                 os.kill(running.pid, getattr(signal, name))
             ended = running.wait()
@@ -278,11 +277,4 @@ def _entries(root: Path) -> dict[int, bytes]:
 
 def _stop_at(step: int) -> None:
     """Let this process get SIGTERM as it fetches that batch of its training, from 1."""
-    fetch, left = BatchLoader.fetch, iter(range(step - 1))
-
-    def counted(loader: BatchLoader, number: int) -> int:
-        if next(left, None) is None:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return fetch(loader, number)
-
-    BatchLoader.fetch = counted  # type: ignore[method-assign]
+    BatchLoader.fetch = runs.stopping_fetch(step)

@@ -66,12 +66,12 @@ class _Planted:
     def patch(self) -> None:
         """Replace the functions that do I/O, wherever they are held."""
         opened, scandir = self._opener(builtins.open), os.scandir
-        builtins.open = io.open = opened  # type: ignore[assignment]
-        os.open = self._low_opener(os.open)  # type: ignore[assignment]
+        builtins.open = io.open = opened
+        os.open = self._low_opener(os.open)
         kinds = {"fsync": "fsync", "replace": "replace", "rename": "replace", "unlink": "unlink", "remove": "unlink"}
         for name, kind in {**kinds, "mkdir": "mkdir", "rmdir": "rmdir", "scandir": "list", "listdir": "list"}.items():
             setattr(os, name, self._counted(kind, getattr(os, name)))
-        logit_cache.safe_open = self._counted("mmap", logit_cache.safe_open)  # type: ignore[misc, assignment]
+        logit_cache.safe_open = self._counted("mmap", logit_cache.safe_open)
         if accessor := getattr(pathlib, "_NormalAccessor", None):  # Python 3.10 holds the functions of the beginning
             accessor.open, names = staticmethod(opened), ("replace", "rename", "unlink", "mkdir", "rmdir")
             for name in (*names, "scandir", "listdir"):
@@ -79,7 +79,7 @@ class _Planted:
         for holder in vars(glob).values():  # so does Path.glob in 3.13
             held = vars(holder).get("scandir") if isinstance(holder, type) else None
             if isinstance(held, staticmethod) and held.__func__ is scandir:
-                holder.scandir = staticmethod(os.scandir)  # type: ignore[attr-defined]
+                holder.scandir = staticmethod(os.scandir)
 
     def meet(self, kind: str, name: str | None, half: Callable[[], object] = lambda: None) -> None:
         """Count a point of the file ``name`` below the folder; ``half`` does a part of its operation."""
