@@ -61,10 +61,12 @@ class StreamedBlobs(StreamedDataset):
         image = self._normalise(torch.where(flips, pixels.flip(2), pixels))
         return Batch(image, self._device_labels.index_select(0, index), index, view)
 
-    def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(self._test_labels), batch_size):
-            part = slice(start, start + batch_size)
-            pixels = torch.from_numpy(self._test_pixels[part]).to(self._device)
+    def eval_batches(
+        self, split: str, batch_size: int, *, first: int = 0, stride: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        numbers = torch.arange(first, len(self._test_labels), stride)
+        for part in numbers.split(batch_size):
+            pixels = torch.from_numpy(self._test_pixels)[part].to(self._device)
             yield self._normalise(pixels), self._test_labels[part].to(self._device)
 
     def size(self, split: str) -> int:

@@ -172,6 +172,9 @@ def run(
         except BaseException as error:
             stopper.armed = False
             message, code = _explain(error, stopper)
+            distributed = sys.modules.get("mdistill.distributed")
+            if distributed is not None and distributed.is_told_elsewhere(message):
+                message = ""
             with suppress(OSError):  # a terminal that has hung up takes no message
                 print(message, file=sys.stderr, end="\n" if message else "")
     if arguments is None and code == Stopped.exit_code:

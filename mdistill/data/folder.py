@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Self
 
+from mdistill import distributed
 from mdistill.data import augment, resized_crop
 from mdistill.data.batch import Batch
 from mdistill.data.dataset import DATASETS, StreamedDataset, held_out
@@ -32,7 +33,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 EVAL_RATIO = 256 / 224  # of the short side to the crop's, when evaluating
-WORKERS = min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+MOST_WORKERS = 32
 
 Indices = npt.NDArray[np.int64]
 
@@ -73,7 +74,7 @@ class FolderDataset(StreamedDataset):
         image_size: S, pixels.
         mean: of the three channels, on the scale 0 to 1.
         std: of the three channels, on the same scale.
-        workers: threads that decode.
+        workers: threads that decode; None for one on each core, at most ``MOST_WORKERS``.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class FolderDataset(StreamedDataset):
         image_size: int,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
-        workers: int = WORKERS,
+        workers: int | None = None,
     ) -> None:
         self.class_names, self.num_classes, self.image_size = tuple(class_names), len(class_names), image_size
         self.splits, self.num_samples = ("test",), len(train.files)
@@ -96,6 +97,7 @@ class FolderDataset(StreamedDataset):
         self._settings = f"folder {image_size} {[*map(float, mean)]} {[*map(float, std)]} {resized_crop.SCHEME}"
         self._normalize = augment.Normalization(image_size, tuple(mean), tuple(std))
         self._device_labels, self._device = self._labels, torch.device("cpu")
+        workers = workers or min(MOST_WORKERS, distributed.usable_cores())
         self._workers = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="mdistill-decode")
 
     def to(self, device: torch.device | str) -> Self:
@@ -138,8 +140,11 @@ class FolderDataset(StreamedDataset):
     def finish_batch(self, pixels: Tensor, index: Tensor, view: Tensor) -> Batch:
         return Batch(self._normalize(pixels), self._device_labels.index_select(0, index), index, view)
 
-    def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def eval_batches(
+        self, split: str, batch_size: int, *, first: int = 0, stride: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         files, numbers = self._eval[split]
+        numbers = numbers[first::stride]
 
         def begin(start: int) -> tuple[Indices, Pixels, list[Future[None]]]:
             part = numbers[start : start + batch_size]
