@@ -49,13 +49,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def train(args: argparse.Namespace) -> None:
-    configs = common.load_configs(args, args.seeds or [args.seed])
     if args.print_config:
+        configs = common.load_configs(args, args.seeds or [args.seed])
         print("---\n".join(config.to_yaml() for config in configs), end="")
         return
     from mdistill import distributed
 
     with distributed.joined(args.device) as device:
+        with distributed.together():
+            configs = common.load_configs(args, args.seeds or [args.seed])
         _train(args, configs, device)
 
 

@@ -92,6 +92,7 @@ class ActiveTrial:
         self.ended: UserError | Stopped | None = None
         self._clock = Stopwatch(self.device)
         self._saved_at = time.monotonic()
+        self._saved: Progress | None = None  # where the checkpoint stands
         if self.engine.name == "compile":
             self._compile()
         self.stream = side_stream(self.device)  # behind all of the above
@@ -119,7 +120,7 @@ class ActiveTrial:
                 checkpoint.restore(
                     saved, path, self.distiller, self.averages, self.solver, self.metrics, terms=self._terms
                 )
-                self.progress = saved.progress
+                self.progress, self._saved = saved.progress, saved.progress.model_copy()
                 self._tell_what_differs(saved.versions.torch)
             undo.pop_all()
         self.stream = side_stream(self.device)  # behind what was restored
@@ -162,6 +163,18 @@ class ActiveTrial:
             if distributed.world_size() > 1:
                 raise
             self.ended = type(error)(f"{self._label}{error}")
+
+    @contextmanager
+    def telling_what_is_saved(self) -> Iterator[None]:
+        """Within, the loss of another process is told with where the run can be resumed."""
+        try:
+            yield
+        except PeerLost as error:
+            saved = "nothing was saved before"
+            if self._saved is not None:
+                place = f"step {self._saved.step} of epoch {self._saved.epoch}"
+                saved = f"{self.folder.checkpoint} has {place}; continue with --resume"
+            raise PeerLost(f"{error}; {saved}") from error
 
     def prepare_folder(self) -> None:
         """Clear or cut back the folder and write what is known by now; nothing is written before."""
@@ -285,7 +298,8 @@ class ActiveTrial:
         Raises:
             RunFailed: what was to be written before could not be.
         """
-        metrics, self._saved_at = self.metrics.state_dict(), time.monotonic()
+        metrics = self.metrics.state_dict()
+        self._saved_at, self._saved = time.monotonic(), self.progress.model_copy()
         if not self.writes:
             return
         state = checkpoint.state_of(
@@ -356,7 +370,7 @@ class ActiveTrial:
                 if has_statistics
                 else "sums are ordered otherwise, so the last bits differ from here on"
             )
-            self._print(f"note: {before} processes trained together before, {now} do now: {how}")
+            self._print(f"note: processes that train together: {before} before, {now} now; {how}")
 
     def _last_good(self) -> str:
         if self.folder.checkpoint.exists():

@@ -112,11 +112,12 @@ def fit(experiment: Experiment, folders: Sequence[RunFolder]) -> list[list[dict[
         epochs = trials[0].config.solver.epochs
         for epoch in range(min(trial.progress.epoch for trial in trials), epochs + 1):
             while running := [trial for trial in trials if trial.ended is None and trial.progress.epoch == epoch]:
-                train_epoch(running, epoch, stop)
-                for trial in running:
-                    if trial.ended is None:
-                        with trial.guarded():
-                            end_epoch(trial, epoch, stop)
+                with trials[0].telling_what_is_saved():
+                    train_epoch(running, epoch, stop)
+                    for trial in running:
+                        if trial.ended is None:
+                            with trial.guarded():
+                                end_epoch(trial, epoch, stop)
         for trial in trials:
             with trial.guarded():
                 trial.finish()

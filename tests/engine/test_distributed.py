@@ -370,6 +370,41 @@ def test_losses_gradients_and_state_are_those_of_one_process(
             torch.testing.assert_close(found[0][part][name], value, rtol=1e-12, atol=1e-12, msg=f"{part} {name}")
 
 
+# --- by a launcher ---
+
+
+def launch(folder: Path, method: str, *arguments: str, kill: str = "") -> tuple[int, list[str]]:
+    """``torchrun`` two processes that train ``<method>.yaml``: its exit code, and what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "tests.engine.launched", "--cfg", str(folder / f"{method}.yaml"), "--device=cpu", "--no-cache"]
+    command += ["--checkpoint-root", str(folder), "--output", str(folder / "launched"), *arguments]
+    environment = {**ENVIRONMENT, "KILL": kill}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    return done.returncode, [line for line in (*done.stdout.splitlines(), *done.stderr.splitlines()) if ours(line)]
+
+
+def ours(line: str) -> bool:
+    return line.startswith(("error: ", "note: ", "epoch ", "resuming "))
+
+
+def test_a_lost_process_ends_the_run_and_it_is_resumed_bit_for_bit(folder: Path) -> None:
+    saving = "run.checkpoint_minutes=1e-9"
+    code, lines = launch(folder, "gathered_queue", saving, kill="1:8")
+    path = next((folder / "launched").glob("**/last.pt"))
+    saved = f"{path} has step 2 of epoch 2; continue with --resume"
+    assert code == 1
+    assert lines[-1] == f"error: another process of this run has ended, so this one ends too; {saved}"
+    assert launch(folder, "gathered_queue", saving, "--resume")[0] == 0
+    path.parent.rename(folder / "launched" / "seed0")
+    runs.assert_same_runs(folder / "rank0" / "gathered_queue", folder / "launched")
+
+
+def test_a_mistake_is_told_once(folder: Path) -> None:
+    code, lines = launch(folder, "gathered_queue", "data.batch_size=25")
+    assert (code, len(lines)) == (1, 1)
+    assert lines[0].startswith("error: data.batch_size: 25 images cannot be shared evenly")
+
+
 # --- alone ---
 
 
