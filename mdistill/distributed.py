@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.rendezvous import rendezvous
 
 from mdistill.errors import RunFailed, UserError
@@ -87,6 +88,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat([gathered[number * most :][:count] for number, count in enumerate(counts)])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0][ctx.first : ctx.first + ctx.count] * ctx.factor, None
 
@@ -253,9 +255,10 @@ def _own_cuda_device(device: str | None, local: int, neighbours: int) -> str:
         raise UserError(f"--device: {device} is one device, and {neighbours} processes need one each; give cuda or cpu")
     count = torch.cuda.device_count()
     if neighbours > count:
+        fewer = f"start {count} (torchrun --nproc-per-node {count}), or " if count else ""
         raise UserError(
-            f"{neighbours} processes were started on this machine, which has {count} usable CUDA devices: start"
-            f" {count} (torchrun --nproc-per-node {count}), or train on the CPU with --device cpu"
+            f"{neighbours} processes were started on this machine, which has {count} usable CUDA devices: {fewer}train"
+            " on the CPU with --device cpu"
         )
     if not dist.is_nccl_available():
         raise UserError(

@@ -6,6 +6,7 @@ them when one is lost, is tried with torchrun.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -431,6 +432,42 @@ def test_alone_every_function_hands_back_what_it_was_given() -> None:
 )
 def test_split(count: int, ranks: int, expected: tuple[int, ...]) -> None:
     assert distributed.split(count, ranks) == expected
+
+
+def join(monkeypatch: pytest.MonkeyPatch, device: str | None, *, gpus: int, processes: int = 8) -> None:
+    """As process 0 of ``processes`` on one machine that has ``gpus``."""
+    for name, value in (("WORLD_SIZE", processes), ("LOCAL_WORLD_SIZE", processes), ("RANK", 0), ("LOCAL_RANK", 0)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with distributed.joined(device):
+        raise AssertionError("joined")
+
+
+def test_processes_that_cannot_have_a_device_each_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = (
+        "8 processes were started on this machine, which has 2 usable CUDA devices: start 2 (torchrun --nproc-per-node"
+        " 2), or train on the CPU with --device cpu"
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        join(monkeypatch, None, gpus=2)
+    with pytest.raises(UserError, match="--device: cuda:1 is one device, and 8 processes need one each"):
+        join(monkeypatch, "cuda:1", gpus=8)
+    with pytest.raises(UserError, match="which has 0 usable CUDA devices"):
+        join(monkeypatch, "cuda", gpus=0)
+
+
+def test_a_torch_without_nccl_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(UserError, match="this build of torch has no NCCL"):
+        join(monkeypatch, None, gpus=8)
+
+
+def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
+    assert distributed.usable_cores() == 12
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    assert distributed.usable_cores() == 2
 
 
 if __name__ == "__main__":
