@@ -28,7 +28,7 @@ from mdistill.models.ensemble import Ensemble
 from mdistill.models.memory_format import move
 from mdistill.models.teachers import locate, verify_top1
 from mdistill.models.weights import fingerprint, load_weights
-from mdistill.optim import SOLVERS, Solver
+from mdistill.optim import SOLVERS, Solver, without_decay_of_norms
 from mdistill.optim.averaging import AveragedNetwork
 from mdistill.precision import Precision, require_precision, set_numerics
 from mdistill.user_code import traceback_of
@@ -307,6 +307,7 @@ def build(
         averages = averages_of(each, next(iter(distiller.students().values())))
         distiller.student_precision, distiller.teacher_precision = run.precision, teacher_precision
         groups = _checked_groups(distiller.param_groups(), each.distiller.name)
+        groups = groups if each.solver.decay_norms else without_decay_of_norms(groups)
         solver = SOLVERS.get(each.solver.name)(groups, **each.solver.arguments)
         if run.engine == "compile" and solver.backward_passes > 1:
             raise UserError(

@@ -1,6 +1,7 @@
 """Every shipped YAML is complete, builds, is where its content says and holds nothing that is not published."""
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import yaml
 from torch import nn
 
-from mdistill.config import Config, for_pair, load
+from mdistill.config import Config, cell_identity, for_pair, load
 from mdistill.data import DataInfo
 from mdistill.distillers import DISTILLERS
 from mdistill.engine import build
@@ -271,6 +272,13 @@ def test_loads_and_builds(path: Path) -> None:
     assert all(len(line) <= 130 for line in others)
 
 
+def test_identities_last() -> None:
+    """A run is found again by its identity: another one here parts it from the table that it filled."""
+    recorded = json.loads((ROOT / "tests" / "golden" / "identities.json").read_text())
+    now = {name: cell_identity(load(CONFIGS / name), {}) for name in recorded}
+    assert now == recorded
+
+
 @pytest.mark.parametrize("path", CIFAR100, ids=place)
 def test_cifar100_recipe(path: Path) -> None:
     """64 images a step, 240 epochs, drops after 150, 180 and 210; 0.01 for light students; but for ``SCHEDULES``."""
@@ -282,7 +290,7 @@ def test_cifar100_recipe(path: Path) -> None:
     assert (config.solver.schedule, config.solver.milestones) == (
         ("cosine", ()) if cosine else ("step", (150, 180, 210))
     )
-    sgd = {"momentum": 0.9, "weight_decay": 5e-4}
+    sgd = {"momentum": 0.9, "weight_decay": 5e-4, "clip_grad_norm": None}
     if config.variant == "dot":
         assert (config.solver.name, config.solver.arguments) == ("dot", {**sgd, "delta": 0.075})
     else:
