@@ -711,8 +711,8 @@ def _autocast_init(original: Callable[..., None]) -> Callable[..., None]:
 def _group_tensors(original: Callable[..., Any]) -> Callable[..., Any]:
     """As an optimiser groups them, below Python, with the device that Python sees."""
 
-    def group(lists: list[list[Tensor]], *args: Any) -> Any:
-        found = original(lists, *args)
+    def group(lists: list[list[Tensor]], **options: Any) -> Any:
+        found = original(lists, **options)
         return {(value[0][0][0].device, dtype): value for (_, dtype), value in found.items()}
 
     return staticmethod(group)
