@@ -2,6 +2,6 @@
 
 from mdistill.optim import adamw as adamw  # these two register themselves
 from mdistill.optim import dot as dot
-from mdistill.optim.solvers import SOLVERS, Solver, without_decay_of_norms
+from mdistill.optim.solvers import SOLVERS, Solver
 
-__all__ = ["SOLVERS", "Solver", "without_decay_of_norms"]
+__all__ = ["SOLVERS", "Solver"]

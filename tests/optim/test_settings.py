@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from mdistill.config import load
 from mdistill.errors import UserError
-from mdistill.optim import without_decay_of_norms
 from mdistill.optim.adamw import AdamW
 from mdistill.optim.dot import DOT
 from mdistill.optim.schedules import learning_rate
-from mdistill.optim.solvers import SGD, Solver, clip_factor
+from mdistill.optim.solvers import SGD, Solver, clip_factor, without_decay_of_norms
 
 from .. import runs
 from ..conftest import TinyNet
