@@ -5,24 +5,14 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from mdistill import distributed
-from mdistill.distillers.base import StepOutput
-from mdistill.optim.solvers import (
-    SOLVERS,
-    Solver,
-    clip_gradients,
-    load_optimizer,
-    optimizer_misfit,
-    rate_tensor,
-    set_group_rates,
-)
+from mdistill.optim.solvers import SOLVERS, OptimizerSolver, groups_with_rates, optimizer_misfit
 from mdistill.registry import NonNegative, Positive
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 @SOLVERS.register("adamw")
-class AdamW(Solver):
+class AdamW(OptimizerSolver):
     """AdamW on the sum of all terms: Loshchilov, Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101.
 
     Algorithm 2, in which weight decay is multiplied by the learning rate, as torch has it. A weight counts its own
@@ -44,28 +34,15 @@ class AdamW(Solver):
         weight_decay: NonNegative,
         clip_grad_norm: Positive | None = None,
     ) -> None:
-        groups = [{"lr_scale": 1.0, **group, "lr": rate_tensor(group["params"][0].device)} for group in param_groups]
-        self.optimizer = torch.optim.AdamW(
-            groups, betas=betas, eps=eps, weight_decay=weight_decay, fused=True, capturable=True
+        optimizer = torch.optim.AdamW(
+            groups_with_rates(param_groups),
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            fused=True,
+            capturable=True,
         )
-        self._parameters = [parameter for group in param_groups for parameter in group["params"]]
-        self._longest = clip_grad_norm
-
-    def step(self, output: StepOutput) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        output.total.backward()  # type: ignore[no-untyped-call]
-        distributed.average_gradients(self._parameters)
-        clip_gradients(self._parameters, self._longest)
-        self.optimizer.step()
-
-    def set_lr(self, lr: float) -> None:
-        set_group_rates(self.optimizer, lr)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_optimizer(self.optimizer, state)
+        super().__init__(optimizer, clip_grad_norm)
 
     def misfit(self, state: dict[str, Any], *, stepped: bool) -> str | None:
         problem = optimizer_misfit("solver", self.optimizer, state)

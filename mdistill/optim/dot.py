@@ -80,9 +80,9 @@ class DOT(Solver):
         self.check(output)
         task = self._gradients(output.task, retain_graph=True)
         distillation = self._gradients(output.distillation, retain_graph=False)
-        if self._longest is not None:
-            _clip(task, distillation, self._longest)
         pairs = list(zip(task, distillation, strict=True))
+        if self._longest is not None:
+            _clip(pairs, self._longest)
         self._update("task", [t if d is not None else None for t, d in pairs])  # first: it reads the weights too
         self._update("distillation", [d if t is not None else None for t, d in pairs])
         self._update("alone", [d if t is None else t if d is None else None for t, d in pairs])
@@ -125,8 +125,8 @@ class DOT(Solver):
         self.optimizers[name].step()
 
 
-def _clip(task: list[Tensor | None], distillation: list[Tensor | None], longest: float) -> None:
+def _clip(pairs: list[tuple[Tensor | None, Tensor | None]], longest: float) -> None:
     """Scale both gradients of each weight, in place, by the ``clip_factor`` of their sums."""
-    reached = [[each for each in pair if each is not None] for pair in zip(task, distillation, strict=True)]
+    reached = [[each for each in pair if each is not None] for pair in pairs]
     factor = clip_factor([torch.stack(pair).sum(dim=0) for pair in reached if pair], longest)
     torch._foreach_mul_([each for pair in reached for each in pair], factor)

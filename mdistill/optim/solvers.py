@@ -58,8 +58,38 @@ class Solver(ABC):
         return None
 
 
+class OptimizerSolver(Solver):
+    """One of torch's optimisers on the sum of all terms, in one backward pass.
+
+    Args:
+        optimizer: made of the groups by ``groups_with_rates``.
+        clip_grad_norm: the longest gradient, of all weights together; see ``clip_factor``.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, clip_grad_norm: float | None) -> None:
+        self.optimizer = optimizer
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._longest = clip_grad_norm
+
+    def step(self, output: StepOutput) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        output.total.backward()  # type: ignore[no-untyped-call]
+        distributed.average_gradients(self._parameters)
+        clip_gradients(self._parameters, self._longest)
+        self.optimizer.step()
+
+    def set_lr(self, lr: float) -> None:
+        set_group_rates(self.optimizer, lr)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        load_optimizer(self.optimizer, state)
+
+
 @SOLVERS.register("sgd")
-class SGD(Solver):
+class SGD(OptimizerSolver):
     """Stochastic gradient descent with momentum on the sum of all terms; weight decay joins the gradient.
 
     One fused update for all weights. On CUDA each group's rate is a tensor there, which a captured step reads anew.
@@ -79,25 +109,8 @@ class SGD(Solver):
     ) -> None:
         if nesterov and momentum == 0:
             raise UserError("solver.nesterov: true needs solver.momentum above 0, found 0")
-        self.optimizer = fused_sgd(param_groups, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
-        self._parameters = [parameter for group in param_groups for parameter in group["params"]]
-        self._longest = clip_grad_norm
-
-    def step(self, output: StepOutput) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        output.total.backward()  # type: ignore[no-untyped-call]
-        distributed.average_gradients(self._parameters)
-        clip_gradients(self._parameters, self._longest)
-        self.optimizer.step()
-
-    def set_lr(self, lr: float) -> None:
-        set_group_rates(self.optimizer, lr)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_optimizer(self.optimizer, state)
+        optimizer = fused_sgd(param_groups, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+        super().__init__(optimizer, clip_grad_norm)
 
     def misfit(self, state: dict[str, Any], *, stepped: bool) -> str | None:
         problem = optimizer_misfit("solver", self.optimizer, state)
@@ -109,10 +122,14 @@ class SGD(Solver):
 
 def fused_sgd(param_groups: list[dict[str, Any]], **settings: Any) -> torch.optim.SGD:
     """torch's SGD, one update for all weights; its rates are set by ``set_group_rates``."""
-    groups = [{"lr_scale": 1.0, **group, "lr": rate_tensor(group["params"][0].device)} for group in param_groups]
-    optimizer = torch.optim.SGD(groups, fused=True, **settings)
+    optimizer = torch.optim.SGD(groups_with_rates(param_groups), fused=True, **settings)
     optimizer.register_step_pre_hook(_begin_late_momenta)
     return optimizer
+
+
+def groups_with_rates(param_groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``param_groups`` as torch's optimisers take them, each with a rate of 0 that ``set_group_rates`` writes."""
+    return [{"lr_scale": 1.0, **group, "lr": rate_tensor(group["params"][0].device)} for group in param_groups]
 
 
 def without_decay_of_norms(param_groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

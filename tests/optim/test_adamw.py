@@ -76,7 +76,6 @@ def test_a_late_weight_counts_its_own_steps() -> None:
 def test_a_saved_state_goes_on_exactly(stop: int, rate_in_tensor: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if rate_in_tensor:
         monkeypatch.setattr(module, "rate_tensor", lambda device, value=0.0: torch.tensor(value))
-        monkeypatch.setattr("mdistill.optim.adamw.rate_tensor", module.rate_tensor)
     whole, parts = make_weights(torch.float32), make_weights(torch.float32)
     settings = {**SETTINGS, "clip_grad_norm": 0.5}
     train(AdamW(make_groups(whole), **settings), whole)
