@@ -13,6 +13,7 @@ from torch import nn
 
 from mdistill.config import Config, cell_identity, for_pair, load
 from mdistill.data import DataInfo
+from mdistill.data.folder import IMAGENET_MEAN, IMAGENET_STD
 from mdistill.distillers import DISTILLERS
 from mdistill.engine import build
 from mdistill.errors import UserError
@@ -32,6 +33,14 @@ CIFAR100 = [path for path in FILES if path.is_relative_to(CONFIGS / "cifar100")]
 IMAGENET = [path for path in FILES if path.is_relative_to(CONFIGS / "imagenet")]
 FIGURES = read_published(ROOT / "results" / "published.csv")
 EXAMPLE = "res32x4_res8x4.yaml"
+
+SMALL = {"num_classes": 100, "num_samples": 50_000, "image_size": 32, "num_views": 162}
+LARGE = {"num_classes": 1000, "num_samples": 1_281_167, "image_size": 224, "num_views": None}
+INFO: dict[str, dict[str, Any]] = {
+    "cifar100": SMALL,
+    "synthetic": SMALL,
+    "imagenet": {**LARGE, "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
+}
 
 MAIN_TABLE_PAIRS = [  # MCLD paper, Tables 1 and 2; RLD paper, Tables 2 and 3
     ("resnet32x4", "shufflenet_v2"),
@@ -345,15 +354,7 @@ def test_short_names_cover_the_zoo_and_are_unique() -> None:
 def test_loads_and_builds(path: Path) -> None:
     config = load(path)
     dataset, folder, name = path.relative_to(CONFIGS).parts
-    large = config.data.name == "imagenet"
-    info = DataInfo(
-        num_classes=1000 if large else 100,
-        num_samples=1_281_167 if large else 50_000,
-        image_size=224 if large else 32,
-        num_views=None if large else 162,
-        batch_size=config.data.batch_size,
-        strong_views=True,
-    )
+    info = DataInfo(**INFO[config.data.name], batch_size=config.data.batch_size, strong_views=True)
     with torch.device("meta"):
         distiller = build.build_distiller(config, info, build.build_teacher(config, info))
     assert isinstance(distiller, DISTILLERS.get(config.distiller.name))
