@@ -146,6 +146,6 @@ def format_of(run: RunConfig, classes: int) -> LogitFormat:
         )
     if classes > 2**16:
         raise UserError(
-            f"run.teacher_logits: 'sparse' numbers at most {2**16:,} classes, found {classes:,}; use float16"
+            f"run.teacher_logits: 'sparse' holds at most {2**16:,} classes, found {classes:,}; take float16"
         )
     return Sparse(classes, run.teacher_top_k)
