@@ -16,7 +16,8 @@ takes before anything is written. Stop it at any time: what is computed stays.""
 
 EXAMPLES = """  mdistill cache --cfg configs/cifar100/kd/res32x4_res8x4.yaml --estimate
   mdistill cache --cfg configs/cifar100/kd/res32x4_res8x4.yaml
-  mdistill cache --cfg configs/cifar100/kd/res32x4_res8x4.yaml --epochs 20 --seeds 0,1,2"""
+  mdistill cache --cfg configs/cifar100/kd/res32x4_res8x4.yaml --epochs 20 --seeds 0,1,2
+  mdistill cache --cfg photos.yaml data.views=10 run.teacher_logits=sparse --estimate"""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -419,7 +419,8 @@ def _why_in_every_step(config: Config, needs: Needs, dataset: Dataset) -> str | 
     if config.data.mixing is not None:
         return "images are mixed"
     if isinstance(dataset, StreamedDataset) and dataset.num_views is None:
-        return "images are streamed, in views that cannot be enumerated"
+        advice = "; data.views sets a number of them" if "views" in config.data.arguments else ""
+        return f"images are streamed, in views that cannot be enumerated{advice}"
     return None
 
 

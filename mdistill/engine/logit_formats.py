@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mdistill.config.schema import RunConfig
+from mdistill.config import RunConfig
 from mdistill.errors import UserError
 
 CACHE_DTYPES = {"float16": torch.float16, "float32": torch.float32}

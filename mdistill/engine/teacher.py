@@ -152,12 +152,12 @@ class TeacherLogits:
             missing = self.cache.missing(self._ids(index, view))
         missing[:first] = False  # steps already done
         found = LookUp(index, view, first, np.flatnonzero(missing), torch.zeros(0))
-        return replace(found, cached=self._read(found, self._cached(found, first - first % max(1, self._block))))
+        return replace(found, cached=self._read(found, self._cached(found, first - first % self._block)))
 
     def begin(self, found: LookUp) -> None:
         """Put the first cached logits in place; ``pairs`` must hold the list by now."""
         self._found = found
-        self._enter(found.first - found.first % max(1, self._block), found.cached)
+        self._enter(found.first - found.first % self._block, found.cached)
 
     def require(self, count: int) -> None:
         """Make sure that the ``batch_size`` pairs up to ``count`` have their logits; ``count`` only ever grows."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mdistill.config.schema import RunConfig
+from mdistill.config import RunConfig
 from mdistill.distillers.dkd import dkd_loss
 from mdistill.distillers.kd import kd_loss
 from mdistill.distillers.la import la_loss

@@ -73,6 +73,7 @@ def prefill(made: build.Experiment, ids: Any) -> None:
 # ---- dense ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["kd", "dist", "mcld"])
 def test_stored_logits_train_as_a_live_teacher_does(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -312,6 +313,7 @@ def test_the_command_says_what_has_no_cache(
     cfg = write(tmp_path)
     line = refused(capsys, tool(cfg, "data.views=null"))
     assert "this run reads no cache: its teacher runs in every step: images are streamed, in views that cannot" in line
+    assert line.endswith("; data.views sets a number of them")
     line = refused(capsys, tool(cfg, *SPARSE, "distiller.temperature=2"))
     assert line.endswith("that takes distiller.temperature 1, found 2.0; take run.teacher_logits=float16")
 
