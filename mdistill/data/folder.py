@@ -74,6 +74,7 @@ class FolderDataset(StreamedDataset):
         image_size: S, pixels.
         mean: of the three channels, on the scale 0 to 1.
         std: of the three channels, on the same scale.
+        views: V, the views of an image; None for all 2^63.
         workers: threads that decode; None for one on each core, at most ``MOST_WORKERS``.
     """
 
@@ -86,10 +87,11 @@ class FolderDataset(StreamedDataset):
         image_size: int,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        views: int | None = None,
         workers: int | None = None,
     ) -> None:
         self.class_names, self.num_classes, self.image_size = tuple(class_names), len(class_names), image_size
-        self.splits, self.num_samples = ("test",), len(train.files)
+        self.splits, self.num_samples, self.num_views = ("test",), len(train.files), views
         self._labels = self.labels = torch.from_numpy(train.labels)
         self.notes = [f"{len(train.files):,} images of {len(class_names)} classes, {len(test.files):,} to evaluate"]
         self._train, self._kept = train, np.arange(len(train.files))  # which of its files are trained on
@@ -195,6 +197,7 @@ def folder(
     image_size: PositiveInt = 224,
     mean: tuple[float, float, float] = IMAGENET_MEAN,
     std: tuple[float, float, float] = IMAGENET_STD,
+    views: PositiveInt | None = None,
 ) -> FolderDataset:
     """Images in folders, one a class, under ``root/train`` and ``root/val`` or ``root/test``.
 
@@ -203,6 +206,8 @@ def folder(
         image_size: S, pixels, of the crops.
         mean: of the three channels, on the scale 0 to 1; ImageNet's unless given.
         std: the same.
+        views: V, the crops of an image that there are, so that a teacher's logits can be stored; each comes in about
+            one of V epochs. None: no crop comes twice.
 
     Raises:
         UserError: a folder is missing or empty, or train and val have different classes.
@@ -228,7 +233,7 @@ def folder(
     if not all(value > 0 for value in std):
         raise UserError(f"data.std: should be 3 positive numbers, found {shown(list(std))}")
     train, test = (scan(folder, classes) for folder in (train_folder, test_folder))
-    return FolderDataset(train, test, classes, image_size=image_size, mean=mean, std=std)
+    return FolderDataset(train, test, classes, image_size=image_size, mean=mean, std=std, views=views)
 
 
 def scan(folder: Path, classes: Sequence[str]) -> Split:
