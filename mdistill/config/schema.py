@@ -231,7 +231,7 @@ def without_defaults(config: Config) -> dict[str, Any]:
         for component in [given, *given.get("ensemble", ())] if given else ():
             parameters = registry.arguments(component["name"])
             for key in component.keys() - model.model_fields.keys():
-                if component[key] == parameters[key].default:
+                if key in parameters and component[key] == parameters[key].default:
                     del component[key]
     return settings
 

@@ -55,9 +55,7 @@ class MobileNetV1(Network):
                 stages.append(x)
                 preacts.append(x if number == 0 else preact)
         pooled = global_average(x)
-        return Features(
-            logits=self.fc(pooled), stages=tuple(stages), preacts=tuple(preacts), last_map=x, pooled=pooled
-        )
+        return Features(logits=self.fc(pooled), stages=tuple(stages), preacts=tuple(preacts), last_map=x, pooled=pooled)
 
     def bn_before_relu(self) -> list[nn.BatchNorm2d]:
         """The last BatchNorm of blocks 3, 5, 11 and 13."""
