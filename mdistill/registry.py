@@ -123,9 +123,7 @@ class Registry(Generic[T]):
         builder = self.get(name)
         if isinstance(builder, LibraryBuilder):
             found = builder.problems(arguments)
-            return dict(arguments), [
-                f"{where}{key}: {problem}" if key else f"{where}{problem}" for key, problem in found
-            ]
+            return dict(arguments), [f"{where + key if key else where.rstrip('. ')}: {text}" for key, text in found]
         parameters = self.arguments(name)
         complete: dict[str, Any] = {}
         problems = [

@@ -2,9 +2,9 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,11 @@ from mdistill.file_schemas import EXPORT_NAME, TAKEN
 from mdistill.models import MODELS
 from mdistill.models.ensemble import Ensemble
 from mdistill.models.memory_format import move
-from mdistill.models.teachers import locate, verify_top1
-from mdistill.models.weights import fingerprint, load_weights
+from mdistill.models.preprocessing import Preprocessed, Preprocessing, bare, preprocessed
+from mdistill.models.pretrained import published_weights
+from mdistill.models.teachers import locate, outputs_of, verify_top1
+from mdistill.models.torch_files import FileRecord
+from mdistill.models.weights import Convert, fingerprint, load_weights
 from mdistill.optim import SOLVERS, Solver
 from mdistill.optim.averaging import AveragedNetwork
 from mdistill.precision import Precision, require_precision, set_numerics
@@ -93,15 +96,26 @@ def build_dataset(config: Config, *, data_root: Path, download: bool) -> Dataset
     return dataset.hold_out(config.data.holdout)
 
 
-def build_network(section: str, name: str, arguments: Mapping[str, Any], info: DataInfo, *, seed: int) -> nn.Module:
+def build_network(
+    section: str,
+    name: str,
+    arguments: Mapping[str, Any],
+    info: DataInfo,
+    *,
+    seed: int,
+    wrap: Callable[[nn.Module], nn.Module] = lambda network: network,
+) -> nn.Module:
     """A network with initial weights fixed by (seed, section), checked on two blank images.
 
+    Args:
+        wrap: what is put around it, such as another normalisation.
+
     Raises:
-        UserError: its output is not (B, num_classes).
+        UserError: its output is not (B, num_classes), or it does not take images of this size.
     """
     with _seeded(seed, section):
         try:
-            network = MODELS.build(name, info.num_classes, where=section, **arguments)
+            network = wrap(MODELS.build(name, info.num_classes, where=section, **arguments))
         except (RuntimeError, OverflowError) as error:  # of torch, which cannot make a tensor of any size
             if traceback_of(error):
                 raise
@@ -111,8 +125,17 @@ def build_network(section: str, name: str, arguments: Mapping[str, Any], info: D
             ) from None
     parameter = next(network.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    with torch.no_grad():
-        output = network.eval()(torch.zeros(2, 3, info.image_size, info.image_size, device=device))
+    size = info.image_size
+    try:
+        with torch.no_grad():
+            output = network.eval()(torch.zeros(2, 3, size, size, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if "/" not in name:  # of the user's own, whose frames are shown
+            raise
+        reason = printable(" ".join(str(error).split()), 200)
+        raise UserError(
+            f"{section}.name: {name!r} does not take the data set's images of {size}x{size} pixels: {reason}"
+        ) from error
     shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
     if shape != (2, info.num_classes):
         raise UserError(
@@ -127,14 +150,44 @@ def build_teacher(config: Config, info: DataInfo) -> nn.Module | None:
     if config.teacher is None:
         return None
     members = [
-        build_network(section, member.name, member.arguments, info, seed=config.seed)
+        build_network(
+            section,
+            member.name,
+            member.arguments,
+            info,
+            seed=config.seed,
+            wrap=partial(_with_preprocessing, member=member, info=info, section=section),
+        )
         for section, member in _members_of(config.teacher)
     ]
     return members[0] if len(members) == 1 else Ensemble(members, config.teacher.average)
 
 
-def build_distiller(config: Config, info: DataInfo, teacher: nn.Module | None) -> Distiller:
+def _with_preprocessing(network: nn.Module, *, member: MemberConfig, info: DataInfo, section: str) -> nn.Module:
+    """A teacher's network behind the normalisation and image size that it expects.
+
+    Raises:
+        UserError: it expects another normalisation, and the data set does not say its own.
+    """
+    published, own = published_weights(member.name, member.checkpoint, section), member.preprocessing
+    mean, std = own.mean or (published and published.mean), own.std or (published and published.std)
+    size = own.image_size or (published and published.image_size) or info.image_size
+    if not (info.mean and info.std) and (mean or std):
+        raise UserError(
+            f"{section}.preprocessing: {member.name!r} expects images normalised by mean {shown(mean)} and std"
+            f" {shown(std)}, and the data set does not say its own mean and std (attributes of these names)"
+        )
+    given = Preprocessing(info.mean or (0.0, 0.0, 0.0), info.std or (1.0, 1.0, 1.0), info.image_size)
+    return preprocessed(network, given, Preprocessing(mean or given.mean, std or given.std, size))
+
+
+def build_distiller(
+    config: Config, info: DataInfo, teacher: nn.Module | None, *, start: Callable[[nn.Module], object] | None = None
+) -> Distiller:
     """Student (initial weights) and method around ``teacher``, on torch's default device.
+
+    Args:
+        start: loads the weights that the student begins with.
 
     Raises:
         UserError: the method needs what the data set, the mixing or a network does not give.
@@ -171,6 +224,8 @@ def build_distiller(config: Config, info: DataInfo, teacher: nn.Module | None) -
             raise UserError(f"{section}.name: {method!r} reads features and {name!r} has no forward_features")
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise UserError(f"student.name: {config.student.name!r} has no trainable parameters")
+    if start is not None:
+        start(student)
     with _seeded(config.seed, "distiller"):
         distiller = DISTILLERS.get(method)(student, teacher, info, **config.distiller.arguments)
     distiller.seed = config.seed
@@ -266,22 +321,49 @@ def build(
         locate(member.checkpoint, checkpoint_root, model=member.name, dataset=config.data.name, section=section)
         for section, member in (_members_of(config.teacher) if config.teacher is not None else ())
     ]
+    begin = None
+    if config.student.checkpoint is not None:
+        named = {"model": config.student.name, "dataset": config.data.name, "section": "student"}
+        begin = locate(config.student.checkpoint, checkpoint_root, **named)
     dataset = build_dataset(config, data_root=data_root, download=download)
     info = dataset.info(config.data.batch_size)
     teacher = build_teacher(config, info)
-    distillers = [build_distiller(each, info, teacher) for each in configs]
     fingerprints = {"data": dataset.fingerprint()}
     metadata: dict[str, Any] = {
         "data": {"fingerprint": fingerprints["data"]},
         "notes": [f"data: {note}" for note in dataset.notes],
     }
+    records: list[FileRecord] = []
+    start = None if begin is None else partial(_start, config=config, file=begin, records=records)
+    distillers = [build_distiller(each, info, teacher, start=start) for each in configs]
+    if records:
+        fingerprints["student"] = records[0].sha256
+        metadata["student"] = {"files": [{"path": str(begin), **vars(records[0])}]}
+        metadata["notes"] += [f"student: {begin} {records[0].note}"] if records[0].note else []
+        metadata["notes"] += _note_on_images(config, info)
+    metadata["notes"] += _notes_on_features(distillers[0])
     prints, files = [], []
     if config.teacher is not None and teacher is not None:
-        for network, member, source in zip(_members(teacher), config.teacher.members, sources, strict=True):
-            record = load_weights(network, source, name=member.name, role="teacher")
+        for network, (section, member), source in zip(
+            _members(teacher), _members_of(config.teacher), sources, strict=True
+        ):
+            record = load_weights(
+                bare(network),
+                source,
+                name=member.name,
+                role="teacher",
+                convert=_conversion(member.name, member.checkpoint, member.arguments, section),
+                outputs=outputs_of(member.classes, info.class_names, checkpoint_root, section=section)
+                if member.classes
+                else None,
+            )
             files.append({"path": str(source), **vars(record)})
             metadata["notes"] += [f"teacher: {source} {record.note}"] if record.note else []
-            prints.append(fingerprint(network.state_dict()))
+            weights = fingerprint(bare(network).state_dict())
+            if isinstance(network, Preprocessed):
+                files[-1]["preprocessing"] = asdict(network.wanted)
+                weights = _joined([weights], repr(network.wanted))
+            prints.append(weights)
         fingerprints["teacher"] = prints[0] if len(prints) == 1 else _joined(prints, config.teacher.average)
         metadata["teacher"] = {"files": files, "fingerprint": fingerprints["teacher"]}
     if not distillers[0].fits_labels:
@@ -335,6 +417,43 @@ def build(
             metadata["teacher"]["top1"] = measured[0] if len(measured) == 1 else measured
         _place_teacher(experiment, teacher, cache_root)
     return experiment
+
+
+def _start(student: nn.Module, *, config: Config, file: Path, records: list[FileRecord]) -> None:
+    """Load the weights that ``student`` begins with, and note the file in ``records``."""
+    name, checkpoint = config.student.name, config.student.checkpoint
+    convert = _conversion(name, checkpoint or "", config.student.arguments, "student")
+    records.append(load_weights(student, file, name=name, convert=convert, new_classifier=True))
+
+
+def _conversion(name: str, checkpoint: str, arguments: Mapping[str, Any], section: str) -> Convert | None:
+    """How the file of published weights becomes a state dict of its network; None where it is one."""
+    published = published_weights(name, checkpoint, section)
+    if published is None or published.convert is None:
+        return None
+    return partial(published.convert, arguments=arguments)
+
+
+def _note_on_images(config: Config, info: DataInfo) -> list[str]:
+    """Whether the weights that the student begins with were published for other images than the data set's."""
+    published = published_weights(config.student.name, config.student.checkpoint or "", "student")
+    if published is None or (published.mean, published.std) == (info.mean, info.std):
+        return []
+    return [
+        f"student: {published.name} were trained with mean {published.mean} and std {published.std}, the data set has"
+        f" {info.mean} and {info.std}"
+    ]
+
+
+def _notes_on_features(distiller: Distiller) -> list[str]:
+    """What must be known of the features that the method reads."""
+    if "preacts" not in distiller.needs.features or not distiller.needs.student_features:
+        return []
+    read = {"student": distiller.student, "teacher": distiller.teacher and bare(distiller.teacher)}
+    if distiller.needs.teacher != "features":
+        del read["teacher"]
+    notes = {section: getattr(network, "note", None) for section, network in read.items()}
+    return [f"{section}: {note}" for section, note in notes.items() if note]
 
 
 def _members_of(teacher: TeacherConfig) -> list[tuple[str, MemberConfig]]:

@@ -184,8 +184,8 @@ def _final_linear(network: nn.Module) -> str | None:
 def _widen_logits(network: nn.Module, linear: str | None) -> None:
     """Let the final layer, where it is a plain linear one, compute in float32 under autocast."""
     layer = None if linear is None else network.get_submodule(linear)
-    if type(layer) is nn.Linear:
-        layer.__class__ = Classifier
+    if type(layer) is nn.Linear or (type(layer).__name__, type(layer).__bases__) == ("Linear", (nn.Linear,)):  # timm's
+        cast(nn.Module, layer).__class__ = Classifier
 
 
 # --- torchvision ---
@@ -337,7 +337,7 @@ class ActivatedStage(nn.Sequential):
         Args:
             x: (B, K, H, W).
         """
-        return cast(Tensor, super().forward(x))
+        return cast(Tensor, super().forward(x))  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         """The stage's output, (B, K', H', W').
@@ -345,7 +345,7 @@ class ActivatedStage(nn.Sequential):
         Args:
             x: (B, K, H, W).
         """
-        return cast(Tensor, self.activation[0].forward(self.preact(x)))
+        return cast(Tensor, cast(Any, self.activation[0]).forward(self.preact(x)))
 
 
 def _separate_activations(network: nn.Module) -> bool:
@@ -353,7 +353,7 @@ def _separate_activations(network: nn.Module) -> bool:
     from timm.models.resnet import BasicBlock, Bottleneck
 
     stages = [network.get_submodule(name) for name in RESNET_STAGES]
-    kinds = {BasicBlock: "act2", Bottleneck: "act3"}
+    kinds: dict[type | None, str] = {BasicBlock: "act2", Bottleneck: "act3"}
     lasts = [stage[-1] if type(stage) is nn.Sequential else None for stage in stages]
     if not all(type(last) in kinds for last in lasts):
         return False
@@ -421,7 +421,7 @@ def _as_map(net: Any, last: Tensor, stage: Tensor) -> Tensor:
     """
     if last.ndim == 3:
         last = last[:, getattr(net, "num_prefix_tokens", 0) :]
-        return last.transpose(1, 2).unflatten(2, stage.shape[2:])
+        return last.transpose(1, 2).reshape(len(last), -1, *stage.shape[2:])
     return last.permute(0, 3, 1, 2) if getattr(net, "output_fmt", "NCHW") == "NHWC" else last
 
 
