@@ -3,12 +3,12 @@
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.hub import download_url_to_file
 
 from mdistill.errors import UserError, printable, suggestion
 from mdistill.models.external import import_timm
@@ -92,7 +92,6 @@ def published_weights(model: str, checkpoint: str, section: str) -> PublishedWei
 
 
 def _of_torchvision(name: str, checkpoint: str, section: str) -> PublishedWeights:
-    from torch.hub import download_url_to_file
     from torchvision.models import get_model_weights
 
     entries = get_model_weights(name)
@@ -144,12 +143,9 @@ def _of_timm(name: str, section: str) -> PublishedWeights:
     sha256 = digits[1] if digits else ""
 
     def fetch(path: Path) -> None:
-        if settings.hf_hub_id:
-            _fetch_from_hub(settings.hf_hub_id, file, path)
-        else:
-            from torch.hub import download_url_to_file
-
-            download_url_to_file(source, str(path), sha256 or None, progress=False)
+        download_url_to_file(
+            source, str(path), sha256 or (_sha256_at_hub(source) if settings.hf_hub_id else None), progress=False
+        )
 
     def convert(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Tensor]:
         """timm's own conversion: older names, position embeddings of another image size, a background class."""
@@ -181,14 +177,12 @@ def _hub_address() -> str:
     return constants.ENDPOINT
 
 
-def _fetch_from_hub(repository: str, file: str, path: Path) -> None:
-    from huggingface_hub import hf_hub_download
+def _sha256_at_hub(address: str) -> str | None:
+    """What the hub says of a file; None where it gives no SHA-256."""
+    from huggingface_hub import get_hf_file_metadata
 
-    hf_hub_download(repository, file, local_dir=path.parent, endpoint=_hub_address())
-    with suppress(OSError):  # what the hub's client notes beside the file
-        for entry in sorted((path.parent / ".cache").rglob("*"), reverse=True):
-            entry.rmdir() if entry.is_dir() else entry.unlink()
-        (path.parent / ".cache").rmdir()
+    etag = get_hf_file_metadata(address).etag
+    return etag if etag and re.fullmatch(r"[0-9a-f]{64}", etag) else None
 
 
 def _sha256(path: Path) -> str:
