@@ -141,8 +141,7 @@ class LibraryNetwork:
         except TypeError as error:
             named = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             if named:
-                known = self._parameters() - RESERVED.keys()
-                near = suggestion(named[1], sorted(known))
+                near = suggestion(named[1], sorted(self._parameters() | RESERVED.keys()))
                 return [(named[1], f"unknown key (value {arguments.get(named[1])!r}) for model {self.name!r}{near}")]
             return [("", f"{self.name!r} cannot be built with {dict(arguments)}: {_one_line(error)}")]
         except (ValueError, AssertionError, KeyError, IndexError) as error:

@@ -25,6 +25,7 @@ from mdistill.models.weights import load_weights
 
 from .. import runs
 from ..conftest import tiny_arrays
+from ..replay import emulated
 
 needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="needs timm")
 CLASSES = (WNIDS[7], WNIDS[3], WNIDS[900])
@@ -53,17 +54,23 @@ def state_of(name: str, num_classes: int, path: Path | None = None) -> dict[str,
 # --- runs ---
 
 
+@pytest.mark.slow
 @needs_timm
-def test_a_run_resumes_and_its_student_loads_into_plain_timm(tmp_path: Path) -> None:
+def test_a_run_with_dropout_resumes_and_is_captured_and_its_student_loads_into_timm(tmp_path: Path) -> None:
     import timm
 
     state_of("timm/test_resnet", 10, tmp_path / "big.pt")
     teacher = {"name": "timm/test_resnet", "checkpoint": "big.pt"}
     cfg = runs.write_config(tmp_path, student="timm/test_efficientnet", teacher=teacher, solver={"epochs": 2})
+    cfg.write_text(cfg.read_text().replace("test_efficientnet", "test_efficientnet\n  drop_rate: 0.3"))
     runs.train(cfg, tmp_path / "whole")
     runs.train(cfg, tmp_path / "parts", stop_at=7)
     runs.train(cfg, tmp_path / "parts", mode="resume")
     runs.assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+    with emulated() as recorder:
+        runs.train(cfg, tmp_path / "captured")
+    assert recorder.replays
+    runs.assert_same_runs(tmp_path / "whole", tmp_path / "captured")
 
     plain = timm.create_model("test_efficientnet", num_classes=10)
     written = torch.load(tmp_path / "whole" / "seed0" / "student.pt", weights_only=True)
@@ -76,6 +83,7 @@ def test_a_run_resumes_and_its_student_loads_into_plain_timm(tmp_path: Path) -> 
     torch.testing.assert_close(network.eval()(images), plain.eval()(images))
 
 
+@pytest.mark.slow
 @needs_timm
 def test_a_transformer_needs_the_size_of_the_images(tmp_path: Path) -> None:
     cfg = runs.write_config(tmp_path, "vanilla", student="timm/vit_tiny_patch16_224")
@@ -89,6 +97,7 @@ def test_a_transformer_needs_the_size_of_the_images(tmp_path: Path) -> None:
 # --- weights to begin with ---
 
 
+@pytest.mark.slow
 @needs_timm
 def test_a_student_begins_with_weights_of_another_number_of_classes(tmp_path: Path) -> None:
     state = state_of("timm/test_efficientnet", 7, tmp_path / "start.pt")
@@ -296,6 +305,7 @@ def test_torchvisions_weights_are_downloaded_checked_and_kept(
     assert not [*path.parent.iterdir()]
 
 
+@pytest.mark.slow
 @needs_timm
 def test_timms_weights_are_downloaded_from_its_hub_and_converted(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -22,6 +22,8 @@ TIMM_RESNET = "timm/resnet10t"
 MOBILENET = "timm/mobilenetv3_small_050"
 VIT = "timm/vit_tiny_patch16_224"
 
+pytestmark = pytest.mark.slow
+
 needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="needs timm")
 EACH = [TORCHVISION, *(pytest.param(name, marks=needs_timm) for name in (TIMM_RESNET, MOBILENET, VIT))]
 
@@ -157,7 +159,6 @@ def test_shapes_without_data_are_those_of_the_features(network: ExternalNetwork)
     assert shapes.pooled == tuple(features.pooled.shape[1:])
 
 
-@pytest.mark.slow
 @needs_timm
 @torch.no_grad()
 @pytest.mark.parametrize(
