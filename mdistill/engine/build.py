@@ -4,7 +4,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,26 +96,15 @@ def build_dataset(config: Config, *, data_root: Path, download: bool) -> Dataset
     return dataset.hold_out(config.data.holdout)
 
 
-def build_network(
-    section: str,
-    name: str,
-    arguments: Mapping[str, Any],
-    info: DataInfo,
-    *,
-    seed: int,
-    wrap: Callable[[nn.Module], nn.Module] = lambda network: network,
-) -> nn.Module:
+def build_network(section: str, name: str, arguments: Mapping[str, Any], info: DataInfo, *, seed: int) -> nn.Module:
     """A network with initial weights fixed by (seed, section), checked on two blank images.
-
-    Args:
-        wrap: what is put around it, such as another normalisation.
 
     Raises:
         UserError: its output is not (B, num_classes), or it does not take images of this size.
     """
     with _seeded(seed, section):
         try:
-            network = wrap(MODELS.build(name, info.num_classes, where=section, **arguments))
+            network = MODELS.build(name, info.num_classes, where=section, **arguments)
         except (RuntimeError, OverflowError) as error:  # of torch, which cannot make a tensor of any size
             if traceback_of(error):
                 raise
@@ -133,9 +122,7 @@ def build_network(
         if "/" not in name:  # of the user's own, whose frames are shown
             raise
         reason = printable(" ".join(str(error).split()), 200)
-        raise UserError(
-            f"{section}.name: {name!r} does not take the data set's images of {size}x{size} pixels: {reason}"
-        ) from error
+        raise UserError(f"{section}.name: {name!r} does not take images of {size}x{size} pixels: {reason}") from error
     shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
     if shape != (2, info.num_classes):
         raise UserError(
@@ -149,22 +136,17 @@ def build_teacher(config: Config, info: DataInfo) -> nn.Module | None:
     """The teacher's network, or several as one, with initial weights; None when the configuration has none."""
     if config.teacher is None:
         return None
-    members = [
-        build_network(
-            section,
-            member.name,
-            member.arguments,
-            info,
-            seed=config.seed,
-            wrap=partial(_with_preprocessing, member=member, info=info, section=section),
-        )
-        for section, member in _members_of(config.teacher)
-    ]
+    members = []
+    for section, member in _members_of(config.teacher):
+        given, wanted = _preprocessing(section, member, info)
+        images = replace(info, image_size=wanted.image_size)
+        network = build_network(section, member.name, member.arguments, images, seed=config.seed)
+        members.append(preprocessed(network, given, wanted))
     return members[0] if len(members) == 1 else Ensemble(members, config.teacher.average)
 
 
-def _with_preprocessing(network: nn.Module, *, member: MemberConfig, info: DataInfo, section: str) -> nn.Module:
-    """A teacher's network behind the normalisation and image size that it expects.
+def _preprocessing(section: str, member: MemberConfig, info: DataInfo) -> tuple[Preprocessing, Preprocessing]:
+    """How the data set's images come, and how a teacher's network expects them.
 
     Raises:
         UserError: it expects another normalisation, and the data set does not say its own.
@@ -178,7 +160,7 @@ def _with_preprocessing(network: nn.Module, *, member: MemberConfig, info: DataI
             f" {shown(std)}, and the data set does not say its own mean and std (attributes of these names)"
         )
     given = Preprocessing(info.mean or (0.0, 0.0, 0.0), info.std or (1.0, 1.0, 1.0), info.image_size)
-    return preprocessed(network, given, Preprocessing(mean or given.mean, std or given.std, size))
+    return given, Preprocessing(mean or given.mean, std or given.std, size)
 
 
 def build_distiller(
@@ -219,9 +201,11 @@ def build_distiller(
         ("student", student, needs.student_features),
         ("teacher", teacher, needs.teacher == "features"),
     ):
-        if features and network is not None and not hasattr(network, "forward_features"):
+        why = getattr(network, "no_features", None) if hasattr(network, "forward_features") else "no forward_features"
+        if features and network is not None and why:
             name = getattr(config, section).name
-            raise UserError(f"{section}.name: {method!r} reads features and {name!r} has no forward_features")
+            has = f"has {why}" if why.startswith("no ") else f"gives none: {why}"
+            raise UserError(f"{section}.name: {method!r} reads features and {name!r} {has}")
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise UserError(f"student.name: {config.student.name!r} has no trainable parameters")
     if start is not None:

@@ -43,6 +43,7 @@ class Network(nn.Module, ABC):
     """A classifier with inspectable features. ``classifier(pooled) == logits`` and ``pooled == mean(last_map)``."""
 
     classifier: nn.Linear
+    no_features: str | None = None  # why ``forward_features`` cannot be called; None where it can
 
     @abstractmethod
     def forward_features(self, x: Tensor) -> Features:

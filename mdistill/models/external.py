@@ -73,6 +73,7 @@ class ExternalNetwork(Network):
         self._held = (network,)  # in a tuple, which registers nothing
         self.name, self.note = name, note
         self._linear, self._features = linear, features
+        self.no_features = features if isinstance(features, str) else None
 
     @property
     def inner(self) -> nn.Module:
@@ -125,9 +126,6 @@ class LibraryNetwork:
     def __call__(self, *args: Any, **arguments: Any) -> nn.Module:
         """The network, for a number of classes."""
         (num_classes,) = args
-        found = self.problems(arguments)
-        if found:
-            raise UserError("\n".join(f"{self.name}: {key}: {problem}" for key, problem in found))
         return self._adapt(self.name, self._build(num_classes, arguments))
 
     def problems(self, arguments: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -95,7 +95,8 @@ class _Entry(nn.Module):
 
 def _pairs(network: nn.Module) -> list[tuple[str, str]]:
     """Names of the layers and BatchNorms to fold, sorted; none when the network cannot be traced."""
-    methods = ["forward", "forward_features"] if isinstance(network, Network) else ["forward"]
+    has_features = isinstance(network, Network) and network.no_features is None
+    methods = ["forward", "forward_features"] if has_features else ["forward"]
     try:
         with torch.no_grad(), _random_state_restored(network):
             paths = [path for method in methods for path in _paths(network, method)]

@@ -73,7 +73,8 @@ def draws_in_training(network: nn.Module) -> bool:
     Told by the probabilities that such layers of torch, torchvision and timm have: ``p``, ``drop_prob``, ``drop_rate``.
     """
     modules = [*network.modules()]
-    modules += [module.inner for module in modules if isinstance(getattr(module, "inner", None), nn.Module)]
+    inside = (getattr(module, "inner", None) for module in modules)  # of libraries, which are no modules of ours
+    modules += [module for module in inside if isinstance(module, nn.Module)]
     rates = (getattr(module, name, 0) for module in modules for name in ("p", "drop_prob", "drop_rate"))
     return any(isinstance(rate, float | int) and rate > 0 for rate in rates)
 

@@ -69,6 +69,11 @@ class PreprocessedNetwork(Preprocessed, Network):
     """The same around a network with features, which are those of the images as it sees them."""
 
     @property
+    def no_features(self) -> str | None:  # type: ignore[override]  # read-only
+        """The network's own."""
+        return getattr(self.network, "no_features", None)
+
+    @property
     def classifier(self) -> nn.Linear:  # type: ignore[override]  # read-only
         """The network's own."""
         return cast(nn.Linear, self.network.classifier)

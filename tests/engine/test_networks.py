@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mdistill import config
 from mdistill.data import DATASETS, InMemoryDataset
+from mdistill.distillers import DISTILLERS, Distiller, Needs, Signals
 from mdistill.engine.build import build_students
 from mdistill.errors import UserError
 from mdistill.models import MODELS, feature_shapes, pretrained
@@ -92,6 +93,23 @@ def test_a_transformer_needs_the_size_of_the_images(tmp_path: Path) -> None:
         runs.experiment(cfg, *small)
     size = runs.experiment(cfg, "student.name=tiny_net").dataset.image_size
     runs.train(cfg, tmp_path / "out", f"student.img_size={size}", *small, "solver.epochs=1")
+
+
+def test_a_method_that_reads_features_is_refused_where_there_are_none(tmp_path: Path) -> None:
+    if "reads_features" not in DISTILLERS.names():
+
+        @DISTILLERS.register("reads_features")
+        class ReadsFeatures(Distiller):
+            needs = Needs(teacher="none", student="features")
+
+            def distillation(self, signals: Signals) -> dict[str, Tensor]:
+                raise NotImplementedError
+
+    cfg = runs.write_config(tmp_path, "reads_features", student="torchvision/squeezenet1_1")
+    with pytest.raises(
+        UserError, match=r"'reads_features' reads features and 'torchvision/squeezenet1_1' gives none"
+    ):
+        runs.experiment(cfg)
 
 
 # --- weights to begin with ---
