@@ -122,7 +122,10 @@ def build_network(section: str, name: str, arguments: Mapping[str, Any], info: D
         if "/" not in name:  # of the user's own, whose frames are shown
             raise
         reason = printable(" ".join(str(error).split()), 200)
-        raise UserError(f"{section}.name: {name!r} does not take images of {size}x{size} pixels: {reason}") from error
+        advice = "; set its img_size, if it has one" if name.startswith("timm/") else ""
+        raise UserError(
+            f"{section}.name: {name!r} does not take images of {size}x{size} pixels: {reason}{advice}"
+        ) from error
     shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
     if shape != (2, info.num_classes):
         raise UserError(

@@ -28,17 +28,9 @@ RESERVED = {
     "in_chans": "images have three channels",
     "features_only": "the network would be no classifier",
     **dict.fromkeys(
-        (
-            "pretrained",
-            "pretrained_cfg",
-            "pretrained_cfg_overlay",
-            "checkpoint_path",
-            "weights",
-            "cache_dir",
-            "progress",
-        ),
-        "weights come by checkpoint",
+        ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "weights"), "weights come by checkpoint"
     ),
+    **dict.fromkeys(("checkpoint_path", "cache_dir", "progress"), "weights come by checkpoint"),
 }
 SIGNED = {  # of timm: no activation ends a stage
     *("EfficientNet", "MobileNetV3", "GhostNet", "ConvNeXt", "MetaFormer", "EdgeNeXt"),
@@ -86,7 +78,7 @@ class ExternalNetwork(Network):
         if self._linear is not None:
             return self.inner.get_submodule(self._linear)
         if "classifier" not in self._modules:
-            raise AttributeError(f"{self.name} has no single classifier")
+            raise AttributeError
         return cast(nn.Module, self._modules["classifier"])
 
     def train(self, mode: bool = True) -> "ExternalNetwork":
@@ -95,7 +87,13 @@ class ExternalNetwork(Network):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.inner.forward(x))
+        """Logits (B, C); those of auxiliary classifiers, which some networks give in training, are left out.
+
+        Args:
+            x: (B, 3, H, W), images.
+        """
+        output = self.inner.forward(x)
+        return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
     def forward_features(self, x: Tensor) -> Features:
         if isinstance(self._features, str):
@@ -202,8 +200,10 @@ def torchvision_builder(name: str) -> LibraryNetwork:
     if name not in known:
         _unknown(name, known, torchvision)
 
+    defaults = {"init_weights": True} if name in {"googlenet", "inception_v3"} else {}  # else they warn
+
     def make(**arguments: Any) -> nn.Module:
-        return cast(nn.Module, models.get_model(name, weights=None, **arguments))
+        return cast(nn.Module, models.get_model(name, weights=None, **{**defaults, **arguments}))
 
     return LibraryNetwork(f"torchvision/{name}", make, _adapt_torchvision)
 
@@ -318,7 +318,8 @@ def _adapt_timm(name: str, network: nn.Module) -> ExternalNetwork:
     if not hasattr(network, "forward_intermediates") or not hasattr(network, "feature_info"):
         return ExternalNetwork(name, network, linear=linear, features="timm does not give its intermediate maps")
     note = None
-    if not any(kind.__name__ in SIGNED for kind in type(network).__mro__):
+    signed = any(kind.__name__ in SIGNED for kind in type(network).__mro__)
+    if not signed or name.startswith("timm/mobilenetv4"):  # some of its stages end in an activation
         note = f"{name}: maps before a stage's last activation are not known; its preacts are its stages"
     return ExternalNetwork(name, network, linear=linear, features=timm_features, note=note)
 
