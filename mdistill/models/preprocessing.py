@@ -40,6 +40,7 @@ class Preprocessed(nn.Module):
     def __init__(self, network: nn.Module, given: Preprocessing, wanted: Preprocessing) -> None:
         super().__init__()
         self.network, self.wanted = network, wanted
+        self.resizes = given.image_size != wanted.image_size
         statistics = (given.mean, given.std, wanted.mean, wanted.std)
         mean, std, new_mean, new_std = (torch.tensor(each, dtype=torch.float64) for each in statistics)
         self.register_buffer("scale", (std / new_std).float().view(3, 1, 1), persistent=False)
@@ -51,8 +52,8 @@ class Preprocessed(nn.Module):
         Args:
             image: (B, 3, H, W).
         """
-        size = [self.wanted.image_size] * 2
-        if list(image.shape[-2:]) != size:
+        if self.resizes:
+            size = [self.wanted.image_size] * 2
             image = F.interpolate(image, size, mode="bilinear", antialias=True, align_corners=False)
         return image * self.scale + self.shift
 

@@ -106,9 +106,7 @@ def test_a_method_that_reads_features_is_refused_where_there_are_none(tmp_path: 
                 raise NotImplementedError
 
     cfg = runs.write_config(tmp_path, "reads_features", student="torchvision/squeezenet1_1")
-    with pytest.raises(
-        UserError, match=r"'reads_features' reads features and 'torchvision/squeezenet1_1' gives none"
-    ):
+    with pytest.raises(UserError, match=r"'reads_features' reads features and 'torchvision/squeezenet1_1' gives none"):
         runs.experiment(cfg)
 
 
@@ -209,6 +207,9 @@ def test_a_teacher_gets_its_own_preprocessing(tmp_path: Path) -> None:
     assert own.cache is not None
     assert plain.cache is not None
     assert own.cache.path != plain.cache.path
+    assert own.teacher is not None
+    assert plain.teacher is not None
+    assert own.teacher.folded == plain.teacher.folded > 0
     assert own.metadata["teacher"]["files"][0]["preprocessing"]["image_size"] == 16
     runs.train(cfg, tmp_path / "out", "teacher.preprocessing={image_size: 16}", "solver.epochs=1")
     with pytest.raises(UserError, match=r"preprocessing.image_sizes: unknown key .*did you mean 'image_size'"):

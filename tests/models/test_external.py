@@ -2,8 +2,11 @@
 
 import copy
 import importlib.util
+import os
 import pickle
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,7 +166,7 @@ def test_shapes_without_data_are_those_of_the_features(network: ExternalNetwork)
 @torch.no_grad()
 @pytest.mark.parametrize(
     "name",
-    ["efficientnet_b0", "convnext_atto", "regnety_002", "densenet121", "swin_tiny_patch4_window7_224", "ghostnet_100"],
+    ["efficientnet_b0", "convnext_atto", "densenet121", "swin_tiny_patch4_window7_224"],
 )
 def test_other_families_of_timm_give_features(name: str) -> None:
     network = build(f"timm/{name}", **({"img_size": 64, "window_size": 2} if "swin" in name else {})).eval()
@@ -267,6 +270,18 @@ def test_arguments_pass_through() -> None:
     assert MODELS.check(TORCHVISION, {"zero_init_residual": True}) == ({"zero_init_residual": True}, [])
     network = build(TORCHVISION, zero_init_residual=True)
     assert not network.get_parameter("layer1.0.bn2.weight").any()
+
+
+def test_libraries_are_imported_when_one_of_their_names_is_asked_for() -> None:
+    code = (
+        "import sys; from mdistill.engine import build; from mdistill.models import MODELS; MODELS.canonical('resnet8');"
+        "print([name for name in ('timm', 'torchvision.models', 'huggingface_hub') if name in sys.modules])"
+    )
+    root = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root}, timeout=300
+    )
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
 def test_without_timm_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
