@@ -419,7 +419,7 @@ def _as_map(net: Any, last: Tensor, stage: Tensor) -> Tensor:
     """
     if last.ndim == 3:
         last = last[:, getattr(net, "num_prefix_tokens", 0) :]
-        return last.transpose(1, 2).reshape(len(last), -1, *stage.shape[2:])
+        return last.transpose(1, 2).reshape(last.shape[0], -1, stage.shape[2], stage.shape[3])
     return last.permute(0, 3, 1, 2) if getattr(net, "output_fmt", "NCHW") == "NHWC" else last
 
 
