@@ -97,7 +97,8 @@ class FolderDataset(StreamedDataset):
         self._train, self._kept = train, np.arange(len(train.files))  # which of its files are trained on
         self._eval: dict[str, tuple[Split, Indices]] = {"test": (test, np.arange(len(test.files)))}
         self._settings = f"folder {image_size} {[*map(float, mean)]} {[*map(float, std)]} {resized_crop.SCHEME}"
-        self._normalize = augment.Normalization(image_size, tuple(mean), tuple(std))
+        self.mean, self.std = tuple(mean), tuple(std)
+        self._normalize = augment.Normalization(image_size, self.mean, self.std)
         self._device_labels, self._device = self._labels, torch.device("cpu")
         workers = workers or min(MOST_WORKERS, distributed.usable_cores())
         self._workers = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="mdistill-decode")
