@@ -119,6 +119,10 @@ class StreamedDataset(Dataset):
             (B, S, S, 3) uint8.
         """
 
+    def read_into(self, out: npt.NDArray[np.uint8], index: npt.NDArray[np.int64], view: npt.NDArray[np.int64]) -> None:
+        """What ``read`` gives, into ``out`` (B, S, S, 3): for data sets that need not copy it there."""
+        out[...] = self.read(index, view)
+
     @abstractmethod
     def finish_batch(self, pixels: Tensor, index: Tensor, view: Tensor) -> Batch:
         """The batch, on the device: flipped and normalised. Static shapes, no read by the host.

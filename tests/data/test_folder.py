@@ -13,9 +13,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from mdistill import config
-from mdistill.data import DATASETS, decoding, resized_crop
+from mdistill.data import DATASETS, InMemoryDataset, decoding, image_files, resized_crop
 from mdistill.data.decoding import decode
-from mdistill.data.folder import FolderDataset, centre_crop, resize
+from mdistill.data.folder import FolderDataset
+from mdistill.data.resizing import centre_crop, resize
 from mdistill.errors import UserError
 from mdistill.models import MODELS
 
@@ -81,14 +82,11 @@ def test_a_training_image_is_its_crop_resized_and_flipped(root: Path) -> None:
     for number, pixels in zip(index, data.read(index, view), strict=True):
         path = root / "train" / ("ant", "bee")[number // 5] / f"{number % 5}.jpg"
         image = np.array(Image.open(path).convert("RGB"))
-        height, width = image.shape[:2]
-        box = resized_crop.draw(*(np.array([value]) for value in (number, view[number], height, width)))
-        top, left, bottom, right = (
-            int(value[0]) for value in (box.top, box.left, box.top + box.height, box.left + box.width)
-        )
-        cut = torch.from_numpy(image[top:bottom, left:right].copy()).permute(2, 0, 1)[None]
+        (words,) = resized_crop.draw(np.array([number]), view[number : number + 1])
+        top, left, height, width, flip = resized_crop.crop(words, *image.shape[:2])
+        cut = torch.from_numpy(image[top : top + height, left : left + width].copy()).permute(2, 0, 1)[None]
         wanted = F.interpolate(cut, size=(SIZE, SIZE), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
-        assert np.array_equal(pixels, wanted[:, ::-1] if box.flip[0] else wanted)
+        assert np.array_equal(pixels, wanted[:, ::-1] if flip else wanted)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -146,6 +144,61 @@ def test_the_fingerprint_is_of_names_sizes_and_settings(root: Path) -> None:
     assert build(root, mean=[0.5, 0.5, 0.5]).fingerprint() != before
     (root / "train/ant/0.jpg").write_bytes(encoded(picture(77)) + b"more")
     assert build(root).fingerprint() != before
+
+
+# ---- held in memory ----
+
+
+def small(root: Path, **settings: Any) -> InMemoryDataset:
+    made = DATASETS.build("folder", root.parent, False, root=root.name, image_size=SIZE, augment="crop", **settings)
+    assert isinstance(made, InMemoryDataset)
+    return made
+
+
+def test_small_images_are_held_as_they_are_and_others_are_resized(root: Path) -> None:
+    exact = picture(9, SIZE, SIZE)
+    (root / "train" / "ant" / "0.jpg").write_bytes(encoded(exact, "PNG"))
+    data = small(root)
+    assert (data.num_samples, data.num_classes, data.size("test"), data.class_names) == (10, 2, 4, ("ant", "bee"))
+    assert data.notes == ["10 images of 2 classes, 4 to evaluate", "13 of 14 images were resized to 24 x 24 pixels"]
+    assert data.num_views == 7 * 7 * 2  # three pixels on each side
+    assert np.array_equal(data._train[0, :SIZE, :SIZE].numpy(), exact)
+    other = np.array(Image.open(root / "train" / "ant" / "1.jpg").convert("RGB"))
+    assert np.array_equal(data._train[1, :SIZE, :SIZE].numpy(), centre_crop(other, SIZE, SIZE))
+    (image, _) = next(iter(data.eval_batches("test", 4)))
+    assert image.shape == (4, 3, SIZE, SIZE)
+
+
+def test_padding_and_flips_are_settings(root: Path) -> None:
+    assert small(root, padding=1).num_views == 18
+    assert small(root, padding=0, flip=False).num_views == 1
+    assert small(root, mean=[0.5, 0.5, 0.5]).fingerprint() != small(root).fingerprint()
+    with pytest.raises(UserError, match=r"data\.padding: 4 goes with data\.augment crop, found random_resized_crop"):
+        build(root, padding=4)
+    with pytest.raises(UserError, match=r"augment: .*'random_resized_crop' or 'crop', found 'cut'"):
+        build(root, augment="cut")
+
+
+def test_without_flips_no_crop_is_mirrored(root: Path) -> None:
+    index, view = np.zeros(20, np.int64), np.arange(20)
+    flips = [resized_crop.crop(words, 30, 61).flip for words in resized_crop.draw(index, view)]
+    some, none = build(root), build(root, flip=False)
+    for flip, one, other in zip(flips, some.read(index, view), none.read(index, view), strict=True):
+        assert np.array_equal(other[:, ::-1] if flip else other, one)
+    assert any(flips)
+    assert some.fingerprint() != none.fingerprint()
+
+
+def test_more_images_than_memory_holds_are_refused_before_any_is_read(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_files, "MOST_IN_MEMORY", 14 * 3 * SIZE**2 - 1)
+    (root / "train" / "ant" / "0.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"14 images of 24 x 24 pixels take 0 GB, more than .* random_resized_crop"):
+        small(root)
+    monkeypatch.setattr(image_files, "MOST_IN_MEMORY", 14 * 3 * SIZE**2)
+    with pytest.raises(UserError, match=r"ant/0\.jpg: no image that can be read: the file is empty"):
+        small(root)
 
 
 # ---- decoding ----
@@ -222,6 +275,18 @@ def test_resizing_to_the_same_size_changes_nothing() -> None:
 # ---- what is refused ----
 
 
+def test_a_root_that_is_a_file_or_cannot_be_listed_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"README is a file; it should be a folder that holds train/ and val/"):
+        DATASETS.build("folder", root, False, root="train/README")
+
+    def scandir(folder: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(image_files.os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"photos\S*: cannot be read: Permission denied$"):
+        build(root)
+
+
 def test_missing_and_mixed_up_folders_are_one_line(root: Path, tmp_path: Path) -> None:
     def message(place: Path) -> str:
         with pytest.raises(UserError) as caught:
@@ -266,6 +331,14 @@ def test_a_broken_file_is_one_line_with_its_path(content: bytes, root: Path) -> 
 
 
 # ---- whole runs ----
+
+
+def test_logits_of_small_images_are_cached(root: Path, tmp_path: Path) -> None:
+    cfg = configured(root, tmp_path, "kd")
+    experiment = runs.experiment(cfg, "data.augment=crop")
+    assert experiment.cache is not None
+    assert experiment.cache.entries == 10 * 98
+    runs.train(cfg, tmp_path / "runs", "data.augment=crop", "solver.epochs=1")
 
 
 def configured(root: Path, folder: Path, method: str = "vanilla") -> Path:
