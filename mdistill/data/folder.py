@@ -45,6 +45,7 @@ class FolderDataset(StreamedDataset):
         mean: of the three channels, on the scale 0 to 1.
         std: of the three channels, on the same scale.
         flip: mirror half of the views left to right.
+        notes: what a run prints and records about the data.
         workers: threads that decode.
     """
 
@@ -58,12 +59,13 @@ class FolderDataset(StreamedDataset):
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         flip: bool = True,
+        notes: Sequence[str] = (),
         workers: int = WORKERS,
     ) -> None:
         self.class_names, self.num_classes, self.image_size = tuple(class_names), len(class_names), image_size
         self.splits, self.num_samples = ("test",), len(train.files)
         self._labels = self.labels = torch.from_numpy(train.labels)
-        self.notes = [count_line(train, test, class_names)]
+        self.notes = [count_line(train, test, class_names), *notes]
         self._train, self._kept = train, np.arange(len(train.files))  # which of its files are trained on
         self._eval: dict[str, tuple[Split, Indices]] = {"test": (test, np.arange(len(test.files)))}
         self._settings = f"folder {image_size} {[*map(float, mean)]} {[*map(float, std)]} {resized_crop.SCHEME}"

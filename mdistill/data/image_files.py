@@ -29,7 +29,8 @@ MOST_IN_MEMORY = 2**34  # bytes of pixels that are held in memory, 16 GiB
 MOST_AHEAD = 1024  # images that are read before they are asked for
 
 Indices = npt.NDArray[np.int64]
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)

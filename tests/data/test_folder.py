@@ -21,40 +21,15 @@ from mdistill.errors import UserError
 from mdistill.models import MODELS
 
 from .. import runs
+from ..pictures import encoded, fill, picture
 
 SIZE = 24
-
-
-def picture(seed: int, height: int = 40, width: int = 52) -> np.ndarray:
-    """Smooth colours, which JPEG keeps."""
-    generator = np.random.default_rng(seed)
-    coarse = torch.from_numpy(generator.random((1, 3, 5, 6)))
-    smooth = F.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1)
-    return (smooth[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
-
-
-def encoded(pixels: np.ndarray, form: str = "JPEG", mode: str = "RGB", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(buffer, form, **options)
-    return buffer.getvalue()
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """Two classes, ten images to train on and four to evaluate, of different sizes; and what lies beside."""
-    place = tmp_path / "photos"
-    for split, count in (("train", 5), ("val", 2)):
-        for label, name in enumerate(("ant", "bee")):
-            folder = place / split / name
-            folder.mkdir(parents=True)
-            for number in range(count):
-                size = 30 + 7 * number, 61 - 5 * number
-                content = encoded(picture(100 * label + number, *size))
-                (folder / f"{number}.jpg").write_bytes(content)
-            (folder / "notes.txt").write_text("no image")
-            (folder / ".hidden.jpg").write_bytes(b"")
-    (place / "train" / "README").write_text("no class")
-    return place
+    return fill(tmp_path / "photos")
 
 
 def build(root: Path, **settings: Any) -> FolderDataset:
