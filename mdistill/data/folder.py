@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from mdistill.data import augment as augmentation
-from mdistill.data import resized_crop
+from mdistill.data import randaugment, resized_crop
 from mdistill.data.batch import Batch
 from mdistill.data.dataset import DATASETS, Dataset, InMemoryDataset, StreamedDataset, held_out
 from mdistill.data.decoding import Pixels
@@ -36,6 +36,7 @@ class FolderDataset(StreamedDataset):
     """Photographs of any size: trained on as random resized crops, evaluated as the centre of the resized image.
 
     A training image is a function of its file's number in the split and of the view: neither workers nor steps enter.
+    Its strong view is a crop of its own, by other words of ``resized_crop``, to which ``randaugment`` is applied.
 
     Args:
         train: the images that are trained on.
@@ -73,10 +74,12 @@ class FolderDataset(StreamedDataset):
         self._flip = flip
         self._normalize = augmentation.Normalization(image_size, tuple(mean), tuple(std))
         self._device_labels, self._device = self._labels, torch.device("cpu")
+        self.strong_views = image_size <= randaugment.MOST_PIXELS
+        self._strengthen: randaugment.Strengthen | None = None  # made when it is first asked for
         self._workers = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="mdistill-decode")
 
     def to(self, device: torch.device | str) -> Self:
-        self._device = torch.device(device)
+        self._device, self._strengthen = torch.device(device), None
         self._device_labels = self._labels.to(device)
         self._normalize = self._normalize.to(device)
         return self
@@ -103,11 +106,23 @@ class FolderDataset(StreamedDataset):
         return pixels
 
     def read_into(self, out: Pixels, index: Indices, view: Indices) -> None:
+        self._read([out], index, [resized_crop.draw(self._kept[index], view)])
+
+    def read_both_into(
+        self, out: Pixels, strong_out: Pixels, index: Indices, view: Indices, strong_view: Indices
+    ) -> None:
         files = self._kept[index]
-        words = resized_crop.draw(files, view)
+        words = resized_crop.draw(files, view), resized_crop.draw(files, strong_view, resized_crop.STRONG_STREAM)
+        self._read([out, strong_out], index, words)
+
+    def _read(self, outs: Sequence[Pixels], index: Indices, words: Sequence[resized_crop.Words]) -> None:
+        """Decode each image once and write one crop of it to each of ``outs``."""
+        files = self._kept[index]
 
         def read_row(row: int) -> None:
-            self._crop(self._train.read(files[row]), words[row], out[row])
+            image = self._train.read(files[row])
+            for out, drawn in zip(outs, words, strict=True):
+                self._crop(image, drawn[row], out[row])
 
         self._all([self._workers.submit(read_row, row) for row in range(len(files))])
 
@@ -119,6 +134,11 @@ class FolderDataset(StreamedDataset):
 
     def finish_batch(self, pixels: Tensor, index: Tensor, view: Tensor) -> Batch:
         return Batch(self._normalize(pixels), self._device_labels.index_select(0, index), index, view)
+
+    def finish_strong(self, pixels: Tensor, index: Tensor, strong_view: Tensor) -> Tensor:
+        if self._strengthen is None:
+            self._strengthen = randaugment.Strengthen(self.image_size).to(self._device)
+        return self._normalize(self._strengthen(pixels, randaugment.decode(strong_view, 1)))
 
     def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         files, numbers = self._eval[split]

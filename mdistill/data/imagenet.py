@@ -45,7 +45,8 @@ def imagenet(
     if unsorted:
         raise UserError(
             f"{val_folder} holds {unsorted:,} images that are not sorted by class; move each into"
-            f" {val_folder.name}/<wnid>/ (ILSVRC2012_validation_ground_truth.txt of the development kit, or LOC_val_solution.csv, says which)"
+            f" {val_folder.name}/<wnid>/ (ILSVRC2012_validation_ground_truth.txt of the development kit, or"
+            " LOC_val_solution.csv, says which)"
         )
     wrong = [name for name in class_folders(train_folder) if not WNID.fullmatch(name)]
     if wrong:

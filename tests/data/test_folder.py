@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from mdistill import config
-from mdistill.data import DATASETS, InMemoryDataset, decoding, image_files, resized_crop
+from mdistill.data import DATASETS, InMemoryDataset, decoding, image_files, randaugment, resized_crop
 from mdistill.data.decoding import decode
 from mdistill.data.folder import FolderDataset
 from mdistill.data.resizing import centre_crop, resize
@@ -119,6 +119,51 @@ def test_the_fingerprint_is_of_names_sizes_and_settings(root: Path) -> None:
     assert build(root, mean=[0.5, 0.5, 0.5]).fingerprint() != before
     (root / "train/ant/0.jpg").write_bytes(encoded(picture(77)) + b"more")
     assert build(root).fingerprint() != before
+
+
+# ---- strong views ----
+
+
+def read_both(data: FolderDataset, index: Any, view: Any, strong_view: Any) -> tuple[np.ndarray, np.ndarray]:
+    plain, strong = np.zeros((2, len(index), SIZE, SIZE, 3), np.uint8)
+    data.read_both_into(plain, strong, index, view, strong_view)
+    return plain, strong
+
+
+def test_a_strong_view_is_a_crop_of_its_own_strengthened(root: Path) -> None:
+    data = build(root)
+    index, view, word = np.arange(10), np.arange(10) * 987654321, np.arange(10) * (2**63 // 11)
+    plain, strong = read_both(data, index, view, word)
+    assert np.array_equal(plain, data.read(index, view))
+    for number, pixels in zip(index, strong, strict=True):
+        image = data._train.read(number)
+        (words,) = resized_crop.draw(np.array([number]), word[number : number + 1], stream=7)
+        top, left, height, width, flip = resized_crop.crop(words, *image.shape[:2])
+        cut = resize(image[top : top + height, left : left + width], SIZE, SIZE)
+        assert np.array_equal(pixels, cut[:, ::-1] if flip else cut)
+    parts = randaugment.decode(torch.from_numpy(word), num_views=1)
+    expected = data._normalize(randaugment.Strengthen(SIZE)(torch.from_numpy(strong), parts))
+    finished = data.finish_strong(torch.from_numpy(strong), torch.from_numpy(index), torch.from_numpy(word))
+    assert torch.equal(finished, expected)
+    assert parts.view.sum() == 0
+    assert len({*parts.operation.flatten().tolist()}) > 5
+
+
+@pytest.mark.parametrize("workers", [1, 5])
+def test_strong_views_do_not_depend_on_workers_order_or_batch(workers: int, root: Path) -> None:
+    data = build(root)
+    other = FolderDataset(data._train, data._eval["test"][0], data.class_names, image_size=SIZE, workers=workers)
+    index, view, word = np.array([3, 1, 9, 4, 4]), np.array([5, 2**62, 7, 1, 1]), np.array([0, 2**62, 9, 1, 2])
+    _, strong = read_both(data, index, view, word)
+    assert np.array_equal(strong[::-1], read_both(other, index[::-1], view, word[::-1])[1])
+    assert np.array_equal(strong[2:4], read_both(other, index[2:4], view[2:4], word[2:4])[1])
+    assert not np.array_equal(strong[3], strong[4])
+
+
+def test_strong_views_are_for_images_of_less_than_1024_pixels(root: Path) -> None:
+    for size, there in ((1023, True), (1024, False)):
+        data = DATASETS.build("folder", root.parent, False, root=root.name, image_size=size)
+        assert data.info(4).strong_views is there
 
 
 # ---- held in memory ----
@@ -343,8 +388,27 @@ def test_a_run_goes_on_where_its_images_were_moved(root: Path, tmp_path: Path) -
         runs.train(cfg, tmp_path / "runs", f"data.root={moved}", "solver.epochs=4", mode="resume")
 
 
+def test_a_file_that_breaks_during_training_ends_the_run_in_one_line_and_the_checkpoint_stays(
+    root: Path, tmp_path: Path
+) -> None:
+    cfg = configured(root, tmp_path)
+    runs.train(cfg, tmp_path / "runs", "solver.epochs=1")
+    path = root / "train" / "bee" / "3.jpg"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))  # as long as before
+    before = (tmp_path / "runs" / "seed0" / "last.pt").read_bytes()
+    with pytest.raises(UserError, match=rf"{path}: no image that can be read: ") as caught:
+        runs.train(cfg, tmp_path / "runs", "solver.epochs=2", mode="resume")
+    assert len(str(caught.value).splitlines()) == 1
+    assert (tmp_path / "runs" / "seed0" / "last.pt").read_bytes() == before
+    path.write_bytes(content)
+    runs.train(cfg, tmp_path / "runs", "solver.epochs=2", mode="resume")
+    runs.train(cfg, tmp_path / "whole", "solver.epochs=2")
+    runs.assert_same_runs(tmp_path / "whole", tmp_path / "runs")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["vanilla", "mcld"])
+@pytest.mark.parametrize("method", ["vanilla", "mlkd"])
 def test_a_run_stopped_in_mid_epoch_and_resumed_equals_an_unbroken_one(method: str, root: Path, tmp_path: Path) -> None:
     cfg = configured(root, tmp_path, method)
     runs.train(cfg, tmp_path / "whole")

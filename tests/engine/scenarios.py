@@ -94,6 +94,7 @@ SCENARIOS = {
     "no cache": Scenario("kd", cache=False),
     "resumed": Scenario("mcld", ("solver.ema_decay=0.9", "solver.epochs=3"), resumed=True),
     "streamed": Scenario("kd", data={"name": "streamed_blobs"}),
+    "streamed with two views": Scenario("mlkd", data={"name": "streamed_blobs"}),
     "two trials": Scenario("mcld", seeds=(0, 1)),
     "two trials with two views": Scenario("mlkd", seeds=(0, 1)),
 }
