@@ -27,13 +27,13 @@ def encoded(pixels: np.ndarray, form: str = "JPEG", mode: str = "RGB", **options
 
 def fill(place: Path, classes: Sequence[str] = ("ant", "bee")) -> Path:
     """Images of different sizes, of each class five to train on and two to evaluate; and what lies beside."""
-    for split, count in (("train", 5), ("val", 2)):
+    for split, count, seed in (("train", 5, 0), ("val", 2, 50)):
         for label, name in enumerate(classes):
             folder = place / split / name
             folder.mkdir(parents=True)
             for number in range(count):
                 size = 30 + 7 * number, 61 - 5 * number
-                content = encoded(picture(100 * label + number, *size))
+                content = encoded(picture(100 * label + seed + number, *size))
                 (folder / f"{number}.jpg").write_bytes(content)
             (folder / "notes.txt").write_text("no image")
             (folder / ".hidden.jpg").write_bytes(b"")

@@ -5,7 +5,7 @@ Letters: N images, B batch, S image size.
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +21,10 @@ from mdistill.data import randaugment, resized_crop
 from mdistill.data.batch import Batch
 from mdistill.data.dataset import DATASETS, Dataset, InMemoryDataset, StreamedDataset, held_out
 from mdistill.data.decoding import Pixels
-from mdistill.data.image_files import WORKERS, Split, common_classes, find_root, find_splits, load_squares, scan
+from mdistill.data.image_files import COPIED, WORKERS, Split, common_classes, find_root, find_splits, load_squares, scan
 from mdistill.data.resizing import centre_crop, mirrored, resize
-from mdistill.errors import UserError, shown
+from mdistill.errors import UserError, printable, shown
+from mdistill.files import read_text
 from mdistill.registry import NonNegativeInt, PositiveInt
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -165,14 +166,7 @@ class FolderDataset(StreamedDataset):
 
     def fingerprint(self) -> str:
         """Of the files' names, classes and sizes; not of their content, which may be hundreds of gigabytes."""
-        digest = hashlib.sha256(self._settings.encode())
-        splits = {"train": (self._train, self._kept), **self._eval}
-        for split, (files, numbers) in splits.items():
-            digest.update(f"{split} {len(numbers)}".encode())
-            for number in numbers:
-                line = f"{files.files[number]}\0{files.labels[number]}\0{files.sizes[number]}\n"
-                digest.update(line.encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
+        return fingerprint_of_files({"train": (self._train, self._kept), **self._eval}, self._settings)
 
     @staticmethod
     def _all(pending: Sequence[Future[None]]) -> None:
@@ -221,8 +215,12 @@ def folder(
     classes = common_classes(*splits)
     train, test = (scan(folder, classes) for folder in splits)
     if augment == "crop":
-        return in_memory(train, test, classes, image_size, padding=padding, flip=flip, mean=mean, std=std)
-    return FolderDataset(train, test, classes, image_size=image_size, mean=mean, std=std, flip=flip)
+        return in_memory(
+            train, test, classes, image_size, padding=padding, flip=flip, mean=mean, std=std, notes=copy_notes(place)
+        )
+    return FolderDataset(
+        train, test, classes, image_size=image_size, mean=mean, std=std, flip=flip, notes=copy_notes(place)
+    )
 
 
 def in_memory(
@@ -252,6 +250,25 @@ def in_memory(
         notes=[count_line(train, test, class_names), *changed, *notes],
         class_names=class_names,
     )
+
+
+def fingerprint_of_files(splits: Mapping[str, tuple[Split, Indices]], settings: str = "") -> str:
+    """SHA-256, in hexadecimal, of the names, classes and sizes of these files of each split."""
+    digest = hashlib.sha256(settings.encode())
+    for name, (split, numbers) in splits.items():
+        digest.update(f"{name} {len(numbers)}".encode())
+        for number in numbers.tolist():
+            line = f"{split.files[number]}\0{split.labels[number]}\0{split.sizes[number]}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def copy_notes(root: Path) -> list[str]:
+    """What to say of the images in ``root`` if they are a smaller copy of others."""
+    path = root / COPIED
+    if not path.exists():
+        return []
+    return [f"a smaller copy of other images, {path.name}: {printable(read_text(path).strip(), 200)}"]
 
 
 def count_line(train: Split, test: Split, class_names: Sequence[str]) -> str:

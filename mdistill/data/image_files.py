@@ -26,6 +26,7 @@ from mdistill.errors import UserError, printable, suggestion
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 WORKERS = min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 MOST_IN_MEMORY = 2**34  # bytes of pixels that are held in memory, 16 GiB
+COPYING, COPIED = "mdistill_copying.json", "mdistill_copy.json"  # in a smaller copy: until it is complete, and then
 MOST_AHEAD = 1024  # images that are read before they are asked for
 
 Indices = npt.NDArray[np.int64]
@@ -90,6 +91,8 @@ def find_splits(root: Path) -> tuple[Path, Path]:
     Raises:
         UserError: one is missing.
     """
+    if (root / COPYING).exists():
+        raise UserError(f"{root} is an interrupted copy of images; run `mdistill data shrink` again to complete it")
     with readable_folders():
         inside = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
     train = root / "train"

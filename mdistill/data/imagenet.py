@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 from mdistill.data.dataset import DATASETS
-from mdistill.data.folder import FolderDataset
+from mdistill.data.folder import FolderDataset, copy_notes
 from mdistill.data.image_files import class_folders, common_classes, find_root, find_splits, readable_folders, scan
 from mdistill.errors import UserError, printable
 from mdistill.registry import PositiveInt
@@ -56,7 +56,7 @@ def imagenet(
         )
     classes = common_classes(train_folder, val_folder)
     train, val = scan(train_folder, classes), scan(val_folder, classes)
-    notes = []
+    notes = copy_notes(place)
     if len(classes) != CLASSES or (classes[0], classes[-1]) != (FIRST, LAST):
         notes.append(
             f"imagenet: {len(classes):,} of the {CLASSES:,} classes, numbered in the order of their own folders"

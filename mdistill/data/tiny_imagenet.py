@@ -25,6 +25,7 @@ from mdistill.files import read_text
 from mdistill.registry import NonNegativeInt
 
 FOLDER = "tiny-imagenet-200"
+ANNOTATIONS = "val_annotations.txt"
 IMAGE_SIZE = 64  # pixels, height and width
 CLASSES, TRAIN_IMAGES, VAL_IMAGES = 200, 100_000, 10_000
 MEAN = (0.4802, 0.4481, 0.3975)
@@ -66,8 +67,8 @@ def tiny_imagenet(
     notes: list[str] = []
     classes = _classes(place, notes)
     train = scan(place / "train", classes)
-    annotated = (place / "val" / "val_annotations.txt").exists()
-    val = _annotated(place / "val", classes) if annotated else _sorted_by_class(place / "val", classes)
+    annotated = (place / "val" / ANNOTATIONS).exists()
+    val = annotated_split(place / "val", classes) if annotated else _sorted_by_class(place / "val", classes)
     for split, images, published in ((train, len(train.files), TRAIN_IMAGES), (val, len(val.files), VAL_IMAGES)):
         if images != published:
             notes.append(f"tiny_imagenet: {split.folder.name} has {images:,} images, the published set {published:,}")
@@ -91,9 +92,9 @@ def _classes(place: Path, notes: list[str]) -> list[str]:
     return listed
 
 
-def _annotated(folder: Path, classes: Sequence[str]) -> Split:
+def annotated_split(folder: Path, classes: Sequence[str]) -> Split:
     """The images of ``folder/images`` that ``val_annotations.txt`` names, class by class."""
-    path = folder / "val_annotations.txt"
+    path = folder / ANNOTATIONS
     number = {name: label for label, name in enumerate(classes)}
     images = dict(images_below(folder / "images", "images")) if (folder / "images").is_dir() else {}
     if not images:
@@ -120,7 +121,7 @@ def _annotated(folder: Path, classes: Sequence[str]) -> Split:
 def _sorted_by_class(folder: Path, classes: Sequence[str]) -> Split:
     """The images of a ``val`` that has a folder for each class."""
     if not (folder / classes[0]).is_dir():
-        raise UserError(f"{folder / 'val_annotations.txt'} is missing: it says of which class each image of val is")
+        raise UserError(f"{folder / ANNOTATIONS} is missing: it says of which class each image of val is")
     return scan(folder, classes)
 
 
