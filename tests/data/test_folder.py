@@ -1,6 +1,7 @@
 """Folders of images: what is read, the same whoever decodes it and when, and what is refused in one line."""
 
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -335,6 +336,44 @@ def test_images_that_are_not_sorted_by_class_are_told(root: Path) -> None:
         (root / "val" / label).rmdir()
     with pytest.raises(UserError, match="2 classes, found 0; it holds 6 images, which have to be sorted into folders"):
         build(root)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("left", [0, 1])
+def test_two_classes_are_needed(split: str, left: int, root: Path) -> None:
+    for name in ("ant", "bee")[left:]:
+        shutil.rmtree(root / split / name)
+    with pytest.raises(UserError, match=rf"{split} should hold a folder for each of at least 2 classes, found {left}$"):
+        build(root)
+
+
+@pytest.mark.parametrize("missing", ["train", "val"])
+def test_both_splits_are_needed(missing: str, root: Path) -> None:
+    shutil.rmtree(root / missing)
+    with pytest.raises(UserError, match=r"should hold train/ and val/ \(or test/\), found (train|val)$"):
+        build(root)
+
+
+def test_a_class_without_images_is_told(root: Path) -> None:
+    for path in (root / "val" / "bee").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=r"val/bee holds no image \(\.bmp, \.jpeg, "):
+        build(root)
+
+
+def test_a_broken_file_among_those_that_are_evaluated_is_one_line(root: Path, tmp_path: Path) -> None:
+    path = root / "val" / "bee" / "1.jpg"
+    path.write_bytes(encoded(picture(0))[:400])
+    with pytest.raises(UserError, match=rf"{path}: no image that can be read: ") as caught:
+        runs.train(configured(root, tmp_path), tmp_path / "runs", "solver.epochs=1")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_images_smaller_than_the_crop_are_enlarged(root: Path) -> None:
+    data = DATASETS.build("folder", root.parent, False, root=root.name, image_size=96)
+    assert isinstance(data, FolderDataset)
+    assert data.read(np.arange(10), np.arange(10)).shape == (10, 96, 96, 3)
+    assert next(data.eval_batches("test", 4))[0].shape == (4, 3, 96, 96)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", encoded(picture(0))[:400]])
