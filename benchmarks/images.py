@@ -8,24 +8,25 @@
 ToTensor, Normalize) and a DataLoader with as many worker processes as ours has threads. Both hand over normalised
 float32 batches on the CPU. "pixels" ends where the device takes over in training on CUDA: with uint8 batches in the
 order of the epoch, which it normalises; "two views" has the crop of a strong view beside each. Files are read once
-before, so that they come from memory. Only ratios within one run count; each is the median over rounds of the ratio
-within a round. CPU time is that of the process and its workers.
+before, so that they come from memory. A round is an epoch of each. Only ratios within one run count; each is the
+median over rounds of the ratio within a round. CPU time is that of the process and its workers.
 """
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import PIL
 import torch
 import torchvision
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, transforms
 
 from mdistill.data.decoding import fast_decoder
@@ -35,8 +36,8 @@ from mdistill.data.loader import BatchLoader
 from mdistill.reporting.tables import text_table
 
 
-def theirs(folder: Path, args: argparse.Namespace, repeats: int) -> Iterator[int]:
-    """Sizes of torchvision's batches, for ever."""
+def theirs(folder: Path, args: argparse.Namespace) -> Callable[[], int]:
+    """An epoch of torchvision's; returns the number of images."""
     transform = transforms.Compose(
         [
             transforms.RandomResizedCrop(args.size),
@@ -45,31 +46,32 @@ def theirs(folder: Path, args: argparse.Namespace, repeats: int) -> Iterator[int
             transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
+    images = datasets.ImageFolder(str(folder), transform)
     loader: DataLoader[object] = DataLoader(
-        ConcatDataset([datasets.ImageFolder(str(folder), transform)] * repeats),
+        Subset(images, [number % len(images) for number in range(args.images)]),
         batch_size=args.batch_size,
         shuffle=True,
         num_workers=args.workers,
         persistent_workers=True,
     )
-    while True:
-        for image, _ in loader:
-            yield len(image)
+    return lambda: sum(len(image) for image, _ in loader)
 
 
 def ours(
     train: Split, test: Split, classes: list[str], args: argparse.Namespace, *, finish: bool, strong: bool = False
-) -> Iterator[int]:
-    """Sizes of our batches, for ever; with ``finish`` of normalised ones."""
+) -> Callable[[], int]:
+    """An epoch of ours, with ``finish`` up to normalised batches."""
     dataset = FolderDataset(train, test, classes, image_size=args.size, workers=args.workers)
     loader = BatchLoader(dataset, seed=0, batch_size=args.batch_size, device=torch.device("cpu"), strong=strong)
-    epoch = 0
-    while True:
-        epoch += 1
-        loader.begin(epoch, 0)
-        for step in range(loader.steps):
-            size = loader.fetch(step)
-            yield len(loader.batch(size).image) if finish else size
+    numbers = itertools.count(1)
+
+    def epoch() -> int:
+        loader.begin(next(numbers), 0)
+        sizes = [loader.fetch(step) if not finish else len(loader.batch(loader.fetch(step)).image) for step in steps]
+        return sum(sizes)
+
+    steps = range(loader.steps)
+    return epoch
 
 
 def cpu_seconds() -> float:
@@ -82,12 +84,11 @@ def cpu_seconds() -> float:
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
-def measure(batches: Iterator[int], images: int) -> tuple[float, float]:
-    """Images per second over the next ``images``, and CPU seconds for each."""
-    seen, cpu, start = 0, cpu_seconds(), time.perf_counter()
-    while seen < images:
-        seen += next(batches)
-    return seen / (time.perf_counter() - start), (cpu_seconds() - cpu) / seen
+def measure(epoch: Callable[[], int]) -> tuple[float, float]:
+    """Images per second over an epoch, and CPU seconds for each."""
+    cpu, start = cpu_seconds(), time.perf_counter()
+    images = epoch()
+    return images / (time.perf_counter() - start), (cpu_seconds() - cpu) / images
 
 
 def main() -> None:
@@ -96,7 +97,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="pixels of the crops (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="%(default)s")
     parser.add_argument("--workers", type=int, default=2, help="processes of theirs, threads of ours (%(default)s)")
-    parser.add_argument("--images", type=int, default=1280, help="in each round (%(default)s)")
+    parser.add_argument("--images", type=int, default=1280, help="in an epoch (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="%(default)s")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -105,27 +106,28 @@ def main() -> None:
     train, test = (scan(folder, classes) for folder in folders)
     for name in train.files:
         (train.folder / name).read_bytes()
-    repeats = -(-args.images // len(train.files))  # of a small set, or torchvision's workers would start anew too often
-    many = Split(train.folder, train.files * repeats, np.tile(train.labels, repeats), np.tile(train.sizes, repeats))
+    chosen = np.arange(args.images) % len(train.files)
+    some = Split(
+        train.folder, tuple(train.files[number] for number in chosen), train.labels[chosen], train.sizes[chosen]
+    )
     print(
         f"{len(train.files):,} images of {train.sizes.mean():,.0f} bytes on average, {args.workers} workers,"
         f" {platform.processor() or platform.machine()}, torch {torch.__version__}, torchvision"
         f" {torchvision.__version__}, Pillow {PIL.__version__}, decoder"
         f" {'simplejpeg' if fast_decoder() else 'Pillow'}, Python {platform.python_version()}"
     )
-    entries: dict[str, Callable[[], Iterator[int]]] = {
-        "torchvision": lambda: theirs(folders[0], args, repeats),
-        "ours": lambda: ours(many, test, classes, args, finish=True),
-        "ours, pixels": lambda: ours(many, test, classes, args, finish=False),
-        "ours, two views, pixels": lambda: ours(many, test, classes, args, finish=False, strong=True),
+    entries = {
+        "torchvision": theirs(folders[0], args),
+        "ours": ours(some, test, classes, args, finish=True),
+        "ours, pixels": ours(some, test, classes, args, finish=False),
+        "ours, two views, pixels": ours(some, test, classes, args, finish=False, strong=True),
     }
-    running = {name: make() for name, make in entries.items()}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in entries}
-    for batches in running.values():
-        measure(batches, args.batch_size)
-    for _ in range(args.rounds):
-        for name, batches in running.items():
-            found[name].append(measure(batches, args.images))
+    for turn in range(args.rounds + 1):
+        for name, epoch in entries.items():
+            measured = measure(epoch)
+            if turn:  # the first starts the workers
+                found[name].append(measured)
     rows = []
     for name, values in found.items():
         pairs = [*zip(values, found["torchvision"], strict=True)]
