@@ -4,7 +4,9 @@ import argparse
 from collections.abc import Sequence
 
 from mdistill.cli import common
-from mdistill.errors import UserError
+from mdistill.errors import UserError, printable
+
+MOST_CHARACTERS = 5000  # of a line
 
 DESCRIPTION = """Look through a folder of images, train/<class>/ and val/<class>/, or make a smaller copy of it.
 
@@ -44,7 +46,7 @@ def check(args: argparse.Namespace) -> None:
     from mdistill.data.survey import survey
 
     for line in survey(args.root):
-        print(line, flush=True)
+        print(printable(line, MOST_CHARACTERS), flush=True)  # names of files may hold anything
 
 
 def shrink(args: argparse.Namespace) -> None:

@@ -1,5 +1,7 @@
 """``mdistill data``: what it tells of a folder of images, its exit codes, and smaller copies of it."""
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,15 @@ def test_everything_that_is_wrong_is_told_at_once(root: Path, capsys: Capture) -
     assert lines[7].startswith(f"  {root / 'train' / 'bee' / '2.jpg'}: ")
     assert lines[8] == f"  {root / 'val' / 'ant' / '0.jpg'}: it begins with b'text', as no known format does"
     assert lines[9:] == [f"error: {root}: 5 things are wrong, told above"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="such names are refused elsewhere")
+def test_names_of_files_may_hold_anything(root: Path, capsys: Capture) -> None:
+    for name in (b"\xff\x1b[31m.jpg", b"two\nlines.jpg"):
+        (root / "train" / "bee" / os.fsdecode(name)).write_text("text")
+    lines = checked(root, capsys, 2)
+    assert lines[4].endswith(r"two\nlines.jpg: it begins with b'text', as no known format does")
+    assert r"\udcff\x1b[31m.jpg" in lines[5]
 
 
 def test_folders_that_are_missing_are_told(root: Path, capsys: Capture) -> None:
