@@ -144,12 +144,15 @@ class FolderDataset(StreamedDataset):
     def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         files, numbers = self._eval[split]
 
-        def begin(start: int) -> tuple[Indices, Pixels, list[Future[None]]]:
+        def begin(start: int) -> tuple[Indices, Tensor, list[Future[None]]]:
             part = numbers[start : start + batch_size]
-            pixels = np.empty((len(part), self.image_size, self.image_size, 3), np.uint8)
+            shape = len(part), self.image_size, self.image_size, 3
+            pinned = self._device.type == "cuda" and len(part) > 0  # so that the host does not wait for the upload
+            pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+            out = pixels.numpy()
 
             def centre(row: int) -> None:
-                pixels[row] = centre_crop(files.read(part[row]), self.image_size)
+                out[row] = centre_crop(files.read(part[row]), self.image_size)
 
             return part, pixels, [self._workers.submit(centre, row) for row in range(len(part))]
 
@@ -159,7 +162,7 @@ class FolderDataset(StreamedDataset):
             self._all(pending)
             ahead = begin(start + batch_size)  # decoded while the device is at work
             target = torch.from_numpy(files.labels[part])
-            yield self._normalize(torch.from_numpy(pixels).to(self._device)), target.to(self._device)
+            yield self._normalize(pixels.to(self._device, non_blocking=True)), target.to(self._device)
 
     def size(self, split: str) -> int:
         return len(self._eval[split][1])

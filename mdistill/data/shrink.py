@@ -7,6 +7,7 @@ complete. Files in it are whole or not there, so that an interrupted copy goes o
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,9 +139,9 @@ def _copy(split: Split, number: int, target: Path, short_side: int, quality: int
 def _record(splits: list[Split], short_side: int, quality: int) -> str:
     """One line that says what is copied and how."""
     names = [copied_name(f"{split.folder.name}/{name}") for split in splits for name in split.files]
-    if len({*names}) < len(names):
-        twice = sorted(names)[int(np.flatnonzero(np.array(sorted(names))[1:] == np.array(sorted(names))[:-1])[0])]
-        raise UserError(f"two images would both be copied to {printable(twice)}; rename one")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"two images would both be copied to {printable(twice[0])}; rename one")
     source = fingerprint_of_files({split.folder.name: (split, np.arange(len(split.files))) for split in splits})
     return json.dumps({"short_side": short_side, "quality": quality, "images": len(names), "source": source}) + "\n"
 

@@ -1,5 +1,6 @@
 """Folders of images: what is read, the same whoever decodes it and when, and what is refused in one line."""
 
+import gc
 import io
 import shutil
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from mdistill.models import MODELS
 
 from .. import runs
 from ..pictures import encoded, fill, picture
+from ..pretend_cuda import pretend
 
 SIZE = 24
 
@@ -455,3 +457,19 @@ def test_a_run_stopped_in_mid_epoch_and_resumed_equals_an_unbroken_one(method: s
     assert runs.place(tmp_path / "parts") == (2, 2)
     runs.train(cfg, tmp_path / "parts", mode="resume")
     runs.assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_on_cuda_a_captured_run_equals_an_eager_one(root: Path, tmp_path: Path) -> None:
+    """On the pretended device, with strong views and evaluation."""
+    cfg = configured(root, tmp_path, "mlkd")
+    gc.freeze()  # each capture collects garbage: here among what the test makes alone
+    try:
+        with pretend():
+            for engine in ("eager", "graph"):
+                overrides = f"run.engine={engine}", "run.deterministic=true", "solver.epochs=2"
+                runs.train(cfg, tmp_path / engine, *overrides, device="cuda")
+            runs.assert_same_runs(tmp_path / "eager", tmp_path / "graph")
+    finally:
+        gc.unfreeze()
+        torch.use_deterministic_algorithms(False)
