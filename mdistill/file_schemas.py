@@ -54,6 +54,7 @@ class Session(_Open):
 
     config_folder: Text = ""  # of the file that began it
     exports: list[ExportName] = []  # names of the networks that it writes
+    processes: Count = 1  # that trained together
 
 
 class Environment(_Exact):

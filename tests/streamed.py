@@ -78,10 +78,12 @@ class StreamedBlobs(StreamedDataset):
         coarse = (strong_view & 1).bool()[:, None, None, None]
         return self._normalise(torch.where(coarse, pixels // 64 * 64, pixels))
 
-    def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(self._test_labels), batch_size):
-            part = slice(start, start + batch_size)
-            pixels = torch.from_numpy(self._test_pixels[part]).to(self._device)
+    def eval_batches(
+        self, split: str, batch_size: int, *, first: int = 0, stride: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        numbers = torch.arange(first, len(self._test_labels), stride)
+        for part in numbers.split(batch_size):
+            pixels = torch.from_numpy(self._test_pixels)[part].to(self._device)
             yield self._normalise(pixels), self._test_labels[part].to(self._device)
 
     def size(self, split: str) -> int:

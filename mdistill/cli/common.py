@@ -166,14 +166,21 @@ def run(
     outer = signal.getsignal(signal.SIGTERM)
     stopper = _Stopper(when_stopped, arguments is None or (isinstance(outer, _Stopper) and outer.owns_process))
     with on_stop_signal(stopper), stopper.in_destructors():  # while training, the engine's own handler is in its place
+        distributed = None
         try:
             code = command(parse(arguments)) or 0
             sys.stdout.flush()
         except BaseException as error:
             stopper.armed = False
             message, code = _explain(error, stopper)
+            distributed = sys.modules.get("mdistill.distributed")
+            if distributed is not None and distributed.is_told_elsewhere(message):
+                message = ""
             with suppress(OSError):  # a terminal that has hung up takes no message
                 print(message, file=sys.stderr, end="\n" if message else "")
+    if arguments is None and code and distributed is not None and distributed.world_size() > 1:
+        sys.stdout.flush()
+        os._exit(code)  # what is left of torch's processes would wait for those of other ranks
     if arguments is None and code == Stopped.exit_code:
         for number in stop_signals():  # more of them must not change the exit code while the interpreter shuts down
             signal.signal(number, signal.SIG_IGN)

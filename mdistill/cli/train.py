@@ -3,8 +3,12 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mdistill.cli import common
+
+if TYPE_CHECKING:
+    from mdistill.config import Config
 
 DESCRIPTION = """Train a network as a configuration says.
 
@@ -45,18 +49,31 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def train(args: argparse.Namespace) -> None:
-    configs = common.load_configs(args, args.seeds or [args.seed])
     if args.print_config:
+        configs = common.load_configs(args, args.seeds or [args.seed])
         print("---\n".join(config.to_yaml() for config in configs), end="")
         return
+    from mdistill import distributed
+
+    with distributed.joined(args.device) as device:
+        with distributed.together():
+            configs = common.load_configs(args, args.seeds or [args.seed])
+        _train(args, configs, device)
+
+
+def _train(args: argparse.Namespace, configs: "Sequence[Config]", device_name: str | None) -> None:
+    from mdistill import distributed
     from mdistill.engine import build, trainer
+    from mdistill.engine.console import print_line
     from mdistill.engine.run_folder import RunFolder, run_mode
 
-    for warning in configs[0].warnings():
-        print(f"warning: {args.cfg}: {warning}", file=sys.stderr)
-    device = build.pick_device(args.device)
-    mode = run_mode(args.resume, args.overwrite)
-    folders = [] if args.dry_run else [RunFolder(args.output / config.run_folder(), mode) for config in configs]
+    if distributed.rank() == 0:
+        for warning in configs[0].warnings():
+            print(f"warning: {args.cfg}: {warning}", file=sys.stderr)
+    with distributed.together():
+        device = build.pick_device(device_name)
+        mode = run_mode(args.resume, args.overwrite)
+        folders = [] if args.dry_run else [RunFolder(args.output / config.run_folder(), mode) for config in configs]
     experiment = build.build(
         configs,
         device,
@@ -69,11 +86,11 @@ def train(args: argparse.Namespace) -> None:
     )
     experiment.metadata["config_folder"] = str((args.cfg if args.cfg.is_dir() else args.cfg.parent).resolve())
     for note in experiment.metadata["notes"]:
-        print(note)
+        print_line(note)
     if "loss" in experiment.metadata:
-        print(f"loss: {experiment.metadata['loss']}")
+        print_line(f"loss: {experiment.metadata['loss']}")
     if args.dry_run:
-        print(trainer.dry_run(experiment))
+        print_line(trainer.dry_run(experiment))
         return
     trainer.fit(experiment, folders)
 

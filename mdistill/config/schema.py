@@ -131,6 +131,7 @@ class RunConfig(_Section):
     teacher_logits: Literal["float16", "float32"] = "float16"  # what the teacher's logits are stored in
     engine: Literal["auto", "eager", "graph", "compile"] = "auto"  # how steps are launched
     evaluate_every: PositiveInt = 1  # epochs; the last one is always evaluated
+    checkpoint_minutes: Positive = 15.0  # within a longer epoch, the state is saved about as often
     deterministic: bool = False  # deterministic kernels on CUDA (slower); a CPU run always is
 
 
@@ -203,6 +204,7 @@ _NO_RESULT = {
     *(f"{member}.{key}" for member in ("teacher", "teacher.ensemble") for key in ("checkpoint", "expected_top1")),
     "run.engine",
     "run.evaluate_every",
+    "run.checkpoint_minutes",
 }
 
 

@@ -22,12 +22,14 @@ class Batch:
     partner: Tensor | None = None  # (B,) int64, the sample that each image is mixed with
     lam: Tensor | None = None  # (B,) float32, the share of ``index`` in a mixed image; ``partner`` has the rest
     keep: int | None = None  # train on this many images, those of which the teacher is least certain; None: on all
+    rank_counts: tuple[int, ...] = ()  # of processes that train together, each one's images in this step; () for one
 
     def select(self, rows: Tensor, *, teacher_logits: Tensor) -> "Batch":
         """Only the images ``rows`` (K,) int64, with their ``teacher_logits`` (K, C)."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         chosen = {name: value.index_select(0, rows) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(Batch(**chosen), teacher_logits=teacher_logits)  # type: ignore[arg-type]
+        selected = Batch(**chosen)  # type: ignore[arg-type]
+        return replace(selected, teacher_logits=teacher_logits, rank_counts=self.rank_counts)
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,17 @@ class Dataset(ABC):
         raise NotImplementedError(f"{type(self).__name__} has one view of an image, no strong one")
 
     @abstractmethod
-    def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All of a split in order: (image (B, 3, S, S) float32, target (B,) int64), the last batch perhaps smaller."""
+    def eval_batches(
+        self, split: str, batch_size: int, *, first: int = 0, stride: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """All of a split in order: (image (B, 3, S, S) float32, target (B,) int64), the last batch perhaps smaller.
+
+        Args:
+            split: one of ``splits``.
+            batch_size: B.
+            first: number of the first image.
+            stride: take every ``stride``-th image from there on, as processes do that share a split.
+        """
 
     @abstractmethod
     def size(self, split: str) -> int:
@@ -258,8 +267,10 @@ class InMemoryDataset(Dataset):
         pixels = augment.crop_and_flip(self._train, index, parts.view, self._rows, self._columns)
         return self._normalize(self._strengthen(pixels, parts))
 
-    def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        images, labels = self._split(split)
+    def eval_batches(
+        self, split: str, batch_size: int, *, first: int = 0, stride: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        images, labels = (values[first::stride] for values in self._split(split))
         for start in range(0, len(labels), batch_size):
             yield self._normalize(images[start : start + batch_size]), labels[start : start + batch_size]
 

@@ -21,7 +21,16 @@ from mdistill.data import randaugment, resized_crop
 from mdistill.data.batch import Batch
 from mdistill.data.dataset import DATASETS, Dataset, InMemoryDataset, StreamedDataset, held_out
 from mdistill.data.decoding import Pixels
-from mdistill.data.image_files import COPIED, WORKERS, Split, common_classes, find_root, find_splits, load_squares, scan
+from mdistill.data.image_files import (
+    COPIED,
+    Split,
+    common_classes,
+    decoding_threads,
+    find_root,
+    find_splits,
+    load_squares,
+    scan,
+)
 from mdistill.data.resizing import centre_crop, mirrored, resize
 from mdistill.errors import UserError, printable, shown
 from mdistill.files import read_text
@@ -48,7 +57,7 @@ class FolderDataset(StreamedDataset):
         std: of the three channels, on the same scale.
         flip: mirror half of the views left to right.
         notes: what a run prints and records about the data.
-        workers: threads that decode.
+        workers: threads that decode; None for one on each core, at most ``MOST_WORKERS``.
     """
 
     def __init__(
@@ -62,7 +71,7 @@ class FolderDataset(StreamedDataset):
         std: Sequence[float] = IMAGENET_STD,
         flip: bool = True,
         notes: Sequence[str] = (),
-        workers: int = WORKERS,
+        workers: int | None = None,
     ) -> None:
         self.class_names, self.num_classes, self.image_size = tuple(class_names), len(class_names), image_size
         self.splits, self.num_samples = ("test",), len(train.files)
@@ -77,7 +86,7 @@ class FolderDataset(StreamedDataset):
         self._device_labels, self._device = self._labels, torch.device("cpu")
         self.strong_views = image_size <= randaugment.MOST_PIXELS
         self._strengthen: randaugment.Strengthen | None = None  # made when it is first asked for
-        self._workers = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="mdistill-decode")
+        self._workers = ThreadPoolExecutor(workers or decoding_threads(), thread_name_prefix="mdistill-decode")
 
     def to(self, device: torch.device | str) -> Self:
         self._device, self._strengthen = torch.device(device), None
@@ -141,8 +150,11 @@ class FolderDataset(StreamedDataset):
             self._strengthen = randaugment.Strengthen(self.image_size).to(self._device)
         return self._normalize(self._strengthen(pixels, randaugment.decode(strong_view, 1)))
 
-    def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def eval_batches(
+        self, split: str, batch_size: int, *, first: int = 0, stride: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         files, numbers = self._eval[split]
+        numbers = numbers[first::stride]
 
         def begin(start: int) -> tuple[Indices, Tensor, list[Future[None]]]:
             part = numbers[start : start + batch_size]

@@ -19,12 +19,13 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from mdistill import distributed
 from mdistill.data.decoding import Pixels, decode
 from mdistill.data.resizing import centre_crop
 from mdistill.errors import UserError, printable, suggestion
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
-WORKERS = min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+MOST_WORKERS = 32  # threads that decode
 MOST_IN_MEMORY = 2**34  # bytes of pixels that are held in memory, 16 GiB
 COPYING, COPIED = "mdistill_copying.json", "mdistill_copy.json"  # in a smaller copy: until it is complete, and then
 MOST_AHEAD = 1024  # images that are read before they are asked for
@@ -202,14 +203,19 @@ def load_squares(splits: Sequence[Split], size: int) -> tuple[list[Pixels], int]
     return arrays, resized
 
 
+def decoding_threads() -> int:
+    """One for each core of this process, at most ``MOST_WORKERS``."""
+    return min(MOST_WORKERS, distributed.usable_cores())
+
+
 def in_threads(function: Callable[[Item], Result], items: Sequence[Item], label: str) -> Iterator[Result]:
-    """``function`` of each item, in their order, computed by ``WORKERS`` threads, behind a progress bar.
+    """``function`` of each item, in their order, computed by threads, behind a progress bar.
 
     The first error, in the order of the items, or a stop signal ends it; what has not begun by then is left.
     """
     ahead: deque[Future[Result]] = deque()
     bar = tqdm(desc=label, total=len(items), unit="image", dynamic_ncols=True, disable=None)
-    with bar, ThreadPoolExecutor(WORKERS, "mdistill-images") as pool:
+    with bar, ThreadPoolExecutor(decoding_threads(), "mdistill-images") as pool:
         try:
             for item in items:
                 ahead.append(pool.submit(function, item))

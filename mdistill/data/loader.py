@@ -84,21 +84,27 @@ class BatchLoader:
     ) -> None:
         assert not (strong and mixing is not None)
         self.dataset, self.seed, self.device = dataset, seed, device
-        self._own = shard(dataset.num_samples, batch_size, distributed.rank(), distributed.world_size())
+        self.batch_size = min(batch_size, dataset.num_samples)
+        self.steps = -(-dataset.num_samples // self.batch_size)  # in an epoch
+        self.own_batch_size = self.own_count(self.batch_size)
+        self._own = shard(dataset.num_samples, self.batch_size, distributed.rank(), distributed.world_size())
         self.samples = len(self._own)  # N
-        self.batch_size = min(batch_size // distributed.world_size(), self.samples)  # of this process
-        self.steps = -(-self.samples // self.batch_size)  # in an epoch
         self._strong, self._mixing = strong, mixing
         self._pairs = torch.zeros(2, self.samples + 1, dtype=torch.int64, device=device)  # index, view
         columns = 1 if strong else mixing.num_columns if mixing is not None else 0
         self._extra = torch.zeros(columns, self.samples, dtype=torch.int64, device=device)
         self._position = torch.zeros((), dtype=torch.int64, device=device)  # images of the epoch already seen
-        self._offsets = torch.arange(self.batch_size, device=device)
+        self._offsets = torch.arange(self.own_batch_size, device=device)
         self._teacher = teacher_logits(self._pairs) if teacher_logits is not None else None
         self._reader: Reader | None = None
         if isinstance(dataset, StreamedDataset):
-            self._reader = Reader(dataset, self.batch_size, device, strong=strong)
+            self._reader = Reader(dataset, self.own_batch_size, device, strong=strong)
         self._prepared: Prepared | None = None
+
+    @staticmethod
+    def own_count(size: int) -> int:
+        """How many images of a step of ``size`` this process trains on."""
+        return distributed.split(size, distributed.world_size())[distributed.rank()]
 
     # ---- on the host, between steps ----
 
@@ -112,7 +118,7 @@ class BatchLoader:
         elif self._mixing is not None:
             extra = mixed_images.plan(self._mixing, self.seed, epoch, data.num_samples, data.num_views, data.image_size)
         plan = EpochPlan(index=plan.index[own], view=plan.view[own])
-        first = step * self.batch_size
+        first = step * self.own_batch_size
         logits = self._teacher.look_up(plan.index, plan.view, first=first) if self._teacher is not None else None
         self._prepared = Prepared(epoch, step, plan, extra[:, own], logits)
 
@@ -124,7 +130,7 @@ class BatchLoader:
             ready = self._prepared
         assert ready is not None
         self._prepared = None
-        first = step * self.batch_size
+        first = step * self.own_batch_size
         self._pairs[:, :-1].copy_(upload(np.stack([ready.plan.index, ready.plan.view]), self.device))
         if len(ready.extra):
             self._extra.copy_(upload(ready.extra, self.device))
@@ -135,11 +141,14 @@ class BatchLoader:
             self._reader.begin(ready.plan, first, ready.extra[0] if self._strong else None)
 
     def fetch(self, step: int) -> int:
-        """Have everything of step ``step`` on the device that a batch cannot compute there; returns its batch size."""
-        first = step * self.batch_size
-        size = min(self.batch_size, self.samples - first)
+        """Have everything of step ``step`` on the device that a batch cannot compute there.
+
+        Returns:
+            the images of the step, over all processes.
+        """
+        size = min(self.batch_size, self.dataset.num_samples - step * self.batch_size)
         if self._teacher is not None:
-            self._teacher.require(first + size)
+            self._teacher.require(step * self.own_batch_size + self.own_count(size))
         if self._reader is not None:
             self._reader.fetch()
         return size
@@ -157,17 +166,21 @@ class BatchLoader:
     # ---- within the step ----
 
     def batch(self, size: int) -> Batch:
-        """The next ``size`` images of the epoch. Static shapes, no read by the host; moves the position on."""
-        positions = self._position + self._offsets[:size]
+        """This process's part of the next ``size`` images of the epoch, whose order all processes share.
+
+        Static shapes, no read by the host; moves the position on.
+        """
+        count = self.own_count(size)
+        positions = self._position + self._offsets[:count]
         index, view = self._pairs.index_select(1, positions).unbind()
         if self._reader is not None:
-            batch = self._reader.dataset.finish_batch(self._reader.pixels[:size], index, view)
+            batch = self._reader.dataset.finish_batch(self._reader.pixels[:count], index, view)
         else:
             batch = self.dataset.train_batch(index, view)
         if self._strong:
             strong_view = self._extra[0].index_select(0, positions)
             if self._reader is not None:
-                strong_pixels = self._reader.strong_pixels[:size]
+                strong_pixels = self._reader.strong_pixels[:count]
                 strong_image = self._reader.dataset.finish_strong(strong_pixels, index, strong_view)
             else:
                 strong_image = self.dataset.strong_image(index, strong_view)
@@ -176,7 +189,9 @@ class BatchLoader:
             batch = self._mixed(batch, self._extra.index_select(1, positions))
         if self._teacher is not None:
             batch = dataclasses.replace(batch, teacher_logits=self._teacher.logits.index_select(0, positions))
-        self._position.add_(size)
+        self._position.add_(count)
+        if distributed.world_size() > 1:
+            batch = dataclasses.replace(batch, rank_counts=distributed.split(size, distributed.world_size()))
         return batch
 
     def _mixed(self, batch: Batch, columns: Tensor) -> Batch:
@@ -296,15 +311,14 @@ class PinnedUpload:
         self._uploaded[buffer].synchronize()
 
 
-def shard(samples: int, batch_size: int, rank: int, world_size: int) -> Indices:
-    """The positions of an epoch that one of several processes trains on: its part of each batch, in order.
-
-    Every process gets as many, so that all take the same steps; at most ``world_size`` - 1 images of the last batch of
-    an epoch are left out.
-    """
-    starts = range(0, samples, batch_size)
-    parts = [(start, min(batch_size, samples - start) // world_size) for start in starts]
-    return np.concatenate([np.arange(start + rank * size, start + (rank + 1) * size) for start, size in parts])
+def shard(samples: int, batch_size: int, rank: int, ranks: int) -> Indices:
+    """The positions of an epoch that one of several processes trains on: its part of each batch, in order."""
+    parts = []
+    for start in range(0, samples, batch_size):
+        counts = distributed.split(min(batch_size, samples - start), ranks)
+        first = start + sum(counts[:rank])
+        parts.append(np.arange(first, first + counts[rank]))
+    return np.concatenate(parts)
 
 
 def upload(values: npt.NDArray[Any] | Tensor, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ batch.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -127,7 +127,8 @@ def concatenate(candidates: list[Batch], keep: int) -> Batch:
         return torch.cat([getattr(each, field) for each in candidates])
 
     names = ("image", "target", "index", "view", "partner", "lam")
-    return Batch(**{name: joined(name) for name in names}, keep=keep)
+    columns: dict[str, Any] = {name: joined(name) for name in names}
+    return Batch(**columns, keep=keep)
 
 
 def least_certain(batch: Batch, teacher_logits: Tensor) -> Batch:

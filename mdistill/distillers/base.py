@@ -72,6 +72,7 @@ class StepOutput:
     task: dict[str, Tensor]
     distillation: dict[str, Tensor]
     signals: Signals  # what the terms were computed from, for ``after_step``
+    share: float = 1.0  # of the images of the step, over all processes that train together, that are here
 
     @property
     def terms(self) -> dict[str, Tensor]:
@@ -131,6 +132,7 @@ class Distiller(nn.Module, ABC):
         self.warmup_epochs = warmup_epochs
         self.standardize_logits = standardize_logits
         self.seed = 0  # of the run; set by the engine, as what the networks run in (None: as it comes)
+        self._rank_counts: tuple[int, ...] = ()  # ``Batch.rank_counts`` of the step
         self.student_precision: Precision | None = None
         self.teacher_precision: Precision | None = None
 
@@ -172,6 +174,7 @@ class Distiller(nn.Module, ABC):
         Raises:
             UserError: a network or the method returned something else than it should.
         """
+        self._rank_counts = batch.rank_counts
         if batch.keep is not None:
             batch = least_certain(batch, self._run_teacher(batch.image)[0])
         views: list[Signals] = []
@@ -207,7 +210,9 @@ class Distiller(nn.Module, ABC):
         if self.warmup_epochs:
             ramp = (epoch / self.warmup_epochs).clamp(max=1.0)
             distillation = {name: ramp * term for name, term in distillation.items()}
-        return StepOutput(signals.raw_student_logits, batch.target, task, distillation, signals)
+        images = len(batch.target)
+        share = images / sum(batch.rank_counts) if batch.rank_counts else 1.0
+        return StepOutput(signals.raw_student_logits, batch.target, task, distillation, signals, share)
 
     # ---- what methods and the engine call ----
 
@@ -234,8 +239,26 @@ class Distiller(nn.Module, ABC):
             return widen(module(*inputs))
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all processes that train together: (B, ...) -> (R B, ...); alone, ``rows`` themselves."""
-        return distributed.gather(rows)
+        """The rows of all processes that train together: (B, ...) -> (G, ...); alone, ``rows`` themselves.
+
+        A term that is no mean over images (it relates images to each other, or divides by what it sums over them) is
+        computed from gathered rows; its gradient reaches this process's own.
+        """
+        return distributed.gather(rows, self._rank_counts)
+
+    def whole_batch(self, signals: Signals) -> Signals:
+        """``signals`` of all processes that train together, without features, which ``gather`` takes one by one."""
+        if not self._rank_counts:
+            return signals
+        rows: dict[str, Any] = {
+            name: self.gather(getattr(signals, name))
+            for name in ("student_logits", "teacher_logits", "target", "index")
+        }
+        for name in ("student_logits", "teacher_logits"):
+            plain = getattr(signals, f"raw_{name}")
+            rows[f"raw_{name}"] = rows[name] if plain is getattr(signals, name) else self.gather(plain)
+        strong = None if signals.strong is None else self.whole_batch(signals.strong)
+        return replace(signals, student_features=None, teacher_features=None, strong=strong, **rows)
 
     def train(self, mode: bool = True) -> "Distiller":
         """Switch the student's mode; the teacher stays frozen."""

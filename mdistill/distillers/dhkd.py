@@ -122,7 +122,8 @@ class DHKD(Distiller):
             return {}
         assert signals.student_features is not None
         pooled = signals.student_features.pooled.to(self.head.weight.dtype)
-        if self.align:
+        if self.align:  # over the batch as one vector
+            pooled, signals = self.gather(pooled), self.whole_batch(signals)
             weight = self._main_head.weight.detach().to(pooled.dtype)
             logits = signals.raw_student_logits.detach().to(pooled.dtype)
             pooled = Align.apply(pooled, main_gradient(logits, signals.target, weight))

@@ -123,6 +123,7 @@ class DIST(Distiller):
 
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
         """``inter`` and ``intra``, whichever has a weight."""
+        signals = self.whole_batch(signals)  # the intra-class term relates images to each other
         logits, terms = (signals.student_logits, signals.teacher_logits), {}
         if self.beta:
             terms["inter"] = self.beta * inter_class_loss(*logits, temperature=self.temperature)

@@ -142,11 +142,13 @@ class LabelRevision(Distiller):
         """``ce``, on the raw logits of the samples that the teacher gets right."""
         if self.ce_weight == 0:
             return {}
+        signals = self.whole_batch(signals)
         logits = signals.raw_student_logits, signals.raw_teacher_logits
         return {"ce": self.ce_weight * right_ce_loss(*logits, signals.target)}
 
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
         """``logit`` and ``revised``, whichever has a weight."""
+        signals = self.whole_batch(signals)  # each term divides by the number of its samples
         given = signals.student_logits, signals.teacher_logits, signals.target
         terms = {}
         if self.lambda1:

@@ -79,5 +79,6 @@ class LumiNet(Distiller):
         """The one term, ``luminet``."""
         if self.luminet_weight == 0:
             return {}
+        signals = self.whole_batch(signals)  # a class's mean and variance are those of the batch
         loss = luminet_loss(signals.student_logits, signals.teacher_logits, temperature=self.temperature)
         return {"luminet": self.luminet_weight * loss}

@@ -222,6 +222,7 @@ class MCLD(Distiller):
 
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
         """``instance``, ``sample`` and ``category``, whichever is on."""
+        signals = self.whole_batch(signals)
         logits, tau = (signals.student_logits, signals.teacher_logits), self.temperature
         terms = {}
         if self.queue is not None:

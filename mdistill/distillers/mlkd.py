@@ -232,9 +232,10 @@ class MLKD(Distiller):
 
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
         """Published: ``instance``, ``class``, ``batch`` and ``strong``; of the paper: the first three for each view."""
-        strong = signals.strong
         if self.kd_weight == 0:
             return {}
+        signals = self.whole_batch(signals)
+        strong = signals.strong
         assert strong is not None
         weak_logits, strong_logits = (
             (view.student_logits, view.teacher_logits, view.raw_student_logits, view.raw_teacher_logits)

@@ -48,6 +48,7 @@ class MLKDNoAug(Distiller):
         """``instance``, ``class`` and ``batch``."""
         if self.kd_weight == 0:
             return {}
+        signals = self.whole_batch(signals)
         terms = weak_view_terms(
             signals.student_logits,
             signals.teacher_logits,

@@ -95,6 +95,7 @@ class SinKD(Distiller):
 
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
         """``kd`` and ``sinkhorn``, whichever has a weight."""
+        signals = self.whole_batch(signals)
         logits, terms = (signals.student_logits, signals.teacher_logits), {}
         if self.kd_weight:
             terms["kd"] = self.kd_weight * kd_loss(*logits, temperature=self.temperature)

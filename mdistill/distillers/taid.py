@@ -138,7 +138,7 @@ class TAID(Distiller):
 
     def after_step(self, signals: Signals) -> None:
         """The target moves on by the step's loss, over the images of all processes; computed anew, which is cheap."""
-        self.target.update(self.gather(self._loss(signals)[None]).mean(), signals.epoch)
+        self.target.update(self._loss(self.whole_batch(signals)), signals.epoch)
 
     def _loss(self, signals: Signals) -> Tensor:
         coefficient = self.target.at(signals.epoch)

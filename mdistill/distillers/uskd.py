@@ -143,7 +143,8 @@ class USKD(Distiller):
         stage = signals.student_features.stages[self.stage]  # (B, D, H, W)
         weak_logits = self.head(stage.mean(dim=(2, 3), dtype=self.head.weight.dtype))
         if self.alpha:
-            terms["target"] = self.alpha * target_label_loss(signals.student_logits, signals.target)
+            logits, target = self.gather(signals.student_logits), self.gather(signals.target)
+            terms["target"] = self.alpha * target_label_loss(logits, target)
         if self.beta:
             terms["non_target"] = self.beta * non_target_label_loss(signals.student_logits, weak_logits, signals.target)
         if self.mu:

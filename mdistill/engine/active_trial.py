@@ -1,5 +1,6 @@
 """A trial on its way through the epochs: where it is, and what it reads, writes and prints."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
@@ -8,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mdistill import distributed
 from mdistill.config import cell_identity
 from mdistill.data.loader import BatchLoader
+from mdistill.distributed import PeerLost
 from mdistill.engine import checkpoint
 from mdistill.engine.build import Experiment, Trial
 from mdistill.engine.checkpoint import Snapshot, Writer
@@ -19,7 +22,7 @@ from mdistill.engine.console import Stopwatch, end_line, epoch_line, print_line,
 from mdistill.engine.cuda_graph import CapturedStep, Engine, choose_engine, compile_network, side_stream, uncompiled
 from mdistill.engine.evaluate import LaunchedEvaluation, launch_evaluation
 from mdistill.engine.metrics import RunningMetrics
-from mdistill.engine.run_folder import RunFolder, environment, read_metrics
+from mdistill.engine.run_folder import RunFolder, environment, read_metrics, read_sessions
 from mdistill.engine.teacher import CACHE_DTYPES, TeacherLogits
 from mdistill.errors import RunFailed, Stopped, UserError
 from mdistill.file_schemas import Best, Progress
@@ -88,6 +91,8 @@ class ActiveTrial:
         self.writer = Writer()
         self.ended: UserError | Stopped | None = None
         self._clock = Stopwatch(self.device)
+        self._saved_at = time.monotonic()
+        self._saved: Progress | None = None  # where the checkpoint stands
         if self.engine.name == "compile":
             self._compile()
         self.stream = side_stream(self.device)  # behind all of the above
@@ -115,10 +120,8 @@ class ActiveTrial:
                 checkpoint.restore(
                     saved, path, self.distiller, self.averages, self.solver, self.metrics, terms=self._terms
                 )
-                self.progress = saved.progress
-                before = saved.versions.torch
-                if before != torch.__version__:
-                    self._print(f"note: started under torch {before}; the last bits may differ from here on")
+                self.progress, self._saved = saved.progress, saved.progress.model_copy()
+                self._tell_what_differs(saved.versions.torch)
             undo.pop_all()
         self.stream = side_stream(self.device)  # behind what was restored
         return self
@@ -132,7 +135,8 @@ class ActiveTrial:
             closing.callback(self.loader.close)
             closing.enter_context(suppress(UserError))  # already reported
             closing.enter_context(self.stream)
-            self.loader.finish()  # what the teacher has computed is not lost
+            if not isinstance(error, PeerLost):  # after which a CUDA device may wait for the lost one for ever
+                self.loader.finish()  # what the teacher has computed is not lost
 
     def run(self, step: "Callable[[ActiveTrial, int], None]", size: int) -> None:
         """``step(self, size)``, always the same one; on CUDA it is captured after a few calls and then replayed."""
@@ -160,6 +164,18 @@ class ActiveTrial:
                 raise
             self.ended = type(error)(f"{self._label}{error}")
 
+    @contextmanager
+    def telling_what_is_saved(self) -> Iterator[None]:
+        """Within, the loss of another process is told with where the run can be resumed."""
+        try:
+            yield
+        except PeerLost as error:
+            saved = "nothing was saved before"
+            if self._saved is not None:
+                place = f"step {self._saved.step} of epoch {self._saved.epoch}"
+                saved = f"{self.folder.checkpoint} has {place}; continue with --resume"
+            raise PeerLost(f"{error}; {saved}") from error
+
     def prepare_folder(self) -> None:
         """Clear or cut back the folder and write what is known by now; nothing is written before."""
         if not self.writes:
@@ -170,11 +186,33 @@ class ActiveTrial:
             self.config.to_yaml(), environment(self.device, metadata), epochs_done=self.progress.epoch - 1
         )
 
+    def agree(self) -> None:
+        """Let processes that train together start from rank 0's state, which they have read or drawn themselves.
+
+        Raises:
+            UserError: they stand at different steps, so that they do not see the same files.
+        """
+        if distributed.world_size() == 1:
+            return
+        own, other = ((place.epoch, place.step) for place in (self.progress, distributed.of_rank_0(self.progress)))
+        with distributed.together():
+            if own != other:
+                raise UserError(
+                    f"{self.folder.checkpoint}: this process stands at step {own[1]} of epoch {own[0]}, process 0 at"
+                    f" step {other[1]} of epoch {other[0]}: all machines have to see the same --output"
+                )
+        parameters = [value for name, value in self.distiller.named_parameters() if not name.startswith("teacher.")]
+        distributed.broadcast_([*parameters, *self._buffers()])
+
     def print_start(self) -> None:
         """What this session begins with."""
         self._print(start_line(self.folder, self.progress, self.config.solver.epochs))
 
     # ---- an epoch ----
+
+    def is_save_due(self) -> bool:
+        """Whether the state that is saved is older than ``run.checkpoint_minutes``; asked on the rank that writes."""
+        return self.writes and time.monotonic() - self._saved_at > 60 * self.config.run.checkpoint_minutes
 
     def begin_epoch(self, epoch: int) -> None:
         """Set rate, mode and batches for what is left of ``epoch``."""
@@ -186,11 +224,12 @@ class ActiveTrial:
         self._clock.start()
 
     def end_training(self) -> None:
-        """The steps are launched: stop the clock, and let processes that train together agree on buffers."""
+        """The steps are launched: stop the clock, and let processes that train together agree on buffers.
+
+        Their BatchNorm statistics differ; those of rank 0 are evaluated and saved, and training reads none.
+        """
         self._clock.stop()
-        own = [value for name, value in self.distiller.named_buffers() if not name.startswith("teacher.")]
-        averaged = [value for average in self.averages.values() for value in average.buffers()]
-        distributed.average_([value for value in (*own, *averaged) if value.is_floating_point()])
+        distributed.broadcast_(self._buffers())
 
     def launch_evaluations(self, epoch: int) -> dict[str, LaunchedEvaluation]:
         """Every student on every split, where ``epoch`` is evaluated; the host does not wait.
@@ -198,7 +237,7 @@ class ActiveTrial:
         The first student is the headline; the keys of the others start with their name.
         """
         config = self.config
-        if not self.writes or (epoch % config.run.evaluate_every and epoch != config.solver.epochs):
+        if epoch % config.run.evaluate_every and epoch != config.solver.epochs:
             return {}
         launched = {}
         for number, (name, student) in enumerate(self.students.items()):
@@ -259,6 +298,8 @@ class ActiveTrial:
         Raises:
             RunFailed: what was to be written before could not be.
         """
+        metrics = self.metrics.state_dict()
+        self._saved_at, self._saved = time.monotonic(), self.progress.model_copy()
         if not self.writes:
             return
         state = checkpoint.state_of(
@@ -266,7 +307,7 @@ class ActiveTrial:
             self.averages,
             self.solver,
             self.progress,
-            self.metrics,
+            metrics,
             config=self.config,
             fingerprints=self.experiment.fingerprints,
         )
@@ -297,9 +338,13 @@ class ActiveTrial:
         for name, state in students.items():
             save_weights(self.folder.path / f"{name}.pt", state)
 
+    def _buffers(self) -> list[Tensor]:
+        own = [value for name, value in self.distiller.named_buffers() if not name.startswith("teacher.")]
+        return [*own, *(value for average in self.averages.values() for value in average.state_dict().values())]
+
     def _compile(self) -> None:
         size = self.experiment.dataset.image_size
-        blank = torch.zeros(self.loader.batch_size, 3, size, size, device=self.device)
+        blank = torch.zeros(self.loader.own_batch_size, 3, size, size, device=self.device)
         compiled = compile_network(
             self.distiller.train().student,
             to_layout(self.distiller.student, blank),
@@ -311,6 +356,21 @@ class ActiveTrial:
 
     def _print(self, message: str) -> None:
         print_line(f"{self._label}{message}")
+
+    def _tell_what_differs(self, torch_before: str) -> None:
+        """What makes the rest of a resumed run another than it would have been."""
+        if torch_before != torch.__version__:
+            self._print(f"note: started under torch {torch_before}; the last bits may differ from here on")
+        sessions, now = read_sessions(self.folder.path), distributed.world_size()
+        before = sessions[-1].get("processes", 1) if sessions else now
+        if before != now:
+            has_statistics = any(isinstance(each, _BatchNorm) for each in self.distiller.student.modules())
+            how = (
+                "BatchNorm normalises by the images of one process, so the result differs from here on"
+                if has_statistics
+                else "sums are ordered otherwise, so the last bits differ from here on"
+            )
+            self._print(f"note: processes that train together: {before} before, {now} now; {how}")
 
     def _last_good(self) -> str:
         if self.folder.checkpoint.exists():

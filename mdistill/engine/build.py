@@ -256,6 +256,41 @@ def build(
     Raises:
         UserError: anything in the configuration, the data, the teacher's file or its cache that does not fit.
     """
+    roots = {"data_root": data_root, "checkpoint_root": checkpoint_root}
+    if download and distributed.world_size() > 1:
+        with distributed.together():
+            if distributed.is_first_on_machine():  # fetches what the others then find
+                build_dataset(configs[0], data_root=data_root, download=True)
+    with distributed.together():
+        experiment, teacher, loaded = _assemble(configs, device, **roots, download=download)
+    config, metadata = configs[0], experiment.metadata
+    if config.teacher is not None and teacher is not None:
+        if check_teacher:
+            precision = config.run.teacher_precision or config.run.precision
+            measured = [
+                verify_top1(
+                    member.expected_top1,
+                    partial(_top1, network, experiment.dataset, config.data.eval_batch_size, precision),
+                    key=f"{weights}:{experiment.fingerprints['data']}",
+                    memory=output_root / "teachers.json",
+                    teacher=str(source),
+                    where=config.data.name,
+                    section=section,
+                )
+                for (section, member), network, (source, weights) in zip(
+                    _members_of(config.teacher), _members(teacher), loaded, strict=True
+                )
+            ]
+            metadata["teacher"]["top1"] = measured[0] if len(measured) == 1 else measured
+        with distributed.together():
+            _place_teacher(experiment, teacher, cache_root)
+    return experiment
+
+
+def _assemble(
+    configs: Sequence[Config], device: torch.device, *, data_root: Path, checkpoint_root: Path, download: bool
+) -> tuple[Experiment, nn.Module | None, list[tuple[Path, str]]]:
+    """What ``build`` gives before the teacher is tried, the teacher, and its files with fingerprints of the weights."""
     config, run = configs[0], configs[0].run
     teacher_precision = run.teacher_precision or run.precision
     require_precision(run.precision, device, "run.precision")
@@ -291,11 +326,7 @@ def build(
     ranks = distributed.world_size()
     if ranks > 1 and len(configs) > 1:
         raise UserError(f"--seeds: {len(configs)} trials at once need one process, found {ranks}; give one --seed")
-    if config.data.batch_size % ranks:
-        raise UserError(
-            f"data.batch_size: {config.data.batch_size} images cannot be shared evenly by {ranks} processes;"
-            f" take a multiple of {ranks}"
-        )
+    _check_shares(config.data.batch_size, dataset.num_samples, ranks)
     dataset = dataset.to(device)
     if teacher is not None:
         move(teacher, device, teacher_precision)
@@ -315,26 +346,22 @@ def build(
             )
         trials.append(Trial(each, distiller, solver, averages, _try_step(solver, distiller, info)))
     experiment = Experiment(trials, dataset, device, fingerprints, metadata)
-    if config.teacher is not None and teacher is not None:
-        if check_teacher:
-            batch_size = config.data.eval_batch_size
-            measured = [
-                verify_top1(
-                    member.expected_top1,
-                    partial(_top1, network, dataset, batch_size, teacher_precision),
-                    key=f"{weights}:{fingerprints['data']}",
-                    memory=output_root / "teachers.json",
-                    teacher=str(source),
-                    where=config.data.name,
-                    section=section,
-                )
-                for (section, member), network, source, weights in zip(
-                    _members_of(config.teacher), _members(teacher), sources, prints, strict=True
-                )
-            ]
-            metadata["teacher"]["top1"] = measured[0] if len(measured) == 1 else measured
-        _place_teacher(experiment, teacher, cache_root)
-    return experiment
+    return experiment, teacher, list(zip(sources, prints, strict=True))
+
+
+def _check_shares(batch_size: int, samples: int, ranks: int) -> None:
+    """Refuse batches that several processes cannot share."""
+    if batch_size % ranks:
+        raise UserError(
+            f"data.batch_size: {batch_size} images cannot be shared evenly by {ranks} processes; take a multiple of"
+            f" {ranks}, such as {max(1, round(batch_size / ranks)) * ranks}"
+        )
+    last = samples % min(batch_size, samples) or min(batch_size, samples)
+    if last < ranks:
+        raise UserError(
+            f"data.batch_size: with {batch_size} the last of an epoch's batches has {last} of the {samples} images,"
+            f" fewer than the {ranks} processes; take another batch size"
+        )
 
 
 def _members_of(teacher: TeacherConfig) -> list[tuple[str, MemberConfig]]:

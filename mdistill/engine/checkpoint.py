@@ -28,7 +28,7 @@ def state_of(
     averages: Mapping[str, AveragedNetwork],
     solver: Solver,
     progress: Progress,
-    metrics: RunningMetrics,
+    metrics: Mapping[str, Any],
     *,
     config: Config,
     fingerprints: Mapping[str, str],
@@ -36,6 +36,7 @@ def state_of(
     """All that the next step depends on, but the teacher; tensors are the live ones.
 
     Args:
+        metrics: the state of the running ones.
         fingerprints: of what the run depends on and a checkpoint does not hold: the data, the teacher's weights.
     """
     return {
@@ -44,7 +45,7 @@ def state_of(
         "averages": {name: average.state_dict() for name, average in averages.items()},
         "solver": solver.state_dict(),
         "progress": progress.model_dump(),
-        "metrics": metrics.state_dict(),
+        "metrics": dict(metrics),
         "config": config.resolved(),
         "fingerprints": dict(fingerprints),
         "versions": {"mdistill": __version__, "torch": str(torch.__version__)},

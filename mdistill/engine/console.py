@@ -49,7 +49,8 @@ def on_stop_signal(handler: Handler) -> Iterator[None]:
 class StopHandler:
     """Answers stop signals: the first one is told to ``first``, a second one ends the process at once.
 
-    Shells and schedulers send one request twice in the same moment; within ``DOUBLE`` seconds that counts as one.
+    Shells and schedulers send one request twice in the same moment; within ``DOUBLE`` seconds that counts as one. So do
+    SIGTERMs of a launcher of several processes, which kills those that take too long by itself.
 
     Args:
         owns_process: whether the process may be ended; else, as in a notebook, an exception ends what is going on.
@@ -70,7 +71,7 @@ class StopHandler:
         if self.signal is None:
             self.signal, self._asked = signal.Signals(number).name, now
             self.first(frame)
-        elif now - self._asked >= self.DOUBLE:
+        elif now - self._asked >= self.DOUBLE and not (_launched() and number == signal.SIGTERM):
             self.end("ended at once; what was saved before stays")
 
     def first(self, frame: FrameType | None) -> None:
@@ -85,6 +86,11 @@ class StopHandler:
         os._exit(Stopped.exit_code)
 
 
+def _launched() -> bool:
+    """Whether a launcher such as torchrun, which sends SIGTERM after any other signal, began this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 class StopRequest(StopHandler):
     """Turns SIGTERM, SIGHUP and Ctrl-C into a flag, ``signal``, that a loop reads between its steps."""
 
@@ -93,6 +99,11 @@ class StopRequest(StopHandler):
         super().__init__(isinstance(outer, StopHandler) and outer.owns_process)
         self._outer = outer
         self._stack = ExitStack()
+
+    @property
+    def number(self) -> int:
+        """Of the first signal; 0 before it."""
+        return signal.Signals[self.signal].value if self.signal else 0
 
     def __enter__(self) -> "StopRequest":
         self._stack.enter_context(on_stop_signal(self))

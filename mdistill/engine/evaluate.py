@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mdistill import distributed
 from mdistill.data import Dataset
 from mdistill.errors import RunFailed
 from mdistill.models.memory_format import to_layout
@@ -73,6 +74,8 @@ def launch_evaluation(
 ) -> LaunchedEvaluation:
     """Run ``network`` in eval mode over the whole ``split``; its mode is restored. The host does not wait.
 
+    Processes that train together share the images; every rank must call this, with the same weights.
+
     Ties count against the network: a class is in the top k when fewer than k others score at least as much.
 
     Args:
@@ -85,16 +88,17 @@ def launch_evaluation(
     network.eval()
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for image, target in dataset.eval_batches(split, batch_size or BATCH[device.type]):
+    rank, ranks = distributed.rank(), distributed.world_size()
+    for image, target in dataset.eval_batches(split, batch_size or BATCH[device.type], first=rank, stride=ranks):
         with computing("fp32" if precision == "bf16" else precision, image.device):
             logits = network(to_layout(network, image))
         logits = logits.float()
         true = logits.gather(1, target.unsqueeze(1))
-        rank = (~(logits < true)).sum(dim=1)  # 1 when the true class is alone at the top; NaN never is
+        place = (~(logits < true)).sum(dim=1)  # 1 when the true class is alone at the top; NaN never is
         loss = F.cross_entropy(logits, target, reduction="sum")
-        sums += torch.stack([(rank <= 1).sum().double(), (rank <= 5).sum().double(), loss.double()])
+        sums += torch.stack([(place <= 1).sum().double(), (place <= 5).sum().double(), loss.double()])
     network.train(was_training)
-    return LaunchedEvaluation(sums, dataset.size(split), started, type(network).__name__, split)
+    return LaunchedEvaluation(distributed.sum_(sums), dataset.size(split), started, type(network).__name__, split)
 
 
 def evaluate(

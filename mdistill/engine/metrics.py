@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mdistill import distributed
 from mdistill.distillers.base import StepOutput
@@ -70,19 +71,18 @@ class RunningMetrics:
             RunFailed: a term was NaN or infinite; names the first such term and its step.
         """
         count = len(self.names)
-        totals = distributed.sum_(self.totals.clone()).tolist()
+        totals = self._over_ranks().tolist()
         sums, finite, (correct, images) = totals[:count], totals[count : 2 * count], totals[2 * count :]
         means = {name: value / max(images, 1) for name, value in zip(self.names, sums, strict=True)}
         loss = sum(means.values())
         bad = min(zip(finite, self.names, sums, strict=True), key=lambda term: term[0], default=None)
         if bad is not None and bad[2] - bad[2] != 0:
-            step = f"step {int(bad[0]) + 1} of " if distributed.world_size() == 1 else ""
-            raise RunFailed(f"loss term {bad[1]!r} is not finite from {step}epoch {epoch} on")
+            raise RunFailed(f"loss term {bad[1]!r} is not finite from step {int(bad[0]) + 1} of epoch {epoch} on")
         return EpochMetrics(loss=loss, terms=means, top1=100.0 * correct / max(images, 1), images=int(images))
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums, to go on with in the middle of an epoch."""
-        return {"names": self.names, "totals": self.totals}
+        """The sums over all processes, to go on with in the middle of an epoch; every rank must ask."""
+        return {"names": self.names, "totals": self._over_ranks()}
 
     def misfit(self, state: dict[str, Any], terms: Sequence[str]) -> str | None:
         """Why ``state``, from a file, cannot be loaded in a run with these ``terms``; None if it can."""
@@ -95,3 +95,15 @@ class RunningMetrics:
         """Inverse of ``state_dict``."""
         self.names = list(state["names"])
         self.totals = state["totals"].clone().to(self.device)
+        if distributed.rank() > 0:  # rank 0 alone carries the sums on, and all carry on the numbers of finite steps
+            count = len(self.names)
+            self.totals[:count] = 0
+            self.totals[2 * count :] = 0
+
+    def _over_ranks(self) -> Tensor:
+        """``totals`` of all processes; a step is finite where it is so on all."""
+        count = len(self.names)
+        totals, finite = self.totals.clone(), self.totals[count : 2 * count].clone()
+        distributed.sum_(totals)
+        totals[count : 2 * count] = distributed.least_(finite)
+        return totals

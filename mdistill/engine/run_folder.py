@@ -296,12 +296,15 @@ def environment(device: "torch.device", metadata: Mapping[str, Any]) -> dict[str
     import torch
     import torchvision
 
+    from mdistill import distributed
+
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": _commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
+        "processes": distributed.world_size(),
         "versions": {
             "mdistill": __version__,
             "python": platform.python_version(),

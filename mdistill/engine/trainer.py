@@ -4,6 +4,7 @@ A trial is one seed of a configuration; several advance step by step in turn. No
 end of an epoch, and files are written in a thread while the next epoch trains.
 """
 
+import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -33,14 +34,15 @@ def train_step(trial: ActiveTrial, size: int) -> None:
 
 
 def train_epoch(trials: Sequence[ActiveTrial], epoch: int, stop: StopRequest) -> None:
-    """Train every trial on what is left of ``epoch``, at most until a stop is asked for."""
+    """Train every trial on what is left of ``epoch``, at most until a stop is asked for or a checkpoint is due."""
     for trial in trials:
         with trial.guarded():
             trial.begin_epoch(epoch)
     first = min(trial.progress.step for trial in trials)
     with StepBar(trials[0].loader.steps, first, f"epoch {epoch}", trials[0].device) as bar:
         for step in range(first, trials[0].loader.steps):
-            if stop.signal is not None and distributed.world_size() == 1:  # several stop together, after the epoch
+            save_due = step > first and trials[0].is_save_due()
+            if distributed.highest(stop.number or save_due):  # on any process
                 break
             for trial in trials:
                 if trial.ended is None and trial.progress.step == step:  # one that was resumed further on waits
@@ -53,7 +55,7 @@ def train_epoch(trials: Sequence[ActiveTrial], epoch: int, stop: StopRequest) ->
 
 
 def end_epoch(trial: ActiveTrial, epoch: int, stop: StopRequest) -> None:
-    """Evaluate, log and save; in the middle of an epoch, only save.
+    """Evaluate, log and save; in the middle of an epoch, which then goes on, only save.
 
     Raises:
         Stopped: a stop was asked for; everything is saved.
@@ -68,12 +70,13 @@ def end_epoch(trial: ActiveTrial, epoch: int, stop: StopRequest) -> None:
     if finished:
         trial.complete_epoch(results)
     trial.save(results if finished else None)
-    if distributed.any_rank(stop.signal is not None) and trial.progress.epoch <= trial.config.solver.epochs:
+    asked = distributed.highest(stop.number)
+    if asked and trial.progress.epoch <= trial.config.solver.epochs:
         trial.writer.wait()
         done = f"step {trial.progress.step} of epoch {epoch}" if trial.progress.step else f"epoch {epoch}"
         when = "after" if finished or trial.progress.step else "before"
-        who = stop.signal or "another process was asked to stop"
-        raise Stopped(f"{who}: stopped {when} {done}, saved to {trial.folder.checkpoint}; continue with --resume")
+        name = signal.Signals(asked).name
+        raise Stopped(f"{name}: stopped {when} {done}, saved to {trial.folder.checkpoint}; continue with --resume")
 
 
 def fit(experiment: Experiment, folders: Sequence[RunFolder]) -> list[list[dict[str, Any]]]:
@@ -89,13 +92,16 @@ def fit(experiment: Experiment, folders: Sequence[RunFolder]) -> list[list[dict[
         RunFailed: a loss or the state is not finite, or the disk is full; the last good checkpoint stays.
     """
     with ExitStack() as stack:
-        trials = [
-            stack.enter_context(ActiveTrial(experiment, trial, folder, several=len(folders) > 1))
-            for trial, folder in zip(experiment.trials, folders, strict=True)
-        ]
-        distributed.barrier()  # every rank has looked at the folders before rank 0 writes there
-        for trial in trials:  # only now: one trial that cannot be continued leaves the folders of all as they were
-            trial.prepare_folder()
+        with distributed.together():
+            trials = [
+                stack.enter_context(ActiveTrial(experiment, trial, folder, several=len(folders) > 1))
+                for trial, folder in zip(experiment.trials, folders, strict=True)
+            ]
+        for trial in trials:
+            trial.agree()
+        with distributed.together():
+            for trial in trials:  # only now: one trial that cannot be continued leaves the folders of all as they were
+                trial.prepare_folder()
         stop = stack.enter_context(StopRequest())  # before the first printed line
         if experiment.teacher_note:
             print_line(f"teacher: {experiment.teacher_note}")
@@ -105,13 +111,13 @@ def fit(experiment: Experiment, folders: Sequence[RunFolder]) -> list[list[dict[
             trial.print_start()
         epochs = trials[0].config.solver.epochs
         for epoch in range(min(trial.progress.epoch for trial in trials), epochs + 1):
-            running = [trial for trial in trials if trial.ended is None and trial.progress.epoch == epoch]
-            if running:
-                train_epoch(running, epoch, stop)
-            for trial in running:
-                if trial.ended is None:
-                    with trial.guarded():
-                        end_epoch(trial, epoch, stop)
+            while running := [trial for trial in trials if trial.ended is None and trial.progress.epoch == epoch]:
+                with trials[0].telling_what_is_saved():
+                    train_epoch(running, epoch, stop)
+                    for trial in running:
+                        if trial.ended is None:
+                            with trial.guarded():
+                                end_epoch(trial, epoch, stop)
         for trial in trials:
             with trial.guarded():
                 trial.finish()

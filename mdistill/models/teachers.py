@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from mdistill import distributed
 from mdistill.errors import UserError
 from mdistill.file_schemas import Teachers, read_json
 from mdistill.files import write_text
@@ -80,9 +81,11 @@ def verify_top1(
     if memory.exists():
         with suppress(UserError):  # what was measured is measured again
             known = read_json(Teachers, memory).root
+    known = distributed.of_rank_0(known)  # processes that train together measure together
     if key not in known:
         known[key] = measure()
-        write_text(memory, json.dumps(known, indent=2) + "\n")
+        if distributed.rank() == 0:
+            write_text(memory, json.dumps(known, indent=2) + "\n")
     top1 = known[key]
     if not abs(top1 - expected) <= TOLERANCE:
         raise UserError(

@@ -64,8 +64,8 @@ class DOT(Solver):
 
     def step(self, output: StepOutput) -> None:
         self.check(output)
-        task = self._gradients(output.task, retain_graph=True)
-        distillation = self._gradients(output.distillation, retain_graph=False)
+        task = self._gradients(output.task, output.share, retain_graph=True)
+        distillation = self._gradients(output.distillation, output.share, retain_graph=False)
         pairs = list(zip(task, distillation, strict=True))
         self._update("task", [t if d is not None else None for t, d in pairs])  # first: it reads the weights too
         self._update("distillation", [d if t is not None else None for t, d in pairs])
@@ -92,7 +92,7 @@ class DOT(Solver):
             return "solver holds no momentum"
         return problem
 
-    def _gradients(self, terms: dict[str, Tensor], *, retain_graph: bool) -> list[Tensor | None]:
+    def _gradients(self, terms: dict[str, Tensor], share: float, *, retain_graph: bool) -> list[Tensor | None]:
         """Of the sum of ``terms``, for each weight; None where it does not reach.
 
         By ``backward``, which lays them out as the fused update wants them; ``torch.autograd.grad`` does not.
@@ -100,7 +100,7 @@ class DOT(Solver):
         for parameter in self._parameters:
             parameter.grad = None
         torch.stack(list(terms.values())).sum().backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
-        distributed.average_gradients(self._parameters)
+        distributed.sum_gradients(self._parameters, share)
         return [parameter.grad for parameter in self._parameters]
 
     def _update(self, name: str, gradients: list[Tensor | None]) -> None:

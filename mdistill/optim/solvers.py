@@ -80,7 +80,7 @@ class SGD(Solver):
     def step(self, output: StepOutput) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         output.total.backward()  # type: ignore[no-untyped-call]
-        distributed.average_gradients(self._parameters)
+        distributed.sum_gradients(self._parameters, output.share)
         self.optimizer.step()
 
     def set_lr(self, lr: float) -> None:

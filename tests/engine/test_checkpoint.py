@@ -40,7 +40,7 @@ def state_of(experiment: Experiment, progress: Progress | None = None) -> dict[s
         trial.averages,
         trial.solver,
         progress or Progress(),
-        RunningMetrics(experiment.device),
+        RunningMetrics(experiment.device).state_dict(),
         config=trial.config,
         fingerprints=experiment.fingerprints,
     )
@@ -158,7 +158,7 @@ def test_a_state_read_back_is_the_one_written(cfg: Path, tmp_path: Path) -> None
         trial.averages,
         trial.solver,
         saved.progress,
-        metrics,
+        metrics.state_dict(),
         config=trial.config,
         fingerprints=built.fingerprints,
     )

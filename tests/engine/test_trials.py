@@ -428,3 +428,11 @@ def test_neither_memory_nor_descriptors_grow_over_epochs(tmp_path: Path) -> None
     # The first epochs fill the allocators; the least of five, as what is about to be freed comes and goes.
     assert min(sizes[-5:]) - min(sizes[5:10]) < 10e6
     assert len({descriptors for _, descriptors in watched[2:]}) == 1
+
+
+def test_saving_within_an_epoch_changes_nothing(tmp_path: Path) -> None:
+    cfg = runs.write_config(tmp_path, "mcld", solver={"epochs": 2, "ema_decay": 0.9})
+    runs.train(cfg, tmp_path / "whole", seeds=(0, 1))
+    runs.train(cfg, tmp_path / "saving", "run.checkpoint_minutes=1e-9", seeds=(0, 1))
+    for seed in (0, 1):
+        runs.assert_same_runs(tmp_path / "whole", tmp_path / "saving", seed=seed)
