@@ -3,6 +3,7 @@
 
     python benchmarks/methods.py                    every method (about 15 minutes on 2 CPU cores)
     python benchmarks/methods.py dkd mcld kd_dot    some: folders of configs/cifar100
+    python benchmarks/methods.py --imagenet         the losses alone, of 512 x 1,000 random logits
 
 resnet32x4 -> resnet8x4 at batch 64 with a live teacher, in float32 on a CPU and TF32 on CUDA. Methods without a teacher
 train resnet8x4 alone.
@@ -14,6 +15,10 @@ on what the networks said once; "over kd" is what that adds to a step of KD.
 
 Parameters are those that are trained beside the student's, state is what a method keeps on the device between steps
 beside both networks and the solver's momentum; on CUDA the peak memory is compared too.
+
+With --imagenet no network runs: settings are those of configs/cifar100, features have the shapes of ResNet18's, and the
+training set has ImageNet's size. The peak is what a step of the losses needs beside logits, features and state; on a
+CPU as the kernel counts it (Linux alone).
 """
 
 import argparse
@@ -29,7 +34,9 @@ import torch
 from step import BATCH, CONFIGS, PAIRS, Ours, machine, precisions, seconds
 from torch import Tensor, nn
 
-from mdistill.config import load
+from mdistill.config import Config, load
+from mdistill.data import Batch, DataInfo
+from mdistill.distillers import DISTILLERS
 from mdistill.engine.build import pick_device
 from mdistill.errors import UserError, suggestion
 from mdistill.models.base import Features
@@ -124,6 +131,92 @@ def milliseconds(step: Callable[[], None], device: torch.device) -> float:
     return min(1000 * seconds(step, 10, device) / 10 for _ in range(20))
 
 
+IMAGENET = DataInfo(
+    num_classes=1000, num_samples=1_281_167, image_size=224, num_views=None, batch_size=512, strong_views=True
+)
+QUEUE = 65536
+"""Of MCLD's configuration for ImageNet."""
+
+
+class Said(nn.Module):
+    """A network that repeats logits (B, C), and features in the shapes of ResNet18's at 224 pixels.
+
+    Args:
+        maps: whether it is asked for features.
+    """
+
+    def __init__(self, info: DataInfo, maps: bool) -> None:
+        super().__init__()
+        batch = info.batch_size
+        self.logits = nn.Parameter(3 * torch.randn(batch, info.num_classes))
+        self.classifier = nn.Linear(512, info.num_classes)
+        shapes = [(64, 56), (64, 56), (128, 28), (256, 14), (512, 7)] if maps else []
+        self.maps = [torch.rand(batch, width, size, size, requires_grad=True) for width, size in shapes]
+        self.pooled = torch.rand(batch, 512, requires_grad=True)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.logits
+
+    def forward_features(self, image: Tensor) -> Features:
+        last = self.maps[-1]
+        return Features(self.logits, tuple(self.maps), tuple(self.maps), last, self.pooled)
+
+
+def losses_alone(config: Config, device: torch.device) -> tuple[float, float, float]:
+    """Milliseconds, MiB at the peak and MiB of state of a step of the losses of ``config`` at ImageNet's size."""
+    info, arguments = IMAGENET, dict(config.distiller.arguments)
+    if "queue_size" in arguments:
+        arguments["queue_size"] = QUEUE
+    builder = DISTILLERS.get(config.distiller.name)
+    needs = builder.needs  # type: ignore[attr-defined]
+    with torch.device(device):
+        student = Said(info, needs.student_features)
+        teacher = Said(info, needs.teacher == "features") if needs.teacher != "none" else None
+        distiller = builder(student, teacher, info, **arguments)
+        number = torch.arange(info.batch_size)
+        image = torch.zeros(info.batch_size, 3, 2, 2)
+        batch = Batch(image, number * 7 % 1000, number, number, strong_image=image)
+        epoch = torch.ones((), dtype=torch.int64)
+
+    def step() -> None:
+        output = distiller(batch, epoch)
+        output.total.backward()
+        with torch.no_grad():
+            distiller.after_step(output.signals)
+
+    seconds(step, 2, device)
+    before = memory(device, reset=True)
+    seconds(step, 1, device)
+    peak = memory(device) - before
+    spent = min(seconds(step, 2, device) / 2 for _ in range(3))
+    state = distiller.state_dict()
+    kept = sum(value.nbytes for key, value in state.items() if not key.startswith(("student.", "teacher.")))
+    return 1000 * spent, peak / 2**20, kept / 2**20
+
+
+def memory(device: torch.device, *, reset: bool = False) -> float:
+    """Bytes that are in use at the peak since the last reset, or, with ``reset``, now."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return float(torch.cuda.memory_allocated(device) if reset else torch.cuda.max_memory_allocated(device))
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * float(next(line for line in lines if line.startswith("VmRSS" if reset else "VmHWM")).split()[1])
+
+
+def time_losses_alone(names: Sequence[str], device: torch.device) -> str:
+    rows = []
+    for name, path in configurations(names).items():
+        config = load(path)
+        if config.solver.name == "sgd":
+            spent, peak, state = losses_alone(config, device)
+            rows.append([name, f"{spent:.1f}", f"{peak:.0f}", f"{state:,.0f}"])
+            print("  ".join(rows[-1]), flush=True)
+    return text_table(["512 x 1,000", "losses, ms", "peak, MiB", "state, MiB"], rows)
+
+
 def peak_memory(ours: Ours, device: torch.device) -> float:
     """MiB that a few steps need on the device at once; 0 on a CPU."""
     if device.type != "cuda":
@@ -140,10 +233,14 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument("--rounds", type=int, default=5, help="turns (%(default)s)")
     parser.add_argument("--count", type=int, default=3, help="steps in a block (%(default)s)")
+    parser.add_argument("--imagenet", action="store_true", help="the losses alone, at the size of ImageNet")
     args = parser.parse_args()
     device = pick_device(args.device)
     precision = precisions(device)[0]
     print(machine(device))
+    if args.imagenet:
+        print(f"\n{time_losses_alone(args.folders, device)}")
+        return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)

@@ -3,6 +3,7 @@
 
     python benchmarks/step.py                    everything (about 15 minutes on 2 CPU cores)
     python benchmarks/step.py --only step        one part: step, trials, data or profile
+    python benchmarks/step.py --only imagenet --threads 2    ResNet34 -> ResNet18 at 224 pixels, asked for alone
 
 Only ratios within one run count on a shared machine; each is the median over rounds of the ratio within a round.
 The pixels are random: time does not depend on them. "Cached" reads teacher logits from a cache that holds them all.
@@ -42,6 +43,9 @@ BATCH = 64
 VOID_BELOW = 58.0  # images/s of the reference on two CPU cores, first pair; a slower one would flatter us
 INFO = DataInfo(num_classes=100, num_samples=4096, image_size=32, num_views=162, batch_size=BATCH)
 """What the networks are built for."""
+LARGE = CONFIGS.parent / "imagenet" / "kd" / "res34_res18.yaml"
+LARGE_BATCH, LARGE_IMAGES = 32, 256
+LARGE_INFO = DataInfo(num_classes=1000, num_samples=LARGE_IMAGES, image_size=224, num_views=162, batch_size=LARGE_BATCH)
 
 
 class Ours:
@@ -58,8 +62,9 @@ class Ours:
         seeds: Sequence[int] = (0,),
         engine: str = "auto",
         images: int = 4096,
+        info: DataInfo = INFO,
     ) -> None:
-        words = [*self.overrides(cfg, scratch, precision, engine), f"data.images={images}"]
+        words = [*self.overrides(cfg, scratch, precision, engine, info), f"data.images={images}"]
         settings = [load(cfg, words, seed=seed) for seed in seeds]
         experiment = build(
             settings,
@@ -73,7 +78,7 @@ class Ours:
             fill(experiment, seeds)
         self.distiller, self.dataset = experiment.trials[0].distiller, experiment.dataset
         self.trials = [ActiveTrial(experiment, trial) for trial in experiment.trials]
-        self.images, self.position = BATCH * len(seeds), 0  # a step of all seeds
+        self.images, self.position = info.batch_size * len(seeds), 0  # a step of all seeds
 
     @property
     def extra_parameters(self) -> int:
@@ -88,15 +93,21 @@ class Ours:
         return sum(value.nbytes for key, value in state.items() if not key.startswith(("student.", "teacher.")))
 
     @staticmethod
-    def overrides(cfg: Path, scratch: Path, precision: str, engine: str) -> list[str]:
+    def overrides(cfg: Path, scratch: Path, precision: str, engine: str, info: DataInfo) -> list[str]:
         config = load(cfg)
         words = ["data.name=random_pixels", f"run.precision={precision}", f"run.engine={engine}"]
+        if info is not INFO:
+            words += [f"data.image_size={info.image_size}", f"data.classes={info.num_classes}"]
+            words += [f"data.batch_size={info.batch_size}", "data.test_images=2"]
         if config.teacher is not None:
-            weights = [scratch / f"{member.name}.pt" for member in config.teacher.members]
+            weights = [scratch / f"{member.name.replace('/', '_')}.pt" for member in config.teacher.members]
             for path, member in zip(weights, config.teacher.members, strict=True):
                 if not path.exists():
-                    save_weights(path, network(member.name).state_dict())
-            further = [{"name": path.stem, "checkpoint": str(path)} for path in weights[1:]]
+                    save_weights(path, network(member.name, info).state_dict())
+            further = [
+                {"name": member.name, "checkpoint": str(path)}
+                for member, path in zip(config.teacher.ensemble, weights[1:], strict=True)
+            ]
             words += [f"teacher.checkpoint={weights[0]}", "teacher.expected_top1=null"]
             words += [f"teacher.ensemble={json.dumps(further)}"] if further else []
         return words
@@ -112,9 +123,9 @@ class Ours:
         self.position += 1
 
 
-def network(name: str) -> nn.Module:
+def network(name: str, info: DataInfo = INFO) -> nn.Module:
     """With initial weights, in torch's default layout."""
-    return build_network("student", name, {}, INFO, seed=0).to(memory_format=torch.contiguous_format)
+    return build_network("student", name, {}, info, seed=0).to(memory_format=torch.contiguous_format)
 
 
 def fill(experiment: Experiment, seeds: Sequence[int]) -> None:
@@ -139,11 +150,11 @@ def seconds(step: Callable[[], None], count: int, device: torch.device) -> float
 
 
 def alternate(
-    steps: dict[str, Callable[[], None]], *, rounds: int, count: int, device: torch.device
+    steps: dict[str, Callable[[], None]], *, rounds: int, count: int, device: torch.device, warm_up: int = 6
 ) -> dict[str, list[float]]:
-    """Seconds of ``count`` steps of each entry, round by round, after one warm-up round."""
+    """Seconds of ``count`` steps of each entry, round by round, after ``warm_up`` steps of each."""
     for step in steps.values():
-        seconds(step, 6, device)
+        seconds(step, warm_up, device)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds):
         names = list(steps) if number % 2 == 0 else list(reversed(steps))
@@ -208,6 +219,28 @@ def time_pairs(scratch: Path, device: torch.device, args: argparse.Namespace) ->
             against = [f"{ratio(times[base], spent):.2f}" for base in ("reference", "reference in memory")]
             rows.append([f"{config.teacher.name} -> {config.student.name}", name, rate(spent, args.count), *against])
     return text_table(["KD", "step", "images/s", "over reference", "over in memory"], rows)
+
+
+def time_imagenet(scratch: Path, device: torch.device, args: argparse.Namespace) -> str:
+    """The pair of ``LARGE`` at 224 pixels with a live teacher, on batches in memory."""
+    config = load(LARGE)
+    assert config.teacher is not None
+    plain = ReferenceLoop(network(config.student.name, LARGE_INFO), network(config.teacher.name, LARGE_INFO), device)
+    generator = torch.Generator().manual_seed(0)
+    held = torch.randn(LARGE_BATCH, 3, 224, 224, generator=generator), torch.arange(LARGE_BATCH)
+    steps: dict[str, Callable[[], None]] = {"reference in memory": lambda: plain.step(*held)}
+    for precision in precisions(device):
+        ours = Ours(LARGE, scratch, device, precision=precision, cached=False, images=LARGE_IMAGES, info=LARGE_INFO)
+        steps[f"live {precision}"] = ours.step
+    times = alternate(steps, rounds=args.rounds, count=args.count, device=device, warm_up=2)
+    base, rows = times["reference in memory"], []
+    for name, spent in times.items():
+        ratios = [a / b for a, b in zip(base, spent, strict=True)]
+        found = f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}"
+        images = LARGE_BATCH * args.count / statistics.median(spent)
+        rows.append([name, f"{images:.1f}", *found])
+    title = f"KD, {config.teacher.name} -> {config.student.name}, 224 pixels, batch {LARGE_BATCH}"
+    return text_table([title, "images/s", "over reference", "rounds"], rows)
 
 
 def time_trials(scratch: Path, device: torch.device, args: argparse.Namespace) -> str:
@@ -325,21 +358,26 @@ PARTS = {
     "data": time_data,
     "profile": time_profile,
 }
+ASKED_FOR = {"imagenet": time_imagenet}
+"""Parts that run by name alone."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=PARTS, help="one part")
+    parser.add_argument("--only", choices=[*PARTS, *ASKED_FOR], help="one part")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument("--rounds", type=int, default=5, help="how often each entry is timed (%(default)s)")
     parser.add_argument("--count", type=int, help="steps a timing (6 on a CPU, 50 on a GPU)")
+    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's choice)")
     args = parser.parse_args()
     device = pick_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     args.count = args.count or (6 if device.type == "cpu" else 50)
     print(f"{machine(device)}\n", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        for part, measure in PARTS.items():
-            if args.only in (None, part):
+        for part, measure in {**PARTS, **ASKED_FOR}.items():
+            if args.only == part or (args.only is None and part in PARTS):
                 print(measure(Path(scratch), device, args) + "\n", flush=True)
 
 

@@ -14,7 +14,7 @@ Launches are counted: a stream is a vector clock, and so is what a thread of the
 * races: an access to memory that another stream wrote (or a write to what it read) without waiting for it, pinned
   memory that is written while a copy may still read it, or read while a copy may still write it;
 * replays that use memory which was freed after the capture;
-* fused SGD with a rate that a capture would freeze, or with weights and gradients in different layouts;
+* fused SGD or AdamW with a rate that a capture would freeze, or with weights and gradients in different layouts;
 * in deterministic mode, operations without a deterministic kernel, and scatters of a tensor in more than one
   dimension, for which torch 2.9 copies strides from the host (so does the backward pass of ``gather`` or ``sort``).
 
@@ -35,6 +35,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -450,8 +451,8 @@ class Device:
         waits = host_reads(name, func, args)
         if waits or (crossing and self.capturing and not kernel_argument):
             self.require_no_wait(f"{func} of {shapes(tensors)}")
-        if name == "_fused_sgd_":
-            check_fused_sgd(args, kwargs)
+        if name in ("_fused_sgd_", "_fused_adamw_"):
+            check_fused(args, kwargs, lists=3 if name == "_fused_sgd_" else 4)
         if self.capturing:
             assert self.capture is not None
             if self.thread.stream is not self.capture.stream:
@@ -554,19 +555,20 @@ def host_reads(name: str, func: Any, args: Any) -> bool:
     return name in READ_BY_HOST and not (name == "repeat_interleave" and "Tensor" not in func._overloadname)
 
 
-def check_fused_sgd(args: Any, kwargs: Any) -> None:
+def check_fused(args: Any, kwargs: Any, *, lists: int) -> None:
+    """An update by SGD or AdamW: ``lists`` of tensors of each weight's shape come first, its own before the others."""
     lr = kwargs["lr"]
     if isinstance(lr, Tensor):
         if not DEVICE.has(lr):
-            DEVICE.require_no_wait("fused SGD reads its rate on the host")
+            DEVICE.require_no_wait("the fused update reads its rate on the host")
         elif lr.dtype != torch.float32:
-            raise PretendError(f"fused SGD: the rate is {lr.dtype}")
+            raise PretendError(f"fused update: the rate is {lr.dtype}")
     elif DEVICE.capturing:
-        raise PretendError("fused SGD: the rate is a number, which a capture freezes")
-    for group in zip(*[tensors for tensors in args[:3] if tensors], strict=True):
+        raise PretendError("fused update: the rate is a number, which a capture freezes")
+    for group in zip(*[tensors for tensors in args[:lists] if tensors], strict=True):
         strides = {tuple(step for n, step in zip(t.shape, t.stride(), strict=True) if n != 1) for t in group}
         if len(strides) > 1:
-            raise PretendError(f"fused SGD: weight, gradient and momentum are laid out differently: {strides}")
+            raise PretendError(f"fused update: weight, gradient and averages are laid out differently: {strides}")
 
 
 # ---- what Python sees of tensors ----
@@ -706,6 +708,16 @@ def _autocast_init(original: Callable[..., None]) -> Callable[..., None]:
     return init
 
 
+def _group_tensors(original: Callable[..., Any]) -> Callable[..., Any]:
+    """As an optimiser groups them, below Python, with the device that Python sees."""
+
+    def group(lists: list[list[Tensor]], **options: Any) -> Any:
+        found = original(lists, **options)
+        return {(value[0][0][0].device, dtype): value for (_, dtype), value in found.items()}
+
+    return staticmethod(group)
+
+
 @contextlib.contextmanager
 def pretend() -> Iterator[Device]:
     """torch with one CUDA device, within."""
@@ -735,6 +747,12 @@ def pretend() -> Iterator[Device]:
         stack.enter_context(
             mock.patch.object(torch.amp.autocast, "__init__", _autocast_init(torch.amp.autocast.__init__))
         )
+        group = torch.optim.Optimizer._group_tensors_by_device_and_dtype
+        stack.enter_context(
+            mock.patch.object(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", _group_tensors(group))
+        )
+        asked = SimpleNamespace(is_capturing=lambda: DEVICE.capturing)  # what optimisers ask before a step
+        stack.enter_context(mock.patch.object(torch.accelerator, "current_stream", return_value=asked))
         stack.enter_context(Frontend())
         stack.enter_context(Backend())
         yield DEVICE

@@ -62,6 +62,8 @@ def write_config(
         "solver": {"name": "sgd", "epochs": EPOCHS, "lr": 0.05, "milestones": [], "gamma": 0.1}
         | {"momentum": 0.9, "weight_decay": 5e-4, **(solver or {})},
     }
+    if settings["solver"]["name"] == "adamw":
+        del settings["solver"]["momentum"]
     if DISTILLERS.get(method).needs.teacher != "none":
         settings["teacher"] = {"name": student, "checkpoint": "teacher.pt"}
         with torch.random.fork_rng(devices=[]):

@@ -108,11 +108,13 @@ class SolverConfig(_Component):
     schedule: Schedule = "step"  # or cosine, which takes no milestones
     milestones: Annotated[tuple[StrictInt, ...], Field(strict=False)]  # epochs after which the rate drops
     gamma: Annotated[float, Field(gt=0, le=1e6)]  # factor of each drop
+    lr_warmup_epochs: NonNegativeInt = 0  # in which the rate rises with every step, in proportion, from 0
+    decay_norms: bool = True  # false: no weight decay of norms and biases, the weights of fewer than 2 dimensions
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # of a moving average of the student's weights
     average_from: PositiveInt | None = None  # first epoch of a plain average of the student's weights
 
-    def rate(self, epoch: int) -> float:
-        """The learning rate in ``epoch``, counted from 1."""
+    def rate(self, epoch: int, progress: float = 1.0) -> float:
+        """The learning rate in ``epoch``, counted from 1; of a warm-up, where ``progress`` of its steps are done."""
         return learning_rate(
             epoch,
             schedule=self.schedule,
@@ -120,6 +122,8 @@ class SolverConfig(_Component):
             milestones=self.milestones,
             gamma=self.gamma,
             epochs=self.epochs,
+            warmup_epochs=self.lr_warmup_epochs,
+            progress=progress,
         )
 
 
@@ -171,6 +175,11 @@ class Config(_Section):
         if late:
             warnings.append(
                 f"solver.milestones: {shown(late)} lie at or past the last epoch ({solver.epochs}) and have no effect"
+            )
+        if solver.lr_warmup_epochs > solver.epochs:
+            warnings.append(
+                f"solver.lr_warmup_epochs: {solver.lr_warmup_epochs} is more than all epochs ({solver.epochs}),"
+                " so solver.lr is never reached"
             )
         if solver.average_from is not None and solver.average_from > solver.epochs:
             warnings.append(

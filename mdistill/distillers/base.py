@@ -7,9 +7,10 @@ both networks, the task loss, logit standardisation and the loss warm-up are wri
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -99,9 +100,12 @@ class Distiller(nn.Module, ABC):
         warmup_epochs: W of min(epoch / W, 1), which multiplies every distillation term; 0 for no warm-up.
         standardize_logits: z-score both networks' logits over the classes before the method sees them
             (Sun et al., "Logit Standardization in Knowledge Distillation", arXiv:2403.01427).
+        label_smoothing: epsilon of (1 - epsilon) y + epsilon / C, which replaces the labels y, one-hot or soft, in the
+            cross-entropy of ``task`` alone (Szegedy et al., arXiv:1512.00567, Section 7).
     """
 
     needs: ClassVar[Needs] = Needs()
+    smooths_labels: ClassVar[bool] = False  # whether a ``task`` of the method's own heeds label_smoothing
     student: nn.Module
     teacher: nn.Module | None
 
@@ -114,6 +118,7 @@ class Distiller(nn.Module, ABC):
         ce_weight: NonNegative,
         warmup_epochs: NonNegativeInt = 0,
         standardize_logits: bool = False,
+        label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     ) -> None:
         super().__init__()
         if teacher is None and self.needs.teacher != "none":
@@ -122,6 +127,16 @@ class Distiller(nn.Module, ABC):
             )
         if teacher is not None and self.needs.teacher == "none":
             raise UserError(f"{type(self).__name__} takes no teacher: remove teacher: from the configuration")
+        if label_smoothing and ce_weight == 0:
+            raise UserError(
+                f"distiller.label_smoothing: {label_smoothing} is of the cross-entropy, which distiller.ce_weight: 0"
+                " leaves out; set it to 0"
+            )
+        if label_smoothing and not self.smooths_labels and type(self).task is not Distiller.task:
+            raise UserError(
+                f"distiller.label_smoothing: {type(self).__name__} has a loss of its own on the labels, which does not"
+                f" smooth them; set it to 0, found {label_smoothing}"
+            )
         self.student = student
         self.teacher = teacher
         self._classes = data.num_classes
@@ -131,6 +146,7 @@ class Distiller(nn.Module, ABC):
         self.ce_weight = ce_weight
         self.warmup_epochs = warmup_epochs
         self.standardize_logits = standardize_logits
+        self.label_smoothing = label_smoothing
         self.seed = 0  # of the run; set by the engine, as what the networks run in (None: as it comes)
         self._rank_counts: tuple[int, ...] = ()  # ``Batch.rank_counts`` of the step
         self.student_precision: Precision | None = None
@@ -146,7 +162,9 @@ class Distiller(nn.Module, ABC):
         """The supervised terms; by default ``ce_weight`` times cross-entropy on the raw student logits."""
         if self.ce_weight == 0:
             return {}
-        return {"ce": self.ce_weight * F.cross_entropy(signals.raw_student_logits, signals.target)}
+        smoothing = self.label_smoothing
+        ce = F.cross_entropy(signals.raw_student_logits, signals.target, label_smoothing=smoothing)
+        return {"ce": self.ce_weight * ce}
 
     def after_step(self, signals: Signals) -> None:
         """Write the method's own state (queues, memories), once the solver has stepped; called under no_grad.

@@ -109,6 +109,11 @@ class DHKD(Distiller):
         self.require_a_term(kd_weight=kd_weight)
         if align and self.ce_weight == 0:
             raise UserError("distiller.align: true needs ce_weight above 0, whose gradient is the one to align with")
+        if align and self.label_smoothing:
+            raise UserError(
+                "distiller.align: true aligns with the gradient of a cross-entropy without label smoothing; set"
+                f" distiller.label_smoothing to 0, found {self.label_smoothing}"
+            )
         self.kd_weight, self.temperature, self.align = kd_weight, temperature, align
         self.head = nn.Linear(self._main_head.in_features, data.num_classes)
 

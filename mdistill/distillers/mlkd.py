@@ -207,6 +207,7 @@ class MLKD(Distiller):
     """
 
     needs = Needs(teacher="logits", views=2, labels="none")
+    smooths_labels = True
 
     def __init__(
         self,

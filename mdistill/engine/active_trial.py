@@ -138,6 +138,12 @@ class ActiveTrial:
             if not isinstance(error, PeerLost):  # after which a CUDA device may wait for the lost one for ever
                 self.loader.finish()  # what the teacher has computed is not lost
 
+    def set_rate(self, step: int) -> None:
+        """The learning rate of ``step`` of the epoch under way, from 0, where a warm-up gives each step its own."""
+        epoch, solver = self.progress.epoch, self.config.solver
+        if epoch <= solver.lr_warmup_epochs:
+            self.solver.set_lr(solver.rate(epoch, (step + 1) / self.loader.steps))
+
     def run(self, step: "Callable[[ActiveTrial, int], None]", size: int) -> None:
         """``step(self, size)``, always the same one; on CUDA it is captured after a few calls and then replayed."""
         if self._step is None:

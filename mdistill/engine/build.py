@@ -30,10 +30,15 @@ from mdistill.models.teachers import locate, verify_top1
 from mdistill.models.weights import fingerprint, load_weights
 from mdistill.optim import SOLVERS, Solver
 from mdistill.optim.averaging import AveragedNetwork
+from mdistill.optim.solvers import without_decay_of_norms
 from mdistill.precision import Precision, require_precision, set_numerics
 from mdistill.user_code import traceback_of
 
 UNCALIBRATED = "trained without cross-entropy: the scale of its logits is free and its test loss not comparable"
+
+
+LARGE_STATE = 2**30
+"""Bytes that a method keeps beside the networks, from which on a run says so."""
 
 
 @dataclass
@@ -224,6 +229,35 @@ def build_students(config: Config, info: DataInfo) -> dict[str, nn.Module]:
     return students | {name: copy.deepcopy(headline) for name in averages_of(config, headline)}
 
 
+def large_state(distillers: Sequence[Distiller], device: torch.device) -> str | None:
+    """A line on what the methods of all trials keep on ``device`` beside their networks, where that is much.
+
+    Raises:
+        UserError: it is more than the device has free.
+    """
+    state = {
+        name: value
+        for name, value in distillers[0].state_dict().items()
+        if not name.startswith(("student.", "teacher."))
+    }
+    size = sum(value.nbytes for value in state.values())
+    if size < LARGE_STATE:
+        return None
+    name, largest = max(state.items(), key=lambda item: item[1].nbytes)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    trials = f" for each of {len(distillers)} trials" if len(distillers) > 1 else ""
+    kept = (
+        f"{type(distillers[0]).__name__} keeps {size / 1e9:.1f} GB beside the networks{trials}, most of it {name}"
+        f" {tuple(largest.shape)} in {str(largest.dtype).removeprefix('torch.')}"
+    )
+    if free is not None and size * len(distillers) > free:
+        raise UserError(
+            f"distiller: {kept}; {device} has {free / 1e9:.1f} GB free. Choose settings that keep less, another method"
+            " or a larger device"
+        )
+    return f"distiller: {kept}; a checkpoint holds it too"
+
+
 def averages_of(config: Config, network: nn.Module) -> dict[str, AveragedNetwork]:
     """The averages of the weights of ``network`` that ``config`` asks for."""
     averages = {}
@@ -327,6 +361,8 @@ def _assemble(
     if ranks > 1 and len(configs) > 1:
         raise UserError(f"--seeds: {len(configs)} trials at once need one process, found {ranks}; give one --seed")
     _check_shares(config.data.batch_size, dataset.num_samples, ranks)
+    note = large_state(distillers, device)
+    metadata["notes"] += [note] if note else []
     dataset = dataset.to(device)
     if teacher is not None:
         move(teacher, device, teacher_precision)
@@ -338,6 +374,7 @@ def _assemble(
         averages = averages_of(each, next(iter(distiller.students().values())))
         distiller.student_precision, distiller.teacher_precision = run.precision, teacher_precision
         groups = _checked_groups(distiller.param_groups(), each.distiller.name)
+        groups = groups if each.solver.decay_norms else without_decay_of_norms(groups)
         solver = SOLVERS.get(each.solver.name)(groups, **each.solver.arguments)
         if run.engine == "compile" and solver.backward_passes > 1:
             raise UserError(

@@ -48,6 +48,7 @@ def train_epoch(trials: Sequence[ActiveTrial], epoch: int, stop: StopRequest) ->
                 if trial.ended is None and trial.progress.step == step:  # one that was resumed further on waits
                     with trial.guarded():
                         size = trial.loader.fetch(step)
+                        trial.set_rate(step)
                         trial.run(train_step, size)  # as one CUDA graph, once it is captured
                         trial.progress.step += 1
             with trials[0].stream:

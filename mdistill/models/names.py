@@ -1,6 +1,6 @@
 """The short forms of model names that file names use; everywhere else a name is canonical."""
 
-SHORT_NAMES = {
+SHORT_NAMES = {  # networks for CIFAR-100
     "resnet8": "res8",
     "resnet14": "res14",
     "resnet20": "res20",
@@ -28,8 +28,20 @@ SHORT_NAMES = {
     "shufflenet_v1": "shuv1",
     "shufflenet_v2": "shuv2",
 }
+IMAGENET_SHORT_NAMES = {
+    "torchvision/resnet18": "res18",
+    "torchvision/resnet34": "res34",
+    "torchvision/resnet50": "res50",
+    "mobilenet_v1": "mv1",
+}
 
 
 def pair_file_name(teacher: str, student: str) -> str:
     """The name of the YAML file of a teacher and student pair: ``res32x4_res8x4.yaml``."""
-    return f"{SHORT_NAMES[teacher]}_{SHORT_NAMES[student]}.yaml"
+    short = {**SHORT_NAMES, **IMAGENET_SHORT_NAMES}
+    return f"{short[teacher]}_{short[student]}.yaml"
+
+
+def student_file_name(student: str) -> str:
+    """The name of the YAML file of a network alone: ``resnet8x4.yaml``; that of its library is left out."""
+    return f"{student.rpartition('/')[2]}.yaml"

@@ -8,8 +8,16 @@ from torch import Tensor
 from mdistill import distributed
 from mdistill.distillers.base import StepOutput
 from mdistill.errors import UserError
-from mdistill.optim.solvers import SOLVERS, Solver, fused_sgd, load_optimizer, optimizer_misfit, set_group_rates
-from mdistill.registry import NonNegative
+from mdistill.optim.solvers import (
+    SOLVERS,
+    Solver,
+    clip_factor,
+    fused_sgd,
+    load_optimizer,
+    optimizer_misfit,
+    set_group_rates,
+)
+from mdistill.registry import NonNegative, Positive
 
 
 @SOLVERS.register("dot")
@@ -26,6 +34,10 @@ class DOT(Solver):
     Differs from these equations, as the published code does: weight decay joins g_task, and a weight that only one of
     the two losses reaches (the same one in every step) has one v, with momentum mu and weight decay. That code leaves
     weight decay out of the first step of a weight that only the distillation reaches; here it is in.
+
+    Args:
+        clip_grad_norm: the longest g_task + g_distill, of all weights together and without weight decay; where it is
+            longer, both are scaled by the same factor, so that Delta = 0 stays ``SGD``. Ours: no paper clips here.
     """
 
     backward_passes = 2
@@ -37,6 +49,7 @@ class DOT(Solver):
         momentum: NonNegative,
         delta: NonNegative,
         weight_decay: NonNegative,
+        clip_grad_norm: Positive | None = None,
     ) -> None:
         if delta > momentum:
             raise UserError(f"solver.delta: should be at most solver.momentum, {momentum}, found {delta}")
@@ -48,6 +61,7 @@ class DOT(Solver):
             "alone": fused_sgd(param_groups, momentum=momentum, weight_decay=weight_decay),
         }
         self._parameters = [parameter for group in param_groups for parameter in group["params"]]
+        self._longest = clip_grad_norm
 
     def check(self, output: StepOutput) -> None:
         """Both kinds of terms are needed."""
@@ -67,6 +81,8 @@ class DOT(Solver):
         task = self._gradients(output.task, output.share, retain_graph=True)
         distillation = self._gradients(output.distillation, output.share, retain_graph=False)
         pairs = list(zip(task, distillation, strict=True))
+        if self._longest is not None:
+            _clip(pairs, self._longest)
         self._update("task", [t if d is not None else None for t, d in pairs])  # first: it reads the weights too
         self._update("distillation", [d if t is not None else None for t, d in pairs])
         self._update("alone", [d if t is None else t if d is None else None for t, d in pairs])
@@ -107,3 +123,10 @@ class DOT(Solver):
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
         self.optimizers[name].step()
+
+
+def _clip(pairs: list[tuple[Tensor | None, Tensor | None]], longest: float) -> None:
+    """Scale both gradients of each weight, in place, by the ``clip_factor`` of their sums."""
+    reached = [[each for each in pair if each is not None] for pair in pairs]
+    factor = clip_factor([torch.stack(pair).sum(dim=0) for pair in reached if pair], longest)
+    torch._foreach_mul_([each for pair in reached for each in pair], factor)

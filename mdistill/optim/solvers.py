@@ -1,6 +1,7 @@
 """Solvers own the backward pass: they turn a step's named losses into a change of the weights."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from mdistill import distributed
 from mdistill.distillers.base import StepOutput
 from mdistill.errors import UserError, shown
 from mdistill.models.weights import tensor_misfit
-from mdistill.registry import NonNegative, Registry
+from mdistill.registry import NonNegative, Positive, Registry
 
 SOLVERS: Registry["Solver"] = Registry("solver")
 
@@ -57,30 +58,24 @@ class Solver(ABC):
         return None
 
 
-@SOLVERS.register("sgd")
-class SGD(Solver):
-    """Stochastic gradient descent with momentum on the sum of all terms; weight decay joins the gradient.
+class OptimizerSolver(Solver):
+    """One of torch's optimisers on the sum of all terms, in one backward pass.
 
-    One fused update for all weights. On CUDA each group's rate is a tensor there, which a captured step reads anew.
+    Args:
+        optimizer: made of the groups by ``groups_with_rates``.
+        clip_grad_norm: the longest gradient, of all weights together; see ``clip_factor``.
     """
 
-    def __init__(
-        self,
-        param_groups: list[dict[str, Any]],
-        *,
-        momentum: NonNegative,
-        nesterov: bool = False,
-        weight_decay: NonNegative,
-    ) -> None:
-        if nesterov and momentum == 0:
-            raise UserError("solver.nesterov: true needs solver.momentum above 0, found 0")
-        self.optimizer = fused_sgd(param_groups, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
-        self._parameters = [parameter for group in param_groups for parameter in group["params"]]
+    def __init__(self, optimizer: torch.optim.Optimizer, clip_grad_norm: float | None) -> None:
+        self.optimizer = optimizer
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._longest = clip_grad_norm
 
     def step(self, output: StepOutput) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         output.total.backward()  # type: ignore[no-untyped-call]
         distributed.sum_gradients(self._parameters, output.share)
+        clip_gradients(self._parameters, self._longest)
         self.optimizer.step()
 
     def set_lr(self, lr: float) -> None:
@@ -92,6 +87,31 @@ class SGD(Solver):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         load_optimizer(self.optimizer, state)
 
+
+@SOLVERS.register("sgd")
+class SGD(OptimizerSolver):
+    """Stochastic gradient descent with momentum on the sum of all terms; weight decay joins the gradient.
+
+    One fused update for all weights. On CUDA each group's rate is a tensor there, which a captured step reads anew.
+
+    Args:
+        clip_grad_norm: the longest gradient, of all weights together and without weight decay; see ``clip_factor``.
+    """
+
+    def __init__(
+        self,
+        param_groups: list[dict[str, Any]],
+        *,
+        momentum: NonNegative,
+        nesterov: bool = False,
+        weight_decay: NonNegative,
+        clip_grad_norm: Positive | None = None,
+    ) -> None:
+        if nesterov and momentum == 0:
+            raise UserError("solver.nesterov: true needs solver.momentum above 0, found 0")
+        optimizer = fused_sgd(param_groups, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+        super().__init__(optimizer, clip_grad_norm)
+
     def misfit(self, state: dict[str, Any], *, stepped: bool) -> str | None:
         problem = optimizer_misfit("solver", self.optimizer, state)
         momentum = any(group["momentum"] for group in self.optimizer.param_groups)
@@ -102,10 +122,43 @@ class SGD(Solver):
 
 def fused_sgd(param_groups: list[dict[str, Any]], **settings: Any) -> torch.optim.SGD:
     """torch's SGD, one update for all weights; its rates are set by ``set_group_rates``."""
-    groups = [{"lr_scale": 1.0, **group, "lr": rate_tensor(group["params"][0].device)} for group in param_groups]
-    optimizer = torch.optim.SGD(groups, fused=True, **settings)
+    optimizer = torch.optim.SGD(groups_with_rates(param_groups), fused=True, **settings)
     optimizer.register_step_pre_hook(_begin_late_momenta)
     return optimizer
+
+
+def groups_with_rates(param_groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``param_groups`` as torch's optimisers take them, each with a rate of 0 that ``set_group_rates`` writes."""
+    return [{"lr_scale": 1.0, **group, "lr": rate_tensor(group["params"][0].device)} for group in param_groups]
+
+
+def without_decay_of_norms(param_groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``param_groups``, the norms and biases of each in a group of their own that no weight decay reaches.
+
+    These are the weights of fewer than 2 dimensions.
+    """
+    groups = []
+    for group in param_groups:
+        norms = [parameter for parameter in group["params"] if parameter.ndim < 2]
+        others = [parameter for parameter in group["params"] if parameter.ndim >= 2]
+        groups += [{**group, "params": others}] if others else []
+        groups += [{**group, "params": norms, "weight_decay": 0.0}] if norms else []
+    return groups
+
+
+def clip_gradients(parameters: Iterable[Tensor], longest: float | None) -> None:
+    """Scale the gradients of ``parameters``, in place, by their ``clip_factor``; None leaves them as they are."""
+    if longest is not None:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        torch._foreach_mul_(gradients, clip_factor(gradients, longest))
+
+
+def clip_factor(gradients: Sequence[Tensor], longest: float) -> Tensor:
+    """min(1, ``longest`` / (|g| + 1e-6)), |g| the L2 norm of all ``gradients`` as one vector: ().
+
+    Pascanu, Mikolov, Bengio, arXiv:1211.5063, Algorithm 1. Computed on the device, without a read by the host.
+    """
+    return (longest / (torch.nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0)
 
 
 def set_group_rates(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -118,15 +171,15 @@ def set_group_rates(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """``optimizer.load_state_dict``; rates stay where the weights are, and momenta lie in memory as these do."""
+    """``optimizer.load_state_dict``; rates stay where the weights are, and averages lie in memory as these do."""
     optimizer.load_state_dict(state)
     for group in optimizer.param_groups:
         group["lr"] = rate_tensor(group["params"][0].device, float(group["lr"]))
         for parameter in group["params"]:
-            momentum = optimizer.state[parameter].get("momentum_buffer") if parameter in optimizer.state else None
-            if momentum is not None:
-                laid_out = torch.empty_like(parameter, requires_grad=False)
-                optimizer.state[parameter]["momentum_buffer"] = laid_out.copy_(momentum)
+            entry = optimizer.state.get(parameter, {})
+            for name in entry.keys() & _averages(optimizer):
+                if entry[name] is not None:
+                    entry[name] = torch.empty_like(parameter, requires_grad=False).copy_(entry[name])
 
 
 def _begin_late_momenta(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -141,11 +194,20 @@ def _begin_late_momenta(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                     optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
 
 
-REQUIRED = {"params", "lr", "lr_scale", "momentum", "weight_decay"}  # of a group in a file
+SGD_STATE = {"momentum_buffer"}
+ADAM_STATE = {"exp_avg", "exp_avg_sq", "step"}
+
+
+def _averages(optimizer: torch.optim.Optimizer) -> set[str]:
+    """What the update keeps of a weight, in tensors of its shape."""
+    return SGD_STATE if isinstance(optimizer, torch.optim.SGD) else ADAM_STATE - {"step"}
 
 
 def optimizer_misfit(place: str, optimizer: torch.optim.Optimizer, saved: Any) -> str | None:
-    """Why ``saved`` is no state of ``optimizer``, an SGD: what its update reads goes unchecked there."""
+    """Why ``saved`` is no state of ``optimizer``, SGD or AdamW: what its update reads goes unchecked there."""
+    sgd = isinstance(optimizer, torch.optim.SGD)
+    required = {"params", "lr", "lr_scale", "weight_decay", *(("momentum",) if sgd else ("betas", "eps"))}
+    names = SGD_STATE if sgd else ADAM_STATE
     live = optimizer.state_dict()
     if not isinstance(saved, dict) or saved.keys() != live.keys():
         return f"{place} should hold {' and '.join(live)}"
@@ -153,8 +215,8 @@ def optimizer_misfit(place: str, optimizer: torch.optim.Optimizer, saved: Any) -
     if not isinstance(groups, list) or len(groups) != len(live["param_groups"]) or not isinstance(buffers, dict):
         return f"{place}.param_groups should be {len(live['param_groups'])} groups, and {place}.state a mapping"
     for number, (group, own) in enumerate(zip(groups, live["param_groups"], strict=True)):
-        if not isinstance(group, dict) or not group.keys() >= REQUIRED:
-            return f"{place}.param_groups.{number} should hold {', '.join(sorted(REQUIRED))}"
+        if not isinstance(group, dict) or not group.keys() >= required:
+            return f"{place}.param_groups.{number} should hold {', '.join(sorted(required))}"
         for key in own.keys() & group.keys() - {"lr"}:  # another version of torch may have others
             if type(group[key]) is not type(own[key]) or group[key] != own[key]:
                 return f"{place}.param_groups.{number}.{key} is {shown(group[key], 60)}, not {shown(own[key], 60)}"
@@ -166,15 +228,33 @@ def optimizer_misfit(place: str, optimizer: torch.optim.Optimizer, saved: Any) -
         where = f"{place}.state.{shown(index, 60)}"
         if type(index) is not int or not 0 <= index < len(parameters):
             return f"{where} is of none of the {len(parameters)} weights"
-        if not isinstance(entry, dict) or entry.keys() != {"momentum_buffer"}:
-            return f"{where} should hold momentum_buffer alone"
-        momentum = entry["momentum_buffer"]
+        if not isinstance(entry, dict) or entry.keys() != names:
+            return f"{where} should hold {', '.join(sorted(names))} alone"
         parameter, group = parameters[index]
-        if momentum is None and not group["momentum"]:
+        if sgd and entry["momentum_buffer"] is None and not group["momentum"]:
             continue
-        problem = tensor_misfit(f"{where}.momentum_buffer", momentum, parameter)
+        problem = _entry_misfit(where, entry, parameter)
         if problem:
             return problem
+    return None
+
+
+def _entry_misfit(where: str, entry: Mapping[str, Any], parameter: Tensor) -> str | None:
+    """Why ``entry`` is not what is kept of ``parameter``: shapes, types, and of AdamW numbers that cannot be."""
+    for name in sorted(entry.keys() - {"step"}):
+        problem = tensor_misfit(f"{where}.{name}", entry[name], parameter)
+        if problem:
+            return problem
+    if "step" not in entry:
+        return None
+    problem = tensor_misfit(f"{where}.step", entry["step"], torch.zeros((), dtype=torch.float32))
+    if problem:
+        return problem
+    steps = entry["step"].item()
+    if not 1 <= steps < 2**24 or steps != int(steps):  # of float32, in which torch counts
+        return f"{where}.step is {steps}, not a number of steps"
+    if (entry["exp_avg_sq"] < 0).any():
+        return f"{where}.exp_avg_sq holds negative numbers, not averages of squares"
     return None
 
 

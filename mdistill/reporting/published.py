@@ -13,7 +13,7 @@ class Figure:
     """One number in a paper or a README."""
 
     dataset: str
-    method: str  # as it is registered; vanilla for a network alone
+    method: str  # as it is registered, where it is; vanilla for a network alone
     variant: str  # as in a configuration
     teacher: str  # "" for a network alone
     student: str

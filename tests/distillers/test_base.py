@@ -36,6 +36,61 @@ def probe(teacher: nn.Module | None = None, **settings: Any) -> Probe:
     return Probe(examples.network(0), teacher or examples.network(1), examples.data_info(), **settings)
 
 
+class TestLabelSmoothing:
+    @pytest.mark.parametrize("soft", [False, True])
+    def test_mixes_the_labels_with_the_uniform_ones(self, soft: bool):
+        distiller, batch = probe(label_smoothing=0.2).eval(), examples.batch()
+        classes = examples.data_info().num_classes
+        labels = F.one_hot(batch.target, classes).float()
+        if soft:
+            labels = 0.7 * labels + 0.3 * labels.roll(1, dims=0)
+            batch = replace(batch, target=labels)
+        logits = distiller.student(batch.image)
+        smooth = 0.8 * labels + 0.2 / classes
+        expected = 0.5 * -(smooth * logits.log_softmax(dim=1)).sum(dim=1).mean()
+        output = distiller(batch, examples.epoch())
+        torch.testing.assert_close(output.task["ce"], expected)
+        torch.testing.assert_close(output.distillation["probe"], logits.mean())
+
+    def test_is_in_the_cross_entropy_of_both_views(self):
+        plain, smooth = (examples.build("mlkd", ce_weight=1.0, label_smoothing=each).eval() for each in (0.0, 0.2))
+        batch = examples.batch()
+        one, other = (each(batch, examples.epoch()).task for each in (plain, smooth))
+        for name, image in (("ce", batch.image), ("ce_strong", batch.strong_image)):
+            assert image is not None
+            uniform = -plain.student(image).log_softmax(dim=1).mean()
+            torch.testing.assert_close(other[name], 0.8 * one[name] + 0.2 * uniform)
+
+    @pytest.mark.parametrize("name", examples.METHODS)
+    def test_every_method_smooths_or_refuses(self, name: str):
+        """It changes a method's cross-entropy, or it is one clear line."""
+        if name in {"dhkd", "label_revision", "ps_kd"} or examples.SETTINGS[name]["ce_weight"] == 0:
+            with pytest.raises(UserError, match=r"^distiller\.(label_smoothing|align): [^\n]*$"):
+                examples.build(name, label_smoothing=0.2)
+            return
+        plain, smooth = examples.build(name).eval(), examples.build(name, label_smoothing=0.2).eval()
+        one, other = (each(examples.batch(), examples.epoch()) for each in (plain, smooth))
+        assert all(not torch.equal(one.task[term], other.task[term]) for term in one.task)
+        assert one.task.keys() == other.task.keys() != set()
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"ce_weight": 0.0}, "0.1 is of the cross-entropy, which distiller.ce_weight: 0 leaves out; set it to 0"),
+            ({}, "OwnTask has a loss of its own on the labels, which does not smooth them; set it to 0, found 0.1"),
+        ],
+    )
+    def test_is_refused_where_it_would_do_nothing(self, settings: dict[str, float], message: str):
+        class OwnTask(Probe):
+            def task(self, signals: Signals) -> dict[str, Tensor]:
+                return {}
+
+        arguments = {"ce_weight": 0.5, "label_smoothing": 0.1, **settings}
+        with pytest.raises(UserError) as caught:
+            OwnTask(examples.network(0), examples.network(1), examples.data_info(), **arguments)
+        assert str(caught.value) == f"distiller.label_smoothing: {message}"
+
+
 class TestSignals:
     def test_hold_logits_labels_samples_epoch_and_seed(self):
         distiller, batch = probe().eval(), examples.batch()

@@ -22,7 +22,7 @@ from . import examples, hooks
 METHODS = examples.METHODS
 every_published_method = pytest.mark.parametrize("name", METHODS)
 every_method = pytest.mark.parametrize("name", [*METHODS, *examples.HOOKS])
-SHARED = {"warmup_epochs", "standardize_logits"}
+SHARED = {"warmup_epochs", "standardize_logits", "label_smoothing"}
 
 
 def own_state(distiller: Distiller) -> dict[str, Tensor]:

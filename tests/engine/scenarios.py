@@ -27,13 +27,15 @@ class Scenario:
     overrides: tuple[str, ...] = ()
     student: str = "tiny_net"
     data: dict[str, Any] = field(default_factory=dict)
+    solver: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     cache: bool = True
     resumed: bool = False  # whether the captured run is stopped in its second epoch and resumed
 
     def write(self, folder: Path) -> Path:
         queue = {"queue_size": 70} if self.method == "mcld" else {}  # wraps around within an epoch
-        return runs.write_config(folder, self.method, student=self.student, data=self.data, distiller=queue)
+        more = {"student": self.student, "data": self.data, "solver": self.solver, "distiller": queue}
+        return runs.write_config(folder, self.method, **more)
 
     def run(self, cfg: Path, output: Path, engine: str) -> None:
         """Train; with the engine "graph" each trial's step and teacher batch must have been captured."""
@@ -75,9 +77,11 @@ class Scenario:
 
 
 DETERMINISTIC = "run.deterministic=true"
+ADAMW = {"name": "adamw", "lr": 0.001, "clip_grad_norm": 1.0, "lr_warmup_epochs": 2}
 DOT = ("solver.name=dot", "solver.delta=0.075")
 SCENARIOS = {
     **{method: Scenario(method, (DETERMINISTIC,)) for method in METHODS},
+    "adamw": Scenario("kd", ("solver.epochs=3",), student="resnet8", solver=ADAMW, resumed=True),
     "averages": Scenario("mcld", ("solver.ema_decay=0.9", "solver.average_from=2")),
     "bf16": Scenario("kd", ("run.precision=bf16",)),
     "convolutions": Scenario("nd", student="resnet8"),
@@ -85,7 +89,8 @@ SCENARIOS = {
     "cutmix_pick": Scenario("kd", ("data.mixing={name: cutmix_pick, alpha: 1.0, candidates: 2}",)),
     "dot": Scenario("dkd", DOT),
     "dot with convolutions": Scenario("kd", DOT, student="resnet8"),
-    "dot with two views": Scenario("mlkd", DOT),
+    "dot with two views": Scenario("mlkd", (*DOT, "solver.clip_grad_norm=1.0")),
+    "clipped": Scenario("kd", ("solver.clip_grad_norm=0.5", "solver.decay_norms=false")),
     "drops of the rate": Scenario("kd", ("solver.milestones=[1,2]", "solver.epochs=3")),
     "ensemble": Scenario("dkd", ("teacher.ensemble=[{name: tiny_net, checkpoint: teacher.pt}]",)),
     "exact logits": Scenario("kd", ("run.teacher_logits=float32",)),

@@ -133,7 +133,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a download read early": (read_a_download, "race: the host uses pinned memory"),
     "a race": (lambda: in_the_background(ones(2).sum), "race: aten.sum.default on stream"),
     "an unfinished event": (time_the_unfinished, "device not ready"),
-    "layouts of fused SGD": (step_in_another_layout, "laid out differently"),
+    "layouts of the fused update": (step_in_another_layout, "laid out differently"),
     "no deterministic kernel": (pool_without_a_deterministic_kernel, "deterministic implementation"),
 }
 
@@ -299,7 +299,7 @@ def rate_in_another_tensor_each_epoch(patch: Patch) -> None:
     patch.setattr(solvers, "set_group_rates", set_group_rates)
 
 
-@fault("resumed", "fused SGD reads its rate on the host")
+@fault("resumed", "the fused update reads its rate on the host")
 def rate_on_the_host_after_a_resume(patch: Patch) -> None:
     patch.setattr(solvers, "load_optimizer", lambda optimizer, state: optimizer.load_state_dict(state))
 
