@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
 
         def opened() -> LogitCache:
-            return LogitCache(Path(folder), {}, entries=entries, classes=args.classes, dtype=dtype)
+            return LogitCache(Path(folder), {}, entries=entries, width=args.classes, dtype=dtype)
 
         cache = opened()
         logits, changed = torch.randn(args.samples, args.classes).to(dtype), np.zeros(args.samples, np.bool_)

@@ -133,7 +133,7 @@ def fill(experiment: Experiment, seeds: Sequence[int]) -> None:
     assert experiment.cache is not None
     ids = entries_of_epochs(experiment.dataset, 1, seeds)
     ids = ids[experiment.cache.missing(ids)]
-    logits = torch.randn(len(ids), experiment.cache.classes, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(len(ids), experiment.cache.width, generator=torch.Generator().manual_seed(0))
     experiment.cache.write(ids, logits.to(experiment.cache.dtype), np.zeros(len(ids), dtype=np.bool_))
 
 

@@ -24,6 +24,9 @@ class StreamedBlobs(StreamedDataset):
     """The blobs of the tiny data set: cropped on the host by bits of the view, flipped on the device by another bit;
     a strong view is another crop, in fewer colours.
 
+    Args:
+        views: V; None for all words.
+
     Attributes:
         log: the samples of each call of ``read``.
     """
@@ -32,8 +35,8 @@ class StreamedBlobs(StreamedDataset):
     image_size = 32
     strong_views = True
 
-    def __init__(self, images: int = 150, classes: int = 10) -> None:
-        self.num_samples, self.num_classes = images, classes
+    def __init__(self, images: int = 150, classes: int = 10, views: int | None = None) -> None:
+        self.num_samples, self.num_classes, self.num_views = images, classes, views
         self.notes = []
         self._pixels, labels = tiny_arrays(images, classes)
         self._test_pixels, test_labels = tiny_arrays(60, classes, seed=1)
@@ -98,5 +101,7 @@ class StreamedBlobs(StreamedDataset):
 
 
 @DATASETS.register("streamed_blobs")
-def streamed_blobs(root: Path, download: bool, *, images: int = 150, classes: int = 10) -> StreamedBlobs:
-    return StreamedBlobs(images, classes)
+def streamed_blobs(
+    root: Path, download: bool, *, images: int = 150, classes: int = 10, views: int | None = None
+) -> StreamedBlobs:
+    return StreamedBlobs(images, classes, views)

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import timedelta
 
 from mdistill.cli import common
@@ -15,7 +16,8 @@ takes before anything is written. Stop it at any time: what is computed stays.""
 
 EXAMPLES = """  mdistill cache --cfg configs/cifar100/kd/res32x4_res8x4.yaml --estimate
   mdistill cache --cfg configs/cifar100/kd/res32x4_res8x4.yaml
-  mdistill cache --cfg configs/cifar100/kd/res32x4_res8x4.yaml --epochs 20 --seeds 0,1,2"""
+  mdistill cache --cfg configs/cifar100/kd/res32x4_res8x4.yaml --epochs 20 --seeds 0,1,2
+  mdistill cache --cfg photos.yaml data.views=10 run.teacher_logits=sparse --estimate"""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -44,7 +46,7 @@ def fill(args: argparse.Namespace) -> None:
     from mdistill.engine.console import StopRequest
     from mdistill.engine.cuda_graph import side_stream
     from mdistill.engine.logit_cache import LogitCache
-    from mdistill.engine.teacher import CACHE_DTYPES, Filler, describe, entries_of_epochs, open_cache
+    from mdistill.engine.teacher import Filler, describe, entries_of_epochs, open_cache
 
     experiment = build.build(
         [config],
@@ -55,15 +57,14 @@ def fill(args: argparse.Namespace) -> None:
         download=args.download,
         check_teacher=not args.estimate,  # which remembers what it measured
     )
-    teacher, dataset = experiment.teacher, experiment.dataset
-    if teacher is None:
+    teacher, dataset, form = experiment.teacher, experiment.dataset, experiment.logit_format
+    if teacher is None or form is None:
         raise UserError(f"{args.cfg}: this run reads no cache: its teacher {experiment.teacher_note}")
     ids = entries_of_epochs(dataset, args.epochs, args.seeds or [config.seed])
-    root, dtype = common.cache_root(args), CACHE_DTYPES[config.run.teacher_logits]
-    with side_stream(experiment.device):
-        filler = Filler(teacher, dataset, cache_dtype=dtype)
+    root = common.cache_root(args)
+    with side_stream(experiment.device), closing(Filler(teacher, dataset, form=form)) as filler:
         per_entry = filler.seconds_per_entry()
-        size = LogitCache.size(len(ids), dataset.num_classes, dtype)
+        size = LogitCache.size(len(ids), form.width, form.dtype)
         amount = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
         print(
             f"{len(ids):,} entries: {amount} under {root}, {_duration(per_entry, len(ids))} if all are missing",
@@ -71,7 +72,7 @@ def fill(args: argparse.Namespace) -> None:
         )
         if args.estimate:
             return
-        cache = open_cache(teacher, dataset, root, fingerprints=experiment.fingerprints, cache_dtype=dtype)
+        cache = open_cache(teacher, dataset, root, fingerprints=experiment.fingerprints, form=form)
         missing = int(cache.missing(ids).sum())
         print(f"{cache.path}: {missing:,} entries to compute, about {_duration(per_entry, missing)}", flush=True)
         with StopRequest() as stop, tqdm(total=missing, unit="entry", dynamic_ncols=True, disable=None) as bar:
@@ -82,7 +83,7 @@ def fill(args: argparse.Namespace) -> None:
                     raise Stopped(f"{stop.signal}: stopped, what was computed stays")
 
             filler.fill(cache, ids, advance=advance)
-        print(describe(cache))
+        print(describe(cache, form))
 
 
 def _duration(seconds_per_entry: float, entries: int) -> timedelta:

@@ -4,6 +4,7 @@ from mdistill.config.files import for_pair, load
 from mdistill.config.schema import (
     Config,
     MemberConfig,
+    RunConfig,
     TeacherConfig,
     cell_identity,
     differences,
@@ -14,6 +15,7 @@ from mdistill.config.schema import (
 __all__ = [
     "Config",
     "MemberConfig",
+    "RunConfig",
     "TeacherConfig",
     "cell_identity",
     "differences",

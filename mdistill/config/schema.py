@@ -132,7 +132,8 @@ class RunConfig(_Section):
 
     precision: Precision = "tf32"  # of the student; tf32: convolutions on TF32 units where the device has them
     teacher_precision: Precision | None = None  # of the teacher; null: the student's
-    teacher_logits: Literal["float16", "float32"] = "float16"  # what the teacher's logits are stored in
+    teacher_logits: Literal["float16", "float32", "sparse"] = "float16"  # what the teacher's logits are stored as
+    teacher_top_k: PositiveInt = 50  # classes of a sparse entry
     engine: Literal["auto", "eager", "graph", "compile"] = "auto"  # how steps are launched
     evaluate_every: PositiveInt = 1  # epochs; the last one is always evaluated
     checkpoint_minutes: Positive = 15.0  # within a longer epoch, the state is saved about as often
@@ -363,6 +364,12 @@ def _cross_checks(config: Config) -> list[str]:
     if config.teacher is not None and config.teacher.average != "probabilities" and not config.teacher.ensemble:
         problems.append(
             f"teacher.average: {config.teacher.average!r} says what to average over teacher.ensemble, which is empty"
+        )
+    run, usual = config.run, RunConfig.model_fields["teacher_top_k"].default
+    if run.teacher_top_k != usual and run.teacher_logits != "sparse":
+        problems.append(
+            f"run.teacher_top_k: counts the classes of run.teacher_logits 'sparse', found {run.teacher_top_k} with"
+            f" {run.teacher_logits!r}"
         )
     mixing = config.data.mixing
     if mixing is not None and (mixing.name == "cutmix_pick") != (mixing.candidates is not None):

@@ -114,7 +114,7 @@ class StreamedDataset(Dataset):
     resumes changes a bit.
     """
 
-    num_views: int | None = None
+    num_views: int | None = None  # all words from 0 to 2**63 - 1; V: those from 0 to V - 1
 
     @abstractmethod
     def read(self, index: npt.NDArray[np.int64], view: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
@@ -122,7 +122,7 @@ class StreamedDataset(Dataset):
 
         Args:
             index: (B,) int64, which training samples.
-            view: (B,) int64, from 0 to 2**63 - 1, which augmentation of each.
+            view: (B,) int64, from 0 to ``num_views`` - 1 or 2**63 - 1, which augmentation of each.
 
         Returns:
             (B, S, S, 3) uint8.

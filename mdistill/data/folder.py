@@ -57,6 +57,7 @@ class FolderDataset(StreamedDataset):
         std: of the three channels, on the same scale.
         flip: mirror half of the views left to right.
         notes: what a run prints and records about the data.
+        views: V, the views of an image; None for all 2^63.
         workers: threads that decode; None for one on each core, at most ``MOST_WORKERS``.
     """
 
@@ -71,10 +72,11 @@ class FolderDataset(StreamedDataset):
         std: Sequence[float] = IMAGENET_STD,
         flip: bool = True,
         notes: Sequence[str] = (),
+        views: int | None = None,
         workers: int | None = None,
     ) -> None:
         self.class_names, self.num_classes, self.image_size = tuple(class_names), len(class_names), image_size
-        self.splits, self.num_samples = ("test",), len(train.files)
+        self.splits, self.num_samples, self.num_views = ("test",), len(train.files), views
         self._labels = self.labels = torch.from_numpy(train.labels)
         self.notes = [count_line(train, test, class_names), *notes]
         self._train, self._kept = train, np.arange(len(train.files))  # which of its files are trained on
@@ -204,6 +206,7 @@ def folder(
     flip: bool = True,
     mean: tuple[float, float, float] = IMAGENET_MEAN,
     std: tuple[float, float, float] = IMAGENET_STD,
+    views: PositiveInt | None = None,
 ) -> Dataset:
     """Images in folders, one a class, under ``root/train`` and ``root/val`` or ``root/test``.
 
@@ -216,6 +219,8 @@ def folder(
         flip: mirror half of the views left to right.
         mean: of the three channels, on the scale 0 to 1; ImageNet's unless given.
         std: the same.
+        views: V, the crops of an image that there are, so that a teacher's logits can be stored; each comes in about
+            one of V epochs. None: no crop comes twice.
 
     Raises:
         UserError: a folder is missing or empty, train and val have different classes, or a setting goes with the other
@@ -227,6 +232,8 @@ def folder(
         raise UserError(f"data.std: should be 3 positive numbers, found {shown(list(std))}")
     if augment != "crop" and padding is not None:
         raise UserError(f"data.padding: {padding} goes with data.augment crop, found {augment}; remove it")
+    if augment == "crop" and views is not None:
+        raise UserError(f"data.views: {views} goes with data.augment random_resized_crop, found crop; remove it")
     classes = common_classes(*splits)
     train, test = (scan(folder, classes) for folder in splits)
     if augment == "crop":
@@ -234,7 +241,15 @@ def folder(
             train, test, classes, image_size, padding=padding, flip=flip, mean=mean, std=std, notes=copy_notes(place)
         )
     return FolderDataset(
-        train, test, classes, image_size=image_size, mean=mean, std=std, flip=flip, notes=copy_notes(place)
+        train,
+        test,
+        classes,
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        flip=flip,
+        notes=copy_notes(place),
+        views=views,
     )
 
 

@@ -27,13 +27,19 @@ WNID = re.compile(r"n\d{8}")
 
 @DATASETS.register("imagenet")
 def imagenet(
-    data_root: Path, download: bool, *, root: Path = Path("imagenet"), image_size: PositiveInt = 224
+    data_root: Path,
+    download: bool,
+    *,
+    root: Path = Path("imagenet"),
+    image_size: PositiveInt = 224,
+    views: PositiveInt | None = None,
 ) -> FolderDataset:
     """ImageNet, or some of its classes, in a folder for each class.
 
     Args:
         root: its folder, from the folder of all data sets or as it stands.
         image_size: S, pixels, of the crops.
+        views: V, the crops of an image that there are; see ``folder``.
 
     Raises:
         UserError: a folder is missing, is no class of ImageNet, or train and val have different ones.
@@ -64,4 +70,4 @@ def imagenet(
     for split, found in (("train", len(train.files)), ("val", len(val.files))):
         if len(classes) == CLASSES and found != IMAGES[split]:
             notes.append(f"imagenet: {split} has {found:,} images, the published set {IMAGES[split]:,}")
-    return FolderDataset(train, val, classes, image_size=image_size, notes=notes)
+    return FolderDataset(train, val, classes, image_size=image_size, notes=notes, views=views)

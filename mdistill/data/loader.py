@@ -28,19 +28,23 @@ READ_AHEAD = 3  # batches that are read from a streamed data set before they are
 class TeacherLogitSource(Protocol):
     """Where a loader gets the frozen teacher's logits of an epoch from; ``engine.teacher`` has the one in use."""
 
-    logits: Tensor  # (N + 1, C) on the device, in epoch order, filled as far as was required
-
     def look_up(self, index: Indices, view: Indices, *, first: int = 0) -> Any:
         """Which logits of the epoch are known, from position ``first`` on. Host only; does not touch the device."""
 
-    def begin(self, found: Any, *, first: int = 0) -> None:
+    def begin(self, found: Any) -> None:
         """Go over to an epoch that was looked up; its (index, view) pairs are on the device by now."""
 
     def require(self, count: int) -> None:
-        """Fill the first ``count`` positions of ``logits``."""
+        """Have the logits of the batch that ends before position ``count``."""
+
+    def at(self, positions: Tensor, target: Tensor) -> Tensor:
+        """The logits (B, C) at ``positions`` (B,), whose true classes are ``target`` (B,). Static shapes."""
 
     def flush(self) -> None:
         """Store what was computed. The host waits for the device."""
+
+    def close(self) -> None:
+        """End the threads, if there are any."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +62,8 @@ class BatchLoader:
     """Walks through epochs batch by batch; which images, in which order and view, is fixed by (seed, epoch) alone.
 
     The host calls ``begin`` for an epoch and ``fetch`` before each step; ``batch`` then reads static tensors alone (the
-    position within the epoch among them), so that a captured step can replay it. Nothing here waits for the device.
+    position within the epoch among them), so that a captured step can replay it. Nothing here waits for the device,
+    but where a teacher's logits are too many to be there all at once (``engine.teacher``).
 
     Args:
         dataset: on ``device``.
@@ -68,7 +73,7 @@ class BatchLoader:
         strong: whether batches carry a second, strongly augmented view.
         mixing: how images are mixed; None: not at all.
         teacher_logits: makes the source of teacher logits from the (2, N + 1) pairs of the epoch, whose last column
-            is padding; None leaves the teacher to the method.
+            is padding, and B; None leaves the teacher to the method.
     """
 
     def __init__(
@@ -80,7 +85,7 @@ class BatchLoader:
         device: torch.device,
         strong: bool = False,
         mixing: Mixing | None = None,
-        teacher_logits: Callable[[Tensor], TeacherLogitSource] | None = None,
+        teacher_logits: Callable[[Tensor, int], TeacherLogitSource] | None = None,
     ) -> None:
         assert not (strong and mixing is not None)
         self.dataset, self.seed, self.device = dataset, seed, device
@@ -95,7 +100,7 @@ class BatchLoader:
         self._extra = torch.zeros(columns, self.samples, dtype=torch.int64, device=device)
         self._position = torch.zeros((), dtype=torch.int64, device=device)  # images of the epoch already seen
         self._offsets = torch.arange(self.own_batch_size, device=device)
-        self._teacher = teacher_logits(self._pairs) if teacher_logits is not None else None
+        self._teacher = teacher_logits(self._pairs, self.own_batch_size) if teacher_logits is not None else None
         self._reader: Reader | None = None
         if isinstance(dataset, StreamedDataset):
             self._reader = Reader(dataset, self.own_batch_size, device, strong=strong)
@@ -136,7 +141,7 @@ class BatchLoader:
             self._extra.copy_(upload(ready.extra, self.device))
         self._position.fill_(first)
         if self._teacher is not None:
-            self._teacher.begin(ready.teacher_logits, first=first)
+            self._teacher.begin(ready.teacher_logits)
         if self._reader is not None:
             self._reader.begin(ready.plan, first, ready.extra[0] if self._strong else None)
 
@@ -162,6 +167,8 @@ class BatchLoader:
         """End the threads that read images, if there are any."""
         if self._reader is not None:
             self._reader.close()
+        if self._teacher is not None:
+            self._teacher.close()
 
     # ---- within the step ----
 
@@ -188,7 +195,7 @@ class BatchLoader:
         elif self._mixing is not None:
             batch = self._mixed(batch, self._extra.index_select(1, positions))
         if self._teacher is not None:
-            batch = dataclasses.replace(batch, teacher_logits=self._teacher.logits.index_select(0, positions))
+            batch = dataclasses.replace(batch, teacher_logits=self._teacher.at(positions, batch.target))
         self._position.add_(count)
         if distributed.world_size() > 1:
             batch = dataclasses.replace(batch, rank_counts=distributed.split(size, distributed.world_size()))

@@ -39,6 +39,7 @@ class Needs:
     features: tuple[FeatureName, ...] = ("stages", "preacts", "last_map", "pooled")  # those that are used
     views: Literal[1, 2] = 1  # 2: a strongly augmented one too
     labels: Literal["none", "hard", "soft"] = "hard"  # its own terms': none, a class, or class probabilities too
+    sparse_logits: tuple[str, ...] | None = None  # settings that have to be 1 to read them; None: never
     teacher_batch_statistics: bool = False  # the teacher's BatchNorm normalises by the batch; its statistics stay
 
     @property

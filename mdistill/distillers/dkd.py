@@ -90,7 +90,7 @@ class DKD(Distiller):
         temperature: T of both terms.
     """
 
-    needs = Needs(teacher="logits")
+    needs = Needs(teacher="logits", sparse_logits=("temperature",))
 
     def __init__(
         self,

@@ -41,7 +41,7 @@ class KD(Distiller):
         temperature: T, which softens both networks.
     """
 
-    needs = Needs(teacher="logits", labels="none")
+    needs = Needs(teacher="logits", labels="none", sparse_logits=("temperature",))
 
     def __init__(
         self,

@@ -61,7 +61,7 @@ class LA(Distiller):
         temperature: T, which softens both networks.
     """
 
-    needs = Needs(teacher="logits")
+    needs = Needs(teacher="logits", sparse_logits=("temperature",))
 
     def __init__(
         self,

@@ -89,7 +89,7 @@ class NKD(Distiller):
         temperature: lambda, which softens the non-target term.
     """
 
-    needs = Needs(teacher="logits")
+    needs = Needs(teacher="logits", sparse_logits=("temperature",))
 
     def __init__(
         self,

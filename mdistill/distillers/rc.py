@@ -63,7 +63,7 @@ class RC(Distiller):
         temperature: T of both terms.
     """
 
-    needs = Needs(teacher="logits")
+    needs = Needs(teacher="logits", sparse_logits=("temperature",))
 
     def __init__(
         self,

@@ -116,7 +116,7 @@ class RLD(Distiller):
         mask: which classes masked correlation leaves out: "ge" (Eq. 7) or "g" (the alternative of Table 1).
     """
 
-    needs = Needs(teacher="logits")
+    needs = Needs(teacher="logits", sparse_logits=("temperature", "sc_temperature"))
 
     def __init__(
         self,

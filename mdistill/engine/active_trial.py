@@ -23,7 +23,7 @@ from mdistill.engine.cuda_graph import CapturedStep, Engine, choose_engine, comp
 from mdistill.engine.evaluate import LaunchedEvaluation, launch_evaluation
 from mdistill.engine.metrics import RunningMetrics
 from mdistill.engine.run_folder import RunFolder, environment, read_metrics, read_sessions
-from mdistill.engine.teacher import CACHE_DTYPES, TeacherLogits
+from mdistill.engine.teacher import TeacherLogits
 from mdistill.errors import RunFailed, Stopped, UserError
 from mdistill.file_schemas import Best, Progress
 from mdistill.models.memory_format import to_layout
@@ -69,12 +69,12 @@ class ActiveTrial:
         self.epoch: Tensor = torch.ones((), dtype=torch.int64, device=self.device)
         self.engine = engine or choose_engine(self.config.run.engine, self.device)
         make_logits = None
-        if experiment.teacher is not None:
+        if experiment.teacher is not None and experiment.logit_format is not None:
             make_logits = partial(
                 TeacherLogits,
                 experiment.teacher,
                 experiment.dataset,
-                cache_dtype=CACHE_DTYPES[self.config.run.teacher_logits],
+                form=experiment.logit_format,
                 cache=experiment.cache,
                 capture=self.engine.captures,
             )

@@ -20,7 +20,8 @@ from mdistill.distillers import DISTILLERS, Distiller, Needs
 from mdistill.engine.cuda_graph import choose_engine
 from mdistill.engine.evaluate import evaluate
 from mdistill.engine.logit_cache import LogitCache
-from mdistill.engine.teacher import CACHE_DTYPES, FrozenTeacher, open_cache
+from mdistill.engine.logit_formats import LogitFormat, format_of
+from mdistill.engine.teacher import FrozenTeacher, count_entries, open_cache
 from mdistill.errors import UserError, printable, shown
 from mdistill.file_schemas import EXPORT_NAME, TAKEN
 from mdistill.models import MODELS
@@ -67,6 +68,7 @@ class Experiment:
     fingerprints: dict[str, str]  # SHA-256 of the data and of the teacher's weights, which a resumed run must share
     metadata: dict[str, Any] = field(default_factory=dict)  # for env.json
     teacher: FrozenTeacher | None = None  # where its logits are computed ahead of the steps
+    logit_format: LogitFormat | None = None  # what they are stored as; there with ``teacher``
     cache: LogitCache | None = None  # of its logits, shared between runs
     teacher_note: str = ""  # which of these it is, and why
 
@@ -339,6 +341,8 @@ def _assemble(
     info = dataset.info(config.data.batch_size)
     teacher = build_teacher(config, info)
     distillers = [build_distiller(each, info, teacher) for each in configs]
+    if teacher is not None:
+        _check_teacher_logits(config, distillers[0].needs, dataset)
     fingerprints = {"data": dataset.fingerprint()}
     metadata: dict[str, Any] = {
         "data": {"fingerprint": fingerprints["data"]},
@@ -444,34 +448,79 @@ def _try_step(solver: Solver, distiller: Distiller, info: DataInfo) -> tuple[str
 def _place_teacher(experiment: Experiment, teacher: nn.Module, cache_root: Path | None) -> None:
     """Compute the teacher's logits ahead of the steps, through a cache, where the method leaves room for that."""
     config, needs, dataset = experiment.trials[0].config, experiment.trials[0].distiller.needs, experiment.dataset
+    run, streamed = config.run, isinstance(dataset, StreamedDataset)
+    in_every_step = _why_in_every_step(config, needs, dataset)
+    if in_every_step is not None:
+        experiment.teacher_note = f"runs in every step: {in_every_step}"
+        return
+    experiment.teacher = FrozenTeacher(teacher, experiment.device, run.teacher_precision or run.precision)
+    experiment.logit_format = form = format_of(run, dataset.num_classes)
+    again = "; images are read a second time for that" if streamed else ""
+    if dataset.num_views is None:
+        experiment.teacher_note = "runs on every image: the views of this data set cannot be enumerated"
+        return
+    if cache_root is None:
+        experiment.teacher_note = f"runs on every image: no cache was asked for{again}"
+        return
+    experiment.cache = cache = open_cache(
+        experiment.teacher, dataset, cache_root, fingerprints=experiment.fingerprints, form=form
+    )
+    experiment.metadata["teacher"]["cache"] = str(cache.path)
+    strong = "; those of the strong views in every step" if needs.views > 1 else ""
+    experiment.teacher_note = (
+        f"logits come from the cache {cache.path} ({run.teacher_logits},"
+        f" {100 * cache.filled / cache.entries:.1f} % of {cache.entries:,} entries); missing ones are"
+        f" computed{again}{strong}"
+    )
+
+
+def _why_in_every_step(config: Config, needs: Needs, dataset: Dataset) -> str | None:
+    """Why the teacher has to run as part of the step; None: it has not."""
     if needs.teacher_batch_statistics:
-        experiment.teacher_note = "runs in every step: its BatchNorm uses batch statistics"
-    elif needs.teacher != "logits":
-        experiment.teacher_note = "runs in every step: this method reads more of it than its logits"
-    elif config.data.mixing is not None:
-        experiment.teacher_note = "runs in every step: images are mixed"
-    elif isinstance(dataset, StreamedDataset):
-        experiment.teacher_note = "runs in every step: images are streamed"
-    else:
-        experiment.teacher = FrozenTeacher(
-            teacher, experiment.device, config.run.teacher_precision or config.run.precision
+        return "its BatchNorm uses batch statistics"
+    if needs.teacher != "logits":
+        return "this method reads more of it than its logits"
+    if config.data.mixing is not None:
+        return "images are mixed"
+    if isinstance(dataset, StreamedDataset) and dataset.num_views is None:
+        advice = "; data.views sets a number of them" if "views" in config.data.arguments else ""
+        return f"images are streamed, in views that cannot be enumerated{advice}"
+    return None
+
+
+def _check_teacher_logits(config: Config, needs: Needs, dataset: Dataset) -> None:
+    """Refuse logits that cannot be stored as they are to be, or that the method, as it is set, could not read.
+
+    Raises:
+        UserError: names the setting and what to do.
+    """
+    in_every_step = _why_in_every_step(config, needs, dataset)
+    if config.run.teacher_logits == "sparse":
+        _check_sparse(config, needs, in_every_step)
+    if in_every_step is None:
+        format_of(config.run, dataset.num_classes)
+        if dataset.num_views is not None:
+            count_entries(dataset)
+
+
+def _check_sparse(config: Config, needs: Needs, in_every_step: str | None) -> None:
+    method, arguments = config.distiller.name, config.distiller.arguments
+    settings = {key: arguments.get(key) for key in needs.sparse_logits or ()}
+    wrong = [f"distiller.{key} 1, found {shown(value)}" for key, value in settings.items() if value not in (None, 1)]
+    if arguments.get("standardize_logits"):
+        wrong.append("distiller.standardize_logits false, found true")
+    reason = None
+    if needs.sparse_logits is None:
+        reason = "it reads more of the teacher than its largest probabilities"
+    elif wrong:
+        reason = f"that takes {' and '.join(wrong)}"
+    elif in_every_step is not None:
+        reason = f"its teacher runs in every step, since {in_every_step}"
+    if reason is not None:
+        raise UserError(
+            f"run.teacher_logits: the method {method!r} cannot read 'sparse' logits here: {reason};"
+            " take run.teacher_logits=float16"
         )
-        if dataset.num_views is None:
-            experiment.teacher_note = "runs on every image: the views of this data set cannot be enumerated"
-        elif cache_root is None:
-            experiment.teacher_note = "runs on every image: no cache was asked for"
-        else:
-            dtype = CACHE_DTYPES[config.run.teacher_logits]
-            experiment.cache = cache = open_cache(
-                experiment.teacher, dataset, cache_root, fingerprints=experiment.fingerprints, cache_dtype=dtype
-            )
-            experiment.metadata["teacher"]["cache"] = str(cache.path)
-            strong = "; those of the strong views in every step" if needs.views > 1 else ""
-            experiment.teacher_note = (
-                f"logits come from the cache {cache.path} ({config.run.teacher_logits},"
-                f" {100 * cache.filled / cache.entries:.1f} % of {cache.entries:,} entries); missing ones are"
-                f" computed{strong}"
-            )
 
 
 @contextmanager

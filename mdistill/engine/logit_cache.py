@@ -1,9 +1,10 @@
 """A teacher's logits on disk: a folder of immutable chunk files, named after everything that fixes the numbers.
 
-A chunk is a safetensors file of n entries: ``entries`` (n,) int64, ascending; ``logits`` (n, C); ``changed`` (n,) bool.
-Its header holds the whole identity and a checksum. A chunk is written under another name, flushed to disk and renamed;
-after that nothing changes it. So any number of processes and hosts may read and add chunks at the same time. A chunk
-that is not whole, or not of this identity, is reported in a line and ignored.
+A chunk is a safetensors file of n entries: ``entries`` (n,) int64, ascending; ``logits`` (n, W), rows as a
+``LogitFormat`` makes them, of W numbers; ``changed`` (n,) bool. Its header holds the whole identity and a checksum. A
+chunk is written under another name, flushed to disk and renamed; after that nothing changes it. So any number of
+processes and hosts may read and add chunks at the same time. One that is not whole, or not of this identity, is
+reported in a line and ignored.
 """
 
 import hashlib
@@ -42,13 +43,12 @@ class LogitCache:
     Attributes:
         path: the folder of the chunks.
         entries: number of entries, there or missing.
-        classes: C.
-        dtype: what logits are stored in, float16 or float32.
+        width, dtype: of the rows.
         filled: number of entries that are there.
     """
 
     def __init__(
-        self, root: Path, identity: Mapping[str, Any], *, entries: int, classes: int, dtype: torch.dtype
+        self, root: Path, identity: Mapping[str, Any], *, entries: int, width: int, dtype: torch.dtype
     ) -> None:
         """Open the cache of ``identity`` below ``root``; its folder is made where it is missing.
 
@@ -60,14 +60,14 @@ class LogitCache:
             UserError: the folder cannot be made.
         """
         self._dtype = np.dtype(str(dtype).removeprefix("torch."))
-        shape = {"entries": entries, "classes": classes, "dtype": self._dtype.name}
+        shape = {"entries": entries, "classes": width, "dtype": self._dtype.name}  # W = C once
         content = {"format": FORMAT, **shape, "identity": dict(identity)}
         self._identity = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
         self.path = root / hashlib.sha256(self._identity.encode()).hexdigest()[:16]
-        self.entries, self.classes, self.dtype = entries, classes, dtype
+        self.entries, self.width, self.dtype = entries, width, dtype
         self.filled = self._changed = 0
         self._positions = np.full(entries, -1, np.int32)  # of each entry in the concatenation of all chunks
-        self._chunks: list[NDArray[np.floating[Any]]] = []  # the logits of each, mapped into memory
+        self._chunks: list[NDArray[Any]] = []  # the rows of each, mapped into memory
         self._starts: list[int] = [0]  # position of each chunk's first entry, and where the next chunk will start
         self._seen: set[str] = set()  # names of chunks, used or not
         try:
@@ -88,9 +88,9 @@ class LogitCache:
         return self._changed / max(1, self.filled)
 
     @staticmethod
-    def size(entries: int, classes: int, dtype: torch.dtype) -> int:
+    def size(entries: int, width: int, dtype: torch.dtype) -> int:
         """Bytes on disk of so many entries."""
-        return entries * (classes * dtype.itemsize + 9)
+        return entries * (width * dtype.itemsize + 9)
 
     def refresh(self) -> None:
         """Open the chunks that were added since the last time, by whomever."""
@@ -109,7 +109,7 @@ class LogitCache:
         return self._positions_of(ids) < 0
 
     def read(self, ids: Ids) -> Tensor:
-        """The logits (n, C) of the entries ``ids`` (n,), in the order given, on the CPU in memory of their own.
+        """The rows (n, W) of the entries ``ids`` (n,), in the order given, on the CPU in memory of their own.
 
         Raises:
             ValueError: an entry is missing.
@@ -120,7 +120,7 @@ class LogitCache:
         order = np.argsort(positions)  # chunk by chunk, each from its beginning to its end
         positions = positions[order]
         bounds = np.searchsorted(positions, self._starts)
-        ordered = np.empty((len(ids), self.classes), self._dtype)
+        ordered = np.empty((len(ids), self.width), self._dtype)
         for chunk, start, first, last in zip(self._chunks, self._starts, bounds, bounds[1:], strict=False):
             chunk.take(positions[first:last] - start, axis=0, out=ordered[first:last], mode="clip")
         places = np.empty_like(order)
@@ -131,14 +131,14 @@ class LogitCache:
         """Add the entries ``ids`` (n,), as one chunk; those that are there already, or come again, are left out.
 
         Args:
-            logits: (n, C) on the CPU, in the cache's dtype.
+            logits: (n, W) on the CPU, in the cache's dtype.
             changed: (n,), whether rounding changed a decision.
 
         Raises:
             RunFailed: the disk is full, or the folder is not writable; nothing is left behind.
         """
-        if logits.shape != (len(ids), self.classes) or logits.dtype != self.dtype:
-            raise ValueError(f"logits are {tuple(logits.shape)} in {logits.dtype}, not {(len(ids), self.classes)}")
+        if logits.shape != (len(ids), self.width) or logits.dtype != self.dtype:
+            raise ValueError(f"logits are {tuple(logits.shape)} in {logits.dtype}, not {(len(ids), self.width)}")
         ids, first = np.unique(ids, return_index=True)
         missing = self.missing(ids)
         ids, first = ids[missing], first[missing]
@@ -153,7 +153,7 @@ class LogitCache:
     def require_room(self, count: int) -> None:
         """Raise RunFailed unless ``count`` more entries leave ``HEADROOM`` on the disk."""
         with suppress(OSError):  # a missing folder is reported by the write
-            needed, free = self.size(count, self.classes, self.dtype), shutil.disk_usage(self.path).free
+            needed, free = self.size(count, self.width, self.dtype), shutil.disk_usage(self.path).free
             if free < needed + HEADROOM:
                 raise RunFailed(
                     f"the teacher's logits need {needed / 1e6:,.2f} MB on disk, and {HEADROOM / 1e6:,.0f} MB must stay"
@@ -176,7 +176,7 @@ class LogitCache:
             chunk = {key: file.get_tensor(key).numpy() for key in ("entries", "logits", "changed")}  # maps, no copies
         ids, count, start = chunk["entries"], len(chunk["entries"]), self._starts[-1]
         layout = [(array.dtype, array.shape) for array in chunk.values()]
-        if layout != [(np.int64, (count,)), (self._dtype, (count, self.classes)), (np.bool_, (count,))]:
+        if layout != [(np.int64, (count,)), (self._dtype, (count, self.width)), (np.bool_, (count,))]:
             raise ValueError(f"it holds {layout}")
         if header.checksum != _checksum(chunk):
             raise ValueError("its checksum is wrong")

@@ -1,24 +1,24 @@
 """The frozen teacher's logits for a list of (index, view) pairs: from the cache where it has them, else computed.
 
-Letters: N pairs, B images per teacher batch, C classes, V views of a sample.
+Letters: N pairs, B images per teacher batch, C classes, V views of a sample, W numbers in a stored row.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from mdistill.data import Dataset
-from mdistill.data.loader import upload
-from mdistill.data.sampling import epoch_plan
+from mdistill.data import Dataset, StreamedDataset
+from mdistill.data.loader import Reader, upload
+from mdistill.data.sampling import EpochPlan, epoch_plan
 from mdistill.engine.console import print_line
 from mdistill.engine.cuda_graph import WARM_UP, CapturedStep
 from mdistill.engine.logit_cache import Ids, LogitCache
+from mdistill.engine.logit_formats import LogitFormat
 from mdistill.errors import RunFailed, UserError
 from mdistill.models.fold_bn import fold_batchnorm
 from mdistill.models.memory_format import move, to_layout
@@ -27,12 +27,14 @@ from mdistill.precision import Precision, computing
 BATCH = {"cpu": 64, "cuda": 512}
 """Images per teacher batch. One size, padded when fewer are left, so that an image's logits are always the same."""
 
-CACHE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
-"""What logits are stored in: rounding to float16 moves one by at most 2^-11 of itself (2^-25 below 2^-14)."""
+BLOCK_BYTES = 2**26
+"""Stored logits that a trial holds on the device at a time; an epoch of CIFAR-100 has 10 MB of them."""
 
 CHUNK = 16_384  # entries of a chunk that is filled ahead of any run
 
-ROUNDING_SHARE = 0.005  # of a cache's entries that may change a decision before float32 is advised
+MOST_ENTRIES = 2**30  # of a cache; each takes 4 bytes of the host's memory
+
+ROUNDING_SHARE = 0.005  # of a cache's entries that may change a decision before another format is advised
 
 
 class FrozenTeacher:
@@ -74,27 +76,34 @@ class FrozenTeacher:
 class LookUp:
     """A list of pairs as the host sees it, before anything is on the device."""
 
-    ids: Ids  # (N,), index * V + view; the entry of each pair in the cache
-    missing: Ids  # which of the N positions have to be computed, ascending
-    cached: Tensor  # (N - len(missing), C) on the CPU, the others, in order
+    index: Ids  # (N,)
+    view: Ids  # (N,)
+    first: int  # position of the first pair that is wanted
+    missing: Ids  # positions that have to be computed, ascending
+    cached: Tensor  # on the CPU, the rows of the others in the first block, in order
 
 
 class TeacherLogits:
     """Logits of the pairs that a list names, computed in full teacher batches shortly before they are needed.
 
-    Each is rounded to ``cache_dtype`` whether it comes from the cache or not, so a cache changes nothing but time.
+    Each is stored as ``form`` has it whether it comes from the cache or not, so a cache changes nothing but time.
+
+    The device holds the rows of a block at a time: whole training batches, ``BLOCK_BYTES`` of them or all there are.
+    Going on to the next block, the host waits for the device if rows were computed that the cache has not got yet.
+    Images of a streamed data set are read for the teacher alone, ahead of its batches.
 
     Args:
         teacher: the network.
         dataset: where the images come from.
         pairs: (2, N + 1) int64 on the device, index and view, filled by the caller; the last column pads a batch.
-        cache_dtype: float16 or float32.
+        batch_size: pairs that are asked about together, counted from the first.
+        form: what logits are stored as.
         cache: where entries are looked up and written; None computes them all.
         capture: whether teacher batches are captured.
         must_write: whether a cache that cannot be written ends the work; else it is read on and no longer written.
 
     Attributes:
-        logits: (N + 1, C) on the device, in the order of the list, there up to what ``require`` was asked for.
+        rows: (R + 1, W) on the device, of the R pairs of a block, there up to what ``require`` was asked for.
     """
 
     def __init__(
@@ -102,59 +111,72 @@ class TeacherLogits:
         teacher: FrozenTeacher,
         dataset: Dataset,
         pairs: Tensor,
+        batch_size: int,
         *,
-        cache_dtype: torch.dtype,
+        form: LogitFormat,
         cache: LogitCache | None,
         capture: bool,
         must_write: bool = False,
     ) -> None:
         self.teacher, self.dataset, self.pairs, self.cache, self.must_write = teacher, dataset, pairs, cache, must_write
-        device, columns, size = pairs.device, pairs.shape[1], teacher.batch_size
-        self.logits = torch.zeros(columns, dataset.num_classes, dtype=cache_dtype, device=device)
-        self._changed = torch.zeros(columns, dtype=torch.bool, device=device)  # whether rounding changed a decision
+        self.form, device, size = form, pairs.device, teacher.batch_size
+        self._count = pairs.shape[1] - 1  # N
+        batches = BLOCK_BYTES // (batch_size * form.width * form.dtype.itemsize)
+        self._block = min(self._count, batch_size * max(1, batches))  # R
+        self.rows = torch.zeros(self._block + 1, form.width, dtype=form.dtype, device=device)
+        self._changed = torch.zeros(self._block + 1, dtype=torch.bool, device=device)  # a decision, by storing it
+        self._start = torch.zeros((), dtype=torch.int64, device=device)  # position of the block
         self._largest = torch.zeros((), device=device)  # of all |logits| computed so far
-        self._missing = torch.zeros(-(-columns // size) * size, dtype=torch.int64, device=device)  # positions, padded
+        self._missing = torch.zeros(-(-self._block // size) * size, dtype=torch.int64, device=device)  # padded
         self._next = torch.zeros((), dtype=torch.int64, device=device)  # of ``_missing``
         self._offsets = torch.arange(size, device=device)
         self._step = CapturedStep(self._compute, size, capture=capture, name="teacher batch")
-        self._current = LookUp(np.zeros(0, np.int64), np.zeros(0, np.int64), torch.zeros(0, dataset.num_classes))
-        self._computed = self._flushed = 0  # of the missing ones
+        self._reader: Reader | None = None  # made when it is first needed
+        none = np.zeros(0, np.int64)
+        self._found, self._current = LookUp(none, none, 0, none, self.rows[:0]), none  # missing ones of the block
+        self._end = 0  # position behind the block
+        self._computed = self._flushed = 0  # of ``_current``
+        self._unchecked = False  # whether ``_largest`` has changed
         self._writable = True
 
-    def look_up(self, index: npt.NDArray[np.int64], view: npt.NDArray[np.int64], *, first: int = 0) -> LookUp:
-        """Find out, on the host alone, which of the pairs from ``first`` on are missing, and read the others.
+    def look_up(self, index: Ids, view: Ids, *, first: int = 0) -> LookUp:
+        """Find out, on the host alone, which of the pairs from ``first`` on are missing, and begin to read the others.
 
         Args:
             index: (N,) training samples.
             view: (N,) views of these.
         """
-        if self.cache is None:
-            return LookUp(index, np.arange(first, len(index)), torch.zeros(0, self.logits.shape[1]))
-        assert self.dataset.num_views is not None
-        self.cache.refresh()
-        ids = index * self.dataset.num_views + view
-        missing = self.cache.missing(ids)
+        missing = np.ones(len(index), np.bool_)
+        if self.cache is not None:
+            self.cache.refresh()
+            missing = self.cache.missing(self._ids(index, view))
         missing[:first] = False  # steps already done
-        return LookUp(ids, np.flatnonzero(missing), self.cache.read(ids[first:][~missing[first:]]))
+        found = LookUp(index, view, first, np.flatnonzero(missing), torch.zeros(0))
+        return replace(found, cached=self._read(found, self._cached(found, first - first % self._block)))
 
-    def begin(self, found: LookUp, *, first: int = 0) -> None:
-        """Put the cached logits in place; ``pairs`` must hold the list by now."""
-        self._current, self._computed, self._flushed = found, 0, 0
-        padding, device = len(self.logits) - 1, self.pairs.device
-        missing = np.full(len(self._missing), padding, dtype=np.int64)
-        missing[: len(found.missing)] = found.missing
-        self._missing.copy_(upload(missing, device))
-        self._next.zero_()
-        if len(found.cached):
-            cached = np.setdiff1d(np.arange(first, len(found.ids)), found.missing, assume_unique=True)
-            self.logits.index_copy_(0, upload(cached, device), upload(found.cached, device))
+    def begin(self, found: LookUp) -> None:
+        """Put the first cached logits in place; ``pairs`` must hold the list by now."""
+        self._found = found
+        self._enter(found.first - found.first % self._block, found.cached)
 
     def require(self, count: int) -> None:
-        """Make sure that the first ``count`` pairs have their logits; the host does not wait."""
-        missing, size = self._current.missing, self.teacher.batch_size
-        while self._computed < len(missing) and missing[self._computed] < count:
-            self._step(size)
-            self._computed = min(self._computed + size, len(missing))
+        """Make sure that the ``batch_size`` pairs up to ``count`` have their logits; ``count`` only ever grows."""
+        while True:
+            while self._computed < len(self._current) and self._current[self._computed] < count:
+                if self._reader is not None:
+                    self._reader.fetch()
+                self._step(self.teacher.batch_size)
+                self._computed = min(self._computed + self.teacher.batch_size, len(self._current))
+                self._unchecked = True
+            if count <= self._end:
+                return
+            if self.cache is not None and self._writable:
+                self.flush()
+            self._enter(self._end, self._read(self._found, self._cached(self._found, self._end)))
+
+    def at(self, positions: Tensor, target: Tensor) -> Tensor:
+        """The logits (B, C) of the pairs at ``positions`` (B,), whose classes are ``target`` (B,). Static shapes."""
+        return self.form.decode(self.rows.index_select(0, positions - self._start), target)
 
     def flush(self) -> None:
         """Write what was computed since the last time, as one chunk. The host waits for the device.
@@ -162,39 +184,84 @@ class TeacherLogits:
         Raises:
             RunFailed: a logit is not finite, or too large for float16 (nothing of it is written); or ``must_write``.
         """
-        positions = self._current.missing[self._flushed : self._computed]
-        if not len(positions):
+        if not self._unchecked:
             return
         largest = float(self._largest)
-        if not largest <= torch.finfo(self.logits.dtype).max:  # NaN is refused too
+        if not largest <= self.form.largest:  # NaN is refused too
             raise RunFailed(
                 f"the teacher's logits reach {largest:.4g}, float16 holds 65504: set run.teacher_logits=float32"
                 if np.isfinite(largest)
                 else "the teacher's logits are not finite: wrong weights?"
             )
+        positions = self._current[self._flushed : self._computed]
         if self.cache is not None and self._writable:
-            at = upload(positions, self.pairs.device)
-            logits, changed = self.logits.index_select(0, at).cpu(), self._changed.index_select(0, at).cpu()
+            at = upload(positions - (self._end - self._block), self.pairs.device)
+            rows, changed = self.rows.index_select(0, at).cpu(), self._changed.index_select(0, at).cpu()
+            ids = self._ids(self._found.index[positions], self._found.view[positions])
             try:
-                self.cache.write(self._current.ids[positions], logits, changed.numpy())
+                self.cache.write(ids, rows, changed.numpy())
             except RunFailed as error:  # the disk is full, or the folder is read-only
                 if self.must_write:
                     raise
                 self._writable = False
                 print_line(f"teacher: continuing without adding to the cache: {error}")
-        self._flushed = self._computed
+        self._flushed, self._unchecked = self._computed, False
+
+    def close(self) -> None:
+        """End the thread that reads images, if there is one."""
+        if self._reader is not None:
+            self._reader.close()
+
+    def _ids(self, index: Ids, view: Ids) -> Ids:
+        """The cache's entries of pairs."""
+        assert self.dataset.num_views is not None
+        return index * self.dataset.num_views + view
+
+    def _cached(self, found: LookUp, start: int) -> Ids:
+        """The positions in the block from ``start`` on that the cache has."""
+        wanted = np.arange(max(start, found.first), min(start + self._block, len(found.index)))
+        return np.setdiff1d(wanted, found.missing, assume_unique=True)
+
+    def _read(self, found: LookUp, positions: Ids) -> Tensor:
+        """The rows (n, W) that the cache has of pairs, on the CPU."""
+        if self.cache is None:
+            return torch.zeros(0, self.form.width, dtype=self.form.dtype)
+        return self.cache.read(self._ids(found.index[positions], found.view[positions]))
+
+    def _enter(self, start: int, cached: Tensor) -> None:
+        """Go over to the block at ``start``, whose cached rows are given."""
+        found, device = self._found, self.pairs.device
+        self._end, self._computed, self._flushed = start + self._block, 0, 0
+        bounds = np.searchsorted(found.missing, [start, self._end])
+        self._current = found.missing[bounds[0] : bounds[1]]
+        missing = np.full(len(self._missing), self._count, dtype=np.int64)
+        missing[: len(self._current)] = self._current
+        self._missing.copy_(upload(missing, device))
+        self._next.zero_()
+        self._start.fill_(start)
+        if len(cached):
+            at = self._cached(found, start) - start
+            self.rows.index_copy_(0, upload(at, device), upload(cached, device))
+        if len(self._current) and isinstance(self.dataset, StreamedDataset):
+            self._reader = self._reader or Reader(self.dataset, self.teacher.batch_size, device)
+            self._reader.begin(EpochPlan(found.index[self._current], found.view[self._current]), 0)
 
     @torch.no_grad()
     def _compute(self, size: int) -> None:
         """One teacher batch: the next ``size`` of the missing positions. Static shapes, no read by the host."""
         positions = self._missing.index_select(0, self._next + self._offsets[:size])
         index, view = self.pairs.index_select(1, positions).unbind()
-        batch = self.dataset.train_batch(index, view)
+        if self._reader is not None:  # its pixels beyond the last missing one are those of an earlier batch
+            batch = self._reader.dataset.finish_batch(self._reader.pixels, index, view)
+        else:
+            batch = self.dataset.train_batch(index, view)
         exact = self.teacher(batch.image)
-        rounded = exact.to(self.logits.dtype)
+        rows = self.form.encode(exact, batch.target)
+        stored = self.form.decode(rows, batch.target).float()
+        places = (positions - self._start).clamp(max=self._block)  # what pads a batch goes behind the last row
         self._largest.copy_(torch.maximum(self._largest, exact.abs().max()))
-        self.logits.index_copy_(0, positions, rounded)
-        self._changed.index_copy_(0, positions, decisions_differ(exact, rounded.float(), batch.target))
+        self.rows.index_copy_(0, places, rows)
+        self._changed.index_copy_(0, places, decisions_differ(exact, stored, batch.target))
         self._next.add_(size)
 
 
@@ -217,7 +284,7 @@ def open_cache(
     root: Path,
     *,
     fingerprints: Mapping[str, str],
-    cache_dtype: torch.dtype,
+    form: LogitFormat,
 ) -> LogitCache:
     """The cache of ``teacher``'s logits below ``root``; its folder is made where it is missing.
 
@@ -228,10 +295,24 @@ def open_cache(
     Raises:
         UserError: the folder cannot be made.
     """
+    identity = {"weights": fingerprints["teacher"], "data": fingerprints["data"], **teacher.identity(), **form.identity}
+    return LogitCache(root, identity, entries=count_entries(dataset), width=form.width, dtype=form.dtype)
+
+
+def count_entries(dataset: Dataset) -> int:
+    """N V, the entries of a cache.
+
+    Raises:
+        UserError: there are more than a cache can have.
+    """
     assert dataset.num_views is not None
-    identity = {"weights": fingerprints["teacher"], "data": fingerprints["data"], **teacher.identity()}
     entries = dataset.num_samples * dataset.num_views
-    return LogitCache(root, identity, entries=entries, classes=dataset.num_classes, dtype=cache_dtype)
+    if entries > MOST_ENTRIES:
+        raise UserError(
+            f"data.views: {dataset.num_views:,} views of {dataset.num_samples:,} images are more than the"
+            f" {MOST_ENTRIES:,} entries that a cache can have; take at most {MOST_ENTRIES // dataset.num_samples:,}"
+        )
+    return entries
 
 
 def entries_of_epochs(dataset: Dataset, epochs: int | None, seeds: Sequence[int]) -> Ids:
@@ -257,24 +338,24 @@ class Filler:
     Args:
         teacher: the network.
         dataset: where the images come from; its views can be enumerated.
-        cache_dtype: what the logits are rounded to.
+        form: what the logits are stored as.
     """
 
-    def __init__(self, teacher: FrozenTeacher, dataset: Dataset, *, cache_dtype: torch.dtype) -> None:
+    def __init__(self, teacher: FrozenTeacher, dataset: Dataset, *, form: LogitFormat) -> None:
         assert dataset.num_views is not None
-        self.views, self.batch_size = dataset.num_views, teacher.batch_size
+        self.views, self.batch_size, self._entries = dataset.num_views, teacher.batch_size, count_entries(dataset)
         pairs = torch.zeros(2, CHUNK + 1, dtype=torch.int64, device=teacher.device)
         capture = teacher.device.type == "cuda"
         self._logits = TeacherLogits(
-            teacher, dataset, pairs, cache_dtype=cache_dtype, cache=None, capture=capture, must_write=True
+            teacher, dataset, pairs, self.batch_size, form=form, cache=None, capture=capture, must_write=True
         )
 
     def seconds_per_entry(self) -> float:
-        """Time of an entry, measured on a few batches after as many to warm up; writes nothing."""
+        """Time of an entry, measured on a few batches from all over after as many to warm up; writes nothing."""
         spent = 0.0
         for count in (WARM_UP + 1, 4):
             started = time.perf_counter()
-            self._begin(np.zeros(count * self.batch_size, np.int64))
+            self._begin(np.linspace(0, self._entries - 1, count * self.batch_size).astype(np.int64))
             self._logits.require(count * self.batch_size)
             self._logits.flush()
             spent = (time.perf_counter() - started) / (count * self.batch_size)
@@ -302,20 +383,24 @@ class Filler:
             finally:
                 self._logits.flush()
 
+    def close(self) -> None:
+        """End the thread that reads images, if there is one."""
+        self._logits.close()
+
     def _begin(self, ids: Ids) -> None:
         index, view = ids // self.views, ids % self.views
         self._logits.pairs[:, : len(ids)].copy_(upload(np.stack([index, view]), self._logits.pairs.device))
         self._logits.begin(self._logits.look_up(index, view))
 
 
-def describe(cache: LogitCache) -> str:
-    """How much of ``cache`` is there, and what rounding to its type does to it."""
+def describe(cache: LogitCache, form: LogitFormat) -> str:
+    """How much of ``cache`` is there, and what storing logits as ``form`` has it does to them."""
     line = f"teacher cache: {cache.filled:,} of {cache.entries:,} entries"
-    if cache.dtype == torch.float16:
+    if form.loss:
         line += (
-            f"; rounding to float16 changes the predicted class or those at or above the true one in"
+            f"; {form.loss} changes the predicted class or those at or above the true one in"
             f" {100 * cache.changed:.3f} % of them"
         )
         if cache.changed > ROUNDING_SHARE:
-            line += f", more than {100 * ROUNDING_SHARE:g} %: run.teacher_logits=float32 is exact"
+            line += f", more than {100 * ROUNDING_SHARE:g} %: {form.advice}"
     return line

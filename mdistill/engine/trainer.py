@@ -123,8 +123,8 @@ def fit(experiment: Experiment, folders: Sequence[RunFolder]) -> list[list[dict[
             with trial.guarded():
                 trial.finish()
         print_line(peak_memory_line(experiment.device))
-        if experiment.cache is not None:
-            print_line(describe(experiment.cache))
+        if experiment.cache is not None and experiment.logit_format is not None:
+            print_line(describe(experiment.cache, experiment.logit_format))
         raise_errors(trials)
         return [read_metrics(folder.path) for folder in folders]
 

@@ -67,6 +67,19 @@ def test_a_training_image_is_its_crop_resized_and_flipped(root: Path) -> None:
         assert np.array_equal(pixels, wanted[:, ::-1] if flip else wanted)
 
 
+def test_a_number_of_views_is_how_many_an_image_has_and_changes_none(root: Path) -> None:
+    data, endless = build(root, views=3), build(root)
+    assert data.info(4).num_views == data.hold_out(2).num_views == 3
+    assert data.fingerprint() == endless.fingerprint()
+    index, view = np.repeat(np.arange(10), 3), np.tile(np.arange(3), 10)
+    pixels = data.read(index, view)
+    assert np.array_equal(pixels, endless.read(index, view))
+    assert len({image.tobytes() for image in pixels}) == 30
+    for wrong in (0, -1, "many"):
+        with pytest.raises(UserError, match="views: "):
+            build(root, views=wrong)
+
+
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_pixels_do_not_depend_on_workers_order_or_batch(workers: int, root: Path) -> None:
     data = build(root)
@@ -198,6 +211,8 @@ def test_padding_and_flips_are_settings(root: Path) -> None:
     assert small(root, mean=[0.5, 0.5, 0.5]).fingerprint() != small(root).fingerprint()
     with pytest.raises(UserError, match=r"data\.padding: 4 goes with data\.augment crop, found random_resized_crop"):
         build(root, padding=4)
+    with pytest.raises(UserError, match=r"data\.views: 5 goes with data\.augment random_resized_crop, found crop"):
+        small(root, views=5)
     with pytest.raises(UserError, match=r"augment: .*'random_resized_crop' or 'crop', found 'cut'"):
         build(root, augment="cut")
 

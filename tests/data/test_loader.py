@@ -198,7 +198,8 @@ def test_a_batch_reads_nothing_on_the_host(kind: str) -> None:
 class CountedLogits:
     """A source of teacher logits: row n of epoch e is full of 100 e + n; notes what it is asked."""
 
-    def __init__(self, pairs: Tensor) -> None:
+    def __init__(self, pairs: Tensor, batch_size: int) -> None:
+        assert batch_size == BATCH_SIZE
         self.pairs, self.calls = pairs, []
         self.logits = torch.full((pairs.shape[1], 2), -1.0)
 
@@ -206,26 +207,34 @@ class CountedLogits:
         self.calls.append(("look_up", len(index), first))
         return index.copy()
 
-    def begin(self, found: Any, *, first: int = 0) -> None:
+    def begin(self, found: Any) -> None:
         assert self.pairs[0, :-1].tolist() == found.tolist()
         self.logits.fill_(-1.0)
-        self.calls.append(("begin", first))
+        self.calls.append(("begin",))
 
     def require(self, count: int) -> None:
         self.logits[:count] = torch.arange(count, dtype=torch.float32)[:, None]
         self.calls.append(("require", count))
 
+    def at(self, positions: Tensor, target: Tensor) -> Tensor:
+        assert torch.equal(target, self.pairs[0].index_select(0, positions) % 10)
+        return self.logits.index_select(0, positions)
+
     def flush(self) -> None:
         self.calls.append(("flush",))
+
+    def close(self) -> None:
+        self.calls.append(("close",))
 
 
 def test_teacher_logits_are_required_before_a_batch_reads_them() -> None:
     sources: list[CountedLogits] = []
-    source = loader_of("plain", teacher_logits=lambda pairs: sources.append(CountedLogits(pairs)) or sources[0])
+    source = loader_of("plain", teacher_logits=lambda *given: sources.append(CountedLogits(*given)) or sources[0])
     parts = batches(source, epoch=1, first=1)
     source.finish()
+    source.close()
     assert sources[0].calls == [
-        ("look_up", SAMPLES, 16), ("begin", 16), ("require", 32), ("require", 38), ("flush",)
+        ("look_up", SAMPLES, 16), ("begin",), ("require", 32), ("require", 38), ("flush",), ("close",)
     ]  # fmt: skip
     assert joined(parts, "teacher_logits")[:, 0].tolist() == list(range(16, 38))
 

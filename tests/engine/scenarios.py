@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdistill.engine import cuda_graph
+from mdistill.engine import cuda_graph, teacher
 
 from .. import runs, streamed
 from ..distillers.examples import METHODS
@@ -30,6 +30,7 @@ class Scenario:
     solver: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     cache: bool = True
+    block_bytes: int = teacher.BLOCK_BYTES
     resumed: bool = False  # whether the captured run is stopped in its second epoch and resumed
 
     def write(self, folder: Path) -> Path:
@@ -45,7 +46,8 @@ class Scenario:
             options |= {"seeds": self.seeds, "cache": self.cache, "device": "cuda"}
             printed = io.StringIO()
             wrapped = mock.patch.object(cuda_graph, "capture_graph", wraps=cuda_graph.capture_graph)
-            with redirect_stdout(printed), wrapped as capture:
+            blocks = mock.patch.object(teacher, "BLOCK_BYTES", self.block_bytes)
+            with redirect_stdout(printed), blocks, wrapped as capture:
                 runs.train(cfg, output, *overrides, **options)
             lines = printed.getvalue().splitlines()
             fallen_back = [line for line in lines if "could not be captured" in line or "failed" in line]
@@ -78,6 +80,7 @@ class Scenario:
 
 DETERMINISTIC = "run.deterministic=true"
 ADAMW = {"name": "adamw", "lr": 0.001, "clip_grad_norm": 1.0, "lr_warmup_epochs": 2}
+SPARSE = ("run.teacher_logits=sparse", "run.teacher_top_k=3", "distiller.temperature=1")
 DOT = ("solver.name=dot", "solver.delta=0.075")
 SCENARIOS = {
     **{method: Scenario(method, (DETERMINISTIC,)) for method in METHODS},
@@ -98,8 +101,17 @@ SCENARIOS = {
     "mixup": Scenario("kd", ("data.mixing={name: mixup, alpha: 0.8}",)),
     "no cache": Scenario("kd", cache=False),
     "resumed": Scenario("mcld", ("solver.ema_decay=0.9", "solver.epochs=3"), resumed=True),
+    "sparse logits": Scenario("dkd", (DETERMINISTIC, *SPARSE)),
+    "sparse logits of streamed images": Scenario("kd", SPARSE, data={"name": "streamed_blobs", "views": 4}),
     "streamed": Scenario("kd", data={"name": "streamed_blobs"}),
     "streamed with two views": Scenario("mlkd", data={"name": "streamed_blobs"}),
+    "streamed with a cache": Scenario(  # two batches a block
+        "mcld",
+        ("solver.epochs=3",),
+        data={"name": "streamed_blobs", "views": 40},
+        block_bytes=2 * 24 * 20,
+        resumed=True,
+    ),
     "two trials": Scenario("mcld", seeds=(0, 1)),
     "two trials with two views": Scenario("mlkd", seeds=(0, 1)),
 }

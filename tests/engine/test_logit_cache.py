@@ -37,11 +37,11 @@ def values(ids: Ids, classes: int = CLASSES, dtype: torch.dtype = torch.float16,
 
 
 def opened(root: Path, identity: dict[str, Any] = IDENTITY, **shape: Any) -> LogitCache:
-    return LogitCache(root, identity, **{"entries": ENTRIES, "classes": CLASSES, "dtype": torch.float16, **shape})
+    return LogitCache(root, identity, **{"entries": ENTRIES, "width": CLASSES, "dtype": torch.float16, **shape})
 
 
 def fill(cache: LogitCache, ids: Ids, changed: bool = False) -> None:
-    cache.write(ids, values(ids, cache.classes, cache.dtype), np.full(len(ids), changed))
+    cache.write(ids, values(ids, cache.width, cache.dtype), np.full(len(ids), changed))
 
 
 def filled(cache: LogitCache) -> list[int]:
@@ -51,7 +51,7 @@ def filled(cache: LogitCache) -> list[int]:
 def assert_holds(cache: LogitCache, ids: Ids) -> None:
     assert filled(cache) == sorted(ids.tolist())
     assert cache.filled == len(ids)
-    assert torch.equal(cache.read(ids), values(ids, cache.classes, cache.dtype))
+    assert torch.equal(cache.read(ids), values(ids, cache.width, cache.dtype))
 
 
 def scattered(count: int, entries: int = ENTRIES, seed: int = 0) -> Ids:
@@ -91,14 +91,14 @@ def test_entries_come_back_in_any_order_and_after_reopening(dtype: torch.dtype, 
     logits = torch.randn(400, classes, generator=torch.Generator().manual_seed(1)).to(dtype)
     logits[0, :4] = torch.tensor([float("inf"), float("-inf"), 0.0, -0.0])
     changed = np.arange(400) % 4 == 0
-    cache = opened(tmp_path, classes=classes, dtype=dtype)
+    cache = opened(tmp_path, width=classes, dtype=dtype)
     assert (cache.filled, cache.changed) == (0, 0.0)
     assert cache.missing(ids).all()
     cache.write(ids[:150], logits[:150], changed[:150])
     assert cache.missing(ids).tolist() == [False] * 150 + [True] * 250
     cache.write(ids[150:], logits[150:], changed[150:])
-    for again in (cache, opened(tmp_path, classes=classes, dtype=dtype)):
-        assert (again.entries, again.classes, again.dtype) == (ENTRIES, classes, dtype)
+    for again in (cache, opened(tmp_path, width=classes, dtype=dtype)):
+        assert (again.entries, again.width, again.dtype) == (ENTRIES, classes, dtype)
         assert (again.filled, again.changed) == (400, 0.25)
         assert filled(again) == sorted(ids.tolist())
         order = np.random.default_rng(2).integers(0, 400, 1000)
@@ -171,7 +171,7 @@ def test_misuse_is_a_value_error(tmp_path: Path) -> None:
 
 
 def test_the_folder_follows_from_everything_that_fixes_the_numbers(tmp_path: Path) -> None:
-    shapes = [{}, {"entries": ENTRIES + 1}, {"classes": CLASSES + 1}, {"dtype": torch.float32}]
+    shapes = [{}, {"entries": ENTRIES + 1}, {"width": CLASSES + 1}, {"dtype": torch.float32}]
     caches = [opened(tmp_path, **shape) for shape in shapes] + [opened(tmp_path, {**IDENTITY, "device": "cuda"})]
     assert len({cache.path for cache in caches}) == len(caches)
     for cache in caches:
@@ -200,7 +200,7 @@ def test_a_chunk_says_what_it_holds(tmp_path: Path) -> None:
         assert torch.equal(file.get_tensor("logits"), values(np.array([4, 9])))
         assert file.get_tensor("changed").tolist() == [True, True]
     size = LogitCache.size(1000, 100, torch.float16)
-    large = opened(tmp_path, entries=1000, classes=100)
+    large = opened(tmp_path, entries=1000, width=100)
     fill(large, np.arange(1000))
     assert size <= only_chunk(large).stat().st_size < size + 1000
 
@@ -230,12 +230,12 @@ def test_reading_takes_the_memory_of_what_is_read_and_no_open_files(tmp_path: Pa
         (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
         return int(line.split()[1])
 
-    cache = opened(tmp_path, entries=80_000, classes=100, dtype=torch.float32)  # 32 MB
+    cache = opened(tmp_path, entries=80_000, width=100, dtype=torch.float32)  # 32 MB
     for ids in np.split(np.arange(80_000), 20):
         fill(cache, ids)
     del cache
     open_files, before = len(os.listdir("/proc/self/fd")), private_kilobytes()
-    cache = opened(tmp_path, entries=80_000, classes=100, dtype=torch.float32)
+    cache = opened(tmp_path, entries=80_000, width=100, dtype=torch.float32)
     cache.read(np.arange(0, 80_000, 80))
     assert private_kilobytes() - before < 8_000
     assert len(os.listdir("/proc/self/fd")) == open_files
@@ -492,7 +492,7 @@ import numpy as np
 import torch
 from mdistill.engine.logit_cache import LogitCache
 import mdistill.engine.teacher
-cache = LogitCache(Path(sys.argv[1]), {}, entries=5, classes=2, dtype=torch.float16)
+cache = LogitCache(Path(sys.argv[1]), {}, entries=5, width=2, dtype=torch.float16)
 cache.write(np.arange(3), torch.ones(3, 2).half(), np.zeros(3, bool))
 assert cache.read(np.array([2]))[0].tolist() == [1.0, 1.0]
 """

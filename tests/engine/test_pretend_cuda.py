@@ -362,7 +362,7 @@ def metrics_in_other_memory_each_epoch(patch: Patch) -> None:
 
 @fault("kd", FREED)
 def logits_of_the_teacher_in_other_memory(patch: Patch) -> None:
-    before(patch, TeacherLogits, "begin", lambda self, *a, **k: setattr(self, "logits", self.logits.clone()))
+    before(patch, TeacherLogits, "begin", lambda self, *a, **k: setattr(self, "rows", self.rows.clone()))
 
 
 @fault("streamed", FREED)

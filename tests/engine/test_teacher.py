@@ -26,10 +26,10 @@ from mdistill.distillers import DISTILLERS, Distiller, Needs, Signals
 from mdistill.engine import build, trainer
 from mdistill.engine import teacher as engine_teacher
 from mdistill.engine.logit_cache import Ids, LogitCache
+from mdistill.engine.logit_formats import CACHE_DTYPES, Dense
 from mdistill.engine.run_folder import RunFolder
 from mdistill.engine.teacher import (
     BATCH,
-    CACHE_DTYPES,
     Filler,
     FrozenTeacher,
     TeacherLogits,
@@ -331,7 +331,8 @@ def test_a_cache_that_was_filled_in_another_order_changes_no_bit(
 def prefill(made: build.Experiment, ids: Ids) -> None:
     assert made.teacher is not None
     assert made.cache is not None
-    Filler(made.teacher, made.dataset, cache_dtype=made.cache.dtype).fill(made.cache, ids, advance=lambda count: None)
+    assert made.logit_format is not None
+    Filler(made.teacher, made.dataset, form=made.logit_format).fill(made.cache, ids, advance=lambda count: None)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -620,7 +621,7 @@ def opened(root: Path) -> LogitCache:
     with safe_open(next(stored(root).glob("*.safetensors")), "pt") as file:
         content = json.loads(file.metadata()["identity"])
     dtype = CACHE_DTYPES[content["dtype"]]
-    return LogitCache(root, content["identity"], entries=content["entries"], classes=content["classes"], dtype=dtype)
+    return LogitCache(root, content["identity"], entries=content["entries"], width=content["classes"], dtype=dtype)
 
 
 def test_float32_holds_logits_beyond_float16(
@@ -706,9 +707,9 @@ def test_a_tie_that_rounding_makes_is_a_change() -> None:
 def test_the_share_is_told_and_float32_advised_above_half_a_percent(
     changes: int, advised: bool, tmp_path: Path
 ) -> None:
-    cache = LogitCache(tmp_path, {}, entries=4000, classes=2, dtype=torch.float16)
+    cache = LogitCache(tmp_path, {}, entries=4000, width=2, dtype=torch.float16)
     cache.write(np.arange(1000), torch.zeros(1000, 2, dtype=torch.float16), np.arange(1000) < changes)
-    line = describe(cache)
+    line = describe(cache, Dense(2, torch.float16))
     assert line.startswith("teacher cache: 1,000 of 4,000 entries; rounding to float16 changes the predicted class")
     assert f" in {changes / 10:.3f} % of them" in line
     assert ("more than 0.5 %: run.teacher_logits=float32 is exact" in line) == advised
@@ -716,8 +717,8 @@ def test_the_share_is_told_and_float32_advised_above_half_a_percent(
 
 
 def test_a_float32_cache_has_nothing_to_tell_about_rounding(tmp_path: Path) -> None:
-    cache = LogitCache(tmp_path, {}, entries=40, classes=2, dtype=torch.float32)
-    assert describe(cache) == "teacher cache: 0 of 40 entries"
+    cache = LogitCache(tmp_path, {}, entries=40, width=2, dtype=torch.float32)
+    assert describe(cache, Dense(2, torch.float32)) == "teacher cache: 0 of 40 entries"
 
 
 @pytest.mark.parametrize(("bias", "advised"), [(0.0, False), (100.0, True)])
@@ -1020,11 +1021,13 @@ class Toy:
         self.teacher = FrozenTeacher(PixelTeacher(), CPU, "fp32")
 
     def cache(self) -> LogitCache:
-        return LogitCache(self.root, {}, entries=10 * VIEWS, classes=10, dtype=torch.float16)
+        return LogitCache(self.root, {}, entries=10 * VIEWS, width=10, dtype=torch.float16)
 
     def logits(self, capacity: int, cache: LogitCache | None) -> TeacherLogits:
         pairs = torch.zeros(2, capacity + 1, dtype=torch.int64)
-        return TeacherLogits(self.teacher, self.dataset, pairs, cache_dtype=torch.float16, cache=cache, capture=False)
+        return TeacherLogits(
+            self.teacher, self.dataset, pairs, capacity, form=Dense(10, torch.float16), cache=cache, capture=False
+        )
 
     def image(self, number: int) -> Tensor:
         index, view = divmod(int(number), VIEWS)
@@ -1038,7 +1041,7 @@ class Toy:
     def check(self, logits: TeacherLogits, ids: Ids, first: int = 0, count: int | None = None) -> None:
         """The logits from ``first`` to ``count`` are those of ``ids``."""
         part = slice(first, count if count is not None else len(ids))
-        assert torch.equal(logits.logits[part], self.truth(ids[part]))
+        assert torch.equal(logits.rows[part], self.truth(ids[part]))
 
 
 @pytest.fixture
@@ -1056,7 +1059,7 @@ def load(logits: TeacherLogits, ids: Ids, *, first: int = 0) -> None:
     """Begin with the list ``ids`` as an epoch does."""
     index, view = ids // VIEWS, ids % VIEWS
     logits.pairs[:, : len(ids)] = torch.from_numpy(np.stack([index, view]))
-    logits.begin(logits.look_up(index, view, first=first), first=first)
+    logits.begin(logits.look_up(index, view, first=first))
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -1104,12 +1107,12 @@ def test_what_the_cache_has_is_read_and_what_it_lacks_is_computed(toy: Toy) -> N
     logits.require(10)
     expected = toy.truth(ids)
     expected[[0, 3, 4, 8]] += 1
-    assert torch.equal(logits.logits[:10], expected)
+    assert torch.equal(logits.rows[:10], expected)
     assert toy.asked.take() == sorted(set(ids.tolist()) - set(known.tolist()))
     logits.flush()
     load(logits, ids[::-1])
     logits.require(10)
-    assert torch.equal(logits.logits[:10], expected.flip(0))
+    assert torch.equal(logits.rows[:10], expected.flip(0))
     assert toy.asked.batches == []  # nothing was missing
 
 
@@ -1182,7 +1185,7 @@ def test_a_whole_cache_is_filled_chunk_by_chunk(toy: Toy, monkeypatch: pytest.Mo
     ids = np.append(drawn(30, seed=7), 0)
     before = ids[[2, 20]]
     cache.write(before, toy.truth(before), np.zeros(2, bool))
-    filler = Filler(toy.teacher, toy.dataset, cache_dtype=torch.float16)
+    filler = Filler(toy.teacher, toy.dataset, form=Dense(10, torch.float16))
     told: list[int] = []
     filler.fill(cache, ids, advance=told.append)
     assert told == [4, 4, 4, 4, 4, 4, 4, 1]
@@ -1204,7 +1207,7 @@ def test_a_filler_that_is_stopped_writes_what_it_has(toy: Toy, monkeypatch: pyte
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Filler(toy.teacher, toy.dataset, cache_dtype=torch.float16).fill(cache, ids, advance=advance)
+        Filler(toy.teacher, toy.dataset, form=Dense(10, torch.float16)).fill(cache, ids, advance=advance)
     assert filled(cache) == ids[:20].tolist()
 
 

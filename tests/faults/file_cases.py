@@ -47,6 +47,7 @@ forked._PRELOADED += [
 _TRAIN = ["train", "--cfg", "kd.yaml", "--checkpoint-root", ".", "--device", "cpu"]
 RESUME = (*_TRAIN, "--output", "out", "--resume")
 FRESH = (*_TRAIN, "--output", "new", "solver.epochs=1")
+SPARSE = (*_TRAIN, "--cfg", "sparse.yaml", "--output", "sparse", "--overwrite", "solver.epochs=1")
 EVAL = ("eval", "--device", "cpu", "--json")
 CIFAR = (*EVAL, "--model", "resnet8", "--data", "cifar100", "--data-root", ".", "--weights", "resnet8.pt")
 LONE = (*EVAL, "--model", "tiny_net", "--data", "tiny", "--weights")
@@ -57,7 +58,7 @@ LONE = (*EVAL, "--model", "tiny_net", "--data", "tiny", "--weights")
 
 @functools.cache
 def files() -> Path:
-    """A user's folder: ``out`` holds a run that was stopped in its second epoch, ``done`` one that is complete."""
+    """A user's folder: a run in ``out`` that was stopped in its second epoch, whole ones in ``done`` and ``sparse``."""
     holder = tempfile.TemporaryDirectory(prefix="mdistill-files-")
     files.holder = holder  # until this process ends
     folder = Path(holder.name)
@@ -69,8 +70,12 @@ def files() -> Path:
     top1 = json.loads(command(folder, [*LONE, "teacher.pth"]).out)["top1"]
     settings["teacher"]["expected_top1"] = top1
     (folder / "kd.yaml").write_text(yaml.safe_dump(settings))
-    ended = command(folder, [*_TRAIN, "--output", "done", "solver.epochs=1"])
-    assert ended.code == 0, ended
+    settings["distiller"]["temperature"] = 1.0
+    settings["run"] = {"teacher_logits": "sparse", "teacher_top_k": 3}
+    (folder / "sparse.yaml").write_text(yaml.safe_dump(settings))
+    for arguments in ([*_TRAIN, "--output", "done", "solver.epochs=1"], SPARSE):
+        ended = command(folder, arguments)
+        assert ended.code == 0, ended
     ended = command(folder, RESUME, stop_at=8)
     assert ended.code == 75, ended
     return folder
@@ -291,6 +296,7 @@ TARGETS = [
     Target("config_resume", f"out/{RUN}/config.yaml", RESUME, *_YAML),
     Target("teachers", "out/teachers.json", RESUME, *_JSON),
     Target("chunk", _CHUNK, RESUME, damage.load_safetensors, damage.save_safetensors),
+    Target("sparse_chunk", _CHUNK, SPARSE, damage.load_safetensors, damage.save_safetensors),
     Target("teacher_zip", "teacher.pt", FRESH, *_TORCH, _VALUES),
     Target("teacher_legacy", "teacher.pth", (*FRESH, "teacher.checkpoint=teacher.pth"), *_LEGACY, _ANY),
     Target("teacher_student", f"done/{RUN}/student.pt", (*FRESH, f"teacher.checkpoint=done/{RUN}"), *_TORCH, _VALUES),
@@ -308,7 +314,8 @@ def damaged(folder: Path, target: Target, how: str, seed: str) -> str | None:
     """One command on one damaged file."""
     here = Path(shutil.copytree(files(), folder / "files"))
     if target.path == _CHUNK:
-        chunk = next(here.rglob("*.safetensors")).relative_to(here)
+        output = target.arguments[target.arguments.index("--output") + 1]
+        chunk = next((here / output).rglob("*.safetensors")).relative_to(here)
         target = Target(**(vars(target) | {"path": str(chunk)}))
     for attempt in range(9):
         with contextlib.suppress(Exception):  # such damage as no file of the kind can hold: another of its kind

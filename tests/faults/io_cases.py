@@ -44,6 +44,7 @@ class Job:
     before: Literal["nothing", "half a run", "an old run", "the same run"] = "nothing"
     solver: Mapping[str, Any] = field(default_factory=dict)
     teacher: Mapping[str, Any] = field(default_factory=dict)
+    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # further ones of ``runs.write_config``
     seeds: tuple[int, ...] = (0,)
 
     def arguments(self, shared: Path, output: Path, *, again: bool = False) -> list[str]:
@@ -62,7 +63,8 @@ class Job:
 
     def prepare(self, shared: Path) -> list[Point]:
         """Write to ``shared``: configuration, ``before`` and ``whole``, undisturbed; the points of its I/O."""
-        sections = {"teacher": {"name": "tiny_net", "checkpoint": "teacher.pt", **self.teacher}}
+        sections: dict[str, Any] = {"teacher": {"name": "tiny_net", "checkpoint": "teacher.pt", **self.teacher}}
+        sections |= self.sections
         old = {"lr": 0.01} if self.before == "an old run" else self.solver
         runs.write_config(shared, self.method, solver=old, **sections)
         if self.before == "nothing":
@@ -87,6 +89,7 @@ class Job:
         return points(log)
 
 
+SPARSE = {"distiller": {"temperature": 1.0}, "run": {"teacher_logits": "sparse", "teacher_top_k": 3}}
 JOBS = (
     Job("kd"),
     Job("mcld", "mcld", teacher={"expected_top1": 15.0}),
@@ -95,6 +98,7 @@ JOBS = (
     Job("overwrite", flags=("--overwrite",), again=("--overwrite",), before="an old run"),
     Job("repeat", flags=("--overwrite",), before="the same run"),  # what is half cleared must not be resumed
     Job("cache", command="cache", again=()),
+    Job("sparse", sections=SPARSE),
 )
 
 
