@@ -3,6 +3,9 @@
 A builder is a class or a function. Its positional parameters come from the engine, its keyword-only parameters from
 the configuration: their annotations are the schema. A ``**shared`` parameter of a class stands for the keyword-only
 parameters of the next class in its method resolution order.
+
+A name with a slash, ``library/name``, is looked up in a library when it is first asked for; its builder checks its
+arguments by itself.
 """
 
 import importlib
@@ -10,13 +13,14 @@ import inspect
 import json
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Generic, TypeVar, get_type_hints
+from typing import Annotated, Any, Generic, Protocol, TypeVar, get_type_hints, runtime_checkable
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from mdistill.errors import UserError, shown, suggestion
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 Builder = TypeVar("Builder", bound=Callable[..., Any])
 
 Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
@@ -26,6 +30,16 @@ NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+@runtime_checkable
+class LibraryBuilder(Protocol[T_co]):
+    """A builder of a library, whose arguments no signature tells."""
+
+    def __call__(self, *args: Any, **arguments: Any) -> T_co: ...
+
+    def problems(self, arguments: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """What is wrong with ``arguments``: the key ("" where it is none alone) and one line each."""
+
+
 class Registry(Generic[T]):
     """A table from names to builders of ``kind`` (a word for messages: "model", "method", "data set")."""
 
@@ -33,6 +47,14 @@ class Registry(Generic[T]):
         self.kind = kind
         self._builders: dict[str, Callable[..., T]] = {}
         self._canonical: dict[str, str] = {}
+        self._libraries: dict[str, Callable[[str], LibraryBuilder[T]]] = {}
+
+    def add_library(self, prefix: str, find: Callable[[str], LibraryBuilder[T]]) -> None:
+        """Look up names that begin with ``prefix`` and a slash by ``find``, which gets what follows.
+
+        ``find`` raises UserError for a name that its library lacks; nothing is imported before it is called.
+        """
+        self._libraries[prefix] = find
 
     def register(self, name: str, *aliases: str) -> Callable[[Builder], Builder]:
         """Decorator: make the class or function known under ``name`` (and ``aliases``, which resolve to it)."""
@@ -60,21 +82,30 @@ class Registry(Generic[T]):
         Raises:
             UserError: no such name; says the nearest one and all that are known.
         """
+        prefix, _, rest = name.partition("/")
+        if rest and prefix in self._libraries:
+            self._libraries[prefix](rest)
+            return name
         if name not in self._canonical:
             place = f" in {where}" if where else ""
+            libraries = [f"{library}/NAME" for library in self._libraries]
+            misspelt = suggestion(prefix, self._libraries) if rest else ""
             raise UserError(
-                f"unknown {self.kind} {name!r}{place}{suggestion(name, self._canonical)}"
-                f" (known: {', '.join(self.names())})"
+                f"unknown {self.kind} {name!r}{place}{misspelt or suggestion(name, self._canonical)}"
+                f" (known: {', '.join([*self.names(), *libraries])})"
             )
         return self._canonical[name]
 
     def get(self, name: str, where: str = "") -> Callable[..., T]:
         """The builder registered under ``name``."""
-        return self._builders[self.canonical(name, where)]
+        canonical = self.canonical(name, where)
+        prefix, _, rest = canonical.partition("/")
+        return self._libraries[prefix](rest) if rest else self._builders[canonical]
 
     def arguments(self, name: str) -> dict[str, inspect.Parameter]:
-        """The keyword-only parameters that the configuration may set, with resolved annotations."""
-        return _keyword_parameters(self.get(name))
+        """The keyword-only parameters that the configuration may set, with resolved annotations; no library's."""
+        builder = self.get(name)
+        return {} if isinstance(builder, LibraryBuilder) else _keyword_parameters(builder)
 
     def check(
         self, name: str, arguments: Mapping[str, Any], *, where: str = "", beside: tuple[str, ...] = ()
@@ -89,6 +120,10 @@ class Registry(Generic[T]):
             the complete arguments (checked, defaults filled in; one that is not plain data, such as a class, stays the
             builder's own) and all problems found, one line each.
         """
+        builder = self.get(name)
+        if isinstance(builder, LibraryBuilder):
+            found = builder.problems(arguments)
+            return dict(arguments), [f"{where + key if key else where.rstrip('. ')}: {text}" for key, text in found]
         parameters = self.arguments(name)
         complete: dict[str, Any] = {}
         problems = [

@@ -12,7 +12,7 @@ from mdistill.errors import UserError
 OURS = Path(__file__).resolve().parent
 NEEDED = {  # packages that this one imports, some of them late
     *("mdistill", "torch", "torchvision", "numpy", "yaml", "tqdm", "tensorboard", "pydantic", "safetensors"),
-    *("typing_extensions", "matplotlib", "filelock"),
+    *("typing_extensions", "matplotlib", "filelock", "timm", "huggingface_hub"),
     *(
         "PIL",
         "google",

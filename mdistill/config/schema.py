@@ -76,11 +76,26 @@ class DataConfig(_Component):
 class ModelConfig(_Component):
     """A network."""
 
+    checkpoint: str | None = None  # weights to begin with, as of a teacher; null: initial ones, by the seed
+
+
+Channels = Annotated[tuple[float, float, float], Field(strict=False)]
+
+
+class PreprocessingConfig(_Section):
+    """How images come to a teacher; what is null is as published with its weights, else as in the data set."""
+
+    mean: Channels | None = None  # of the three channels, on the scale 0 to 1
+    std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)] | None = None  # the same
+    image_size: PositiveInt | None = None  # pixels, height and width
+
 
 class MemberConfig(_Component):
     """A frozen network and its weights."""
 
-    checkpoint: str  # a run folder, our student.pt or a published file; relative to the checkpoint root
+    checkpoint: str  # a run folder, our student.pt, a file, or published weights; relative to the checkpoint root
+    classes: str | None = None  # what its outputs are: imagenet, or a file of names; null: the data set's classes
+    preprocessing: PreprocessingConfig = PreprocessingConfig()  # of its images
     expected_top1: Annotated[float, Field(ge=0, le=100)] | None = None  # percent on the test split; checked to 1 point
 
 
@@ -167,6 +182,7 @@ class Config(_Section):
         """``<dataset>/<method>/<teacher>_<student>[/<variant>]/seed<k>``."""
         teacher = "+".join(member.name for member in self.teacher.members) if self.teacher else None
         pair = f"{teacher}_{self.student.name}" if teacher else self.student.name
+        pair = pair.replace("/", "-")  # of a library's networks
         return Path(self.data.name, self.distiller.name, pair, self.variant, f"seed{self.seed}")
 
     def warnings(self) -> list[str]:
@@ -211,7 +227,12 @@ _NO_RESULT = {
     "variant",
     "data.eval_batch_size",
     "data.root",
-    *(f"{member}.{key}" for member in ("teacher", "teacher.ensemble") for key in ("checkpoint", "expected_top1")),
+    "student.checkpoint",
+    *(
+        f"{member}.{key}"
+        for member in ("teacher", "teacher.ensemble")
+        for key in ("checkpoint", "expected_top1", "classes", "preprocessing")  # these two are in its fingerprint
+    ),
     "run.engine",
     "run.evaluate_every",
     "run.checkpoint_minutes",
@@ -225,7 +246,8 @@ def cell_identity(config: Config, fingerprints: Mapping[str, str]) -> str:
     seed. A setting at its default is left out, so that a new setting changes no identity; no default may change.
 
     Args:
-        fingerprints: of the teacher's weights and the data, which stand for their paths.
+        fingerprints: of the teacher's weights, the data and the weights that the student begins with, which stand for
+            their paths.
     """
     settings = without_defaults(config)
     if config.run.teacher_precision == config.run.precision:
@@ -243,7 +265,7 @@ def without_defaults(config: Config) -> dict[str, Any]:
         for component in [given, *given.get("ensemble", ())] if given else ():
             parameters = registry.arguments(component["name"])
             for key in component.keys() - model.model_fields.keys():
-                if component[key] == parameters[key].default:
+                if key in parameters and component[key] == parameters[key].default:
                     del component[key]
     return settings
 
@@ -350,6 +372,8 @@ def _known_keys(section: tuple[int | str, ...]) -> list[str]:
         return list(Config.model_fields)
     if section == ("data", "mixing"):
         return list(MixingConfig.model_fields)
+    if section[-1] == "preprocessing":
+        return list(PreprocessingConfig.model_fields)
     return list(RunConfig.model_fields)  # the other sections take a builder's arguments and are checked against it
 
 

@@ -44,3 +44,5 @@ class DataInfo:
     strong_views: bool = False  # whether it has a second, strongly augmented view of an image
     labels: Tensor | None = None  # (N,) int64 on the CPU, the class of every training sample
     class_names: tuple[str, ...] = ()  # of each class, where they are known
+    mean: tuple[float, ...] = ()  # of the channels, on the scale 0 to 1, that images are normalised by; () if not known
+    std: tuple[float, ...] = ()  # of the same

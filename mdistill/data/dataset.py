@@ -38,6 +38,8 @@ class Dataset(ABC):
     notes: list[str]  # what a run prints and records about the data
     labels: Tensor | None = None  # (N,) int64 on the CPU, the class of every training sample
     class_names: tuple[str, ...] = ()  # of each class, where they are known
+    mean: tuple[float, ...] = ()  # of the channels, on the scale 0 to 1, that images are normalised by; () if not known
+    std: tuple[float, ...] = ()  # of the same
     strong_views = False  # whether there is a second, strongly augmented view of an image: ``strong_image``
 
     def info(self, batch_size: int) -> DataInfo:
@@ -51,6 +53,8 @@ class Dataset(ABC):
             strong_views=self.strong_views,
             labels=self.labels,
             class_names=self.class_names,
+            mean=self.mean,
+            std=self.std,
         )
 
     @abstractmethod
@@ -207,8 +211,8 @@ class InMemoryDataset(Dataset):
         self.strong_views = self.num_views is not None and self.num_views <= randaugment.MOST_VIEWS
         self.splits = ("test",)
         self.notes = list(notes)
-        self._statistics = tuple(mean), tuple(std)
-        self._normalize = augment.Normalization(self.image_size, *self._statistics)
+        self.mean, self.std = tuple(mean), tuple(std)
+        self._normalize = augment.Normalization(self.image_size, self.mean, self.std)
         fits = self.num_samples * (self.image_size + 1) ** 2 < 2**31
         tables = augment.offset_tables(self.image_size, padding, flip)
         self._rows, self._columns = (table.to(torch.int32 if fits else torch.int64) for table in tables)
@@ -290,7 +294,7 @@ class InMemoryDataset(Dataset):
 
     def _normalize_once(self) -> Tensor:
         """(N, S+1, S+1, 3) float32: a view only moves pixels, so that each is the same before as after."""
-        normalize = augment.Normalization(self.image_size + 1, *self._statistics).to(self._train.device)
+        normalize = augment.Normalization(self.image_size + 1, self.mean, self.std).to(self._train.device)
         normalized = torch.empty(self._train.shape, device=self._train.device)
         for start in range(0, len(normalized), 4096):
             part = slice(start, start + 4096)

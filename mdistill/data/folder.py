@@ -84,7 +84,8 @@ class FolderDataset(StreamedDataset):
         self._settings = f"folder {image_size} {[*map(float, mean)]} {[*map(float, std)]} {resized_crop.SCHEME}"
         self._settings += "" if flip else " unflipped"
         self._flip = flip
-        self._normalize = augmentation.Normalization(image_size, tuple(mean), tuple(std))
+        self.mean, self.std = tuple(mean), tuple(std)
+        self._normalize = augmentation.Normalization(image_size, self.mean, self.std)
         self._device_labels, self._device = self._labels, torch.device("cpu")
         self.strong_views = image_size <= randaugment.MOST_PIXELS
         self._strengthen: randaugment.Strengthen | None = None  # made when it is first asked for

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mdistill import distributed
 from mdistill.config import cell_identity
 from mdistill.data.loader import BatchLoader
+from mdistill.data.sampling import derive_seed
 from mdistill.distributed import PeerLost
 from mdistill.engine import checkpoint
 from mdistill.engine.build import Experiment, Trial
@@ -26,6 +27,7 @@ from mdistill.engine.run_folder import RunFolder, environment, read_metrics, rea
 from mdistill.engine.teacher import TeacherLogits
 from mdistill.errors import RunFailed, Stopped, UserError
 from mdistill.file_schemas import Best, Progress
+from mdistill.models.layers import draws_in_training
 from mdistill.models.memory_format import to_layout
 from mdistill.models.weights import save_weights
 
@@ -90,6 +92,7 @@ class ActiveTrial:
         self._step: CapturedStep | None = None  # what ``run`` was first given
         self.writer = Writer()
         self.ended: UserError | Stopped | None = None
+        self._draws = draws_in_training(self.distiller)
         self._clock = Stopwatch(self.device)
         self._saved_at = time.monotonic()
         self._saved: Progress | None = None  # where the checkpoint stands
@@ -145,7 +148,14 @@ class ActiveTrial:
             self.solver.set_lr(solver.rate(epoch, (step + 1) / self.loader.steps))
 
     def run(self, step: "Callable[[ActiveTrial, int], None]", size: int) -> None:
-        """``step(self, size)``, always the same one; on CUDA it is captured after a few calls and then replayed."""
+        """``step(self, size)``, always the same one; on CUDA it is captured after a few calls and then replayed.
+
+        What a network draws by itself in a step (dropout) is a function of (seed, epoch, step, rank): torch's global
+        generator, which it draws from, begins anew. A captured step reads that generator's seed when it is replayed.
+        """
+        if self._draws:
+            stream = f"epoch {self.progress.epoch} step {self.progress.step} rank {distributed.rank()}"
+            seed_generators(derive_seed(self.config.seed, stream), self.device)
         if self._step is None:
             self._step = CapturedStep(
                 partial(step, self),
@@ -392,3 +402,10 @@ def raise_errors(trials: Sequence[ActiveTrial]) -> None:
     if ended:
         failed = any(isinstance(error, UserError) for error in ended)
         raise (RunFailed if failed else Stopped)("\n".join(str(error) for error in ended))
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed torch's global generators, that of the CPU and that of ``device``."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda" and torch.cuda.default_generators:
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)

@@ -2,9 +2,9 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,11 @@ from mdistill.file_schemas import EXPORT_NAME, TAKEN
 from mdistill.models import MODELS
 from mdistill.models.ensemble import Ensemble
 from mdistill.models.memory_format import move
-from mdistill.models.teachers import locate, verify_top1
-from mdistill.models.weights import fingerprint, load_weights
+from mdistill.models.preprocessing import Preprocessed, Preprocessing, bare, preprocessed
+from mdistill.models.pretrained import published_weights
+from mdistill.models.teachers import locate, outputs_of, verify_top1
+from mdistill.models.torch_files import FileRecord
+from mdistill.models.weights import Convert, fingerprint, load_weights
 from mdistill.optim import SOLVERS, Solver
 from mdistill.optim.averaging import AveragedNetwork
 from mdistill.optim.solvers import without_decay_of_norms
@@ -104,7 +107,7 @@ def build_network(section: str, name: str, arguments: Mapping[str, Any], info: D
     """A network with initial weights fixed by (seed, section), checked on two blank images.
 
     Raises:
-        UserError: its output is not (B, num_classes).
+        UserError: its output is not (B, num_classes), or it does not take images of this size.
     """
     with _seeded(seed, section):
         try:
@@ -118,8 +121,18 @@ def build_network(section: str, name: str, arguments: Mapping[str, Any], info: D
             ) from None
     parameter = next(network.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    with torch.no_grad():
-        output = network.eval()(torch.zeros(2, 3, info.image_size, info.image_size, device=device))
+    size = info.image_size
+    try:
+        with torch.no_grad():
+            output = network.eval()(torch.zeros(2, 3, size, size, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if "/" not in name:  # of the user's own, whose frames are shown
+            raise
+        reason = printable(" ".join(str(error).split()), 200)
+        advice = "; set its img_size, if it has one" if name.startswith("timm/") else ""
+        raise UserError(
+            f"{section}.name: {name!r} does not take images of {size}x{size} pixels: {reason}{advice}"
+        ) from error
     shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
     if shape != (2, info.num_classes):
         raise UserError(
@@ -133,15 +146,40 @@ def build_teacher(config: Config, info: DataInfo) -> nn.Module | None:
     """The teacher's network, or several as one, with initial weights; None when the configuration has none."""
     if config.teacher is None:
         return None
-    members = [
-        build_network(section, member.name, member.arguments, info, seed=config.seed)
-        for section, member in _members_of(config.teacher)
-    ]
+    members = []
+    for section, member in _members_of(config.teacher):
+        given, wanted = _preprocessing(section, member, info)
+        images = replace(info, image_size=wanted.image_size)
+        network = build_network(section, member.name, member.arguments, images, seed=config.seed)
+        members.append(preprocessed(network, given, wanted))
     return members[0] if len(members) == 1 else Ensemble(members, config.teacher.average)
 
 
-def build_distiller(config: Config, info: DataInfo, teacher: nn.Module | None) -> Distiller:
+def _preprocessing(section: str, member: MemberConfig, info: DataInfo) -> tuple[Preprocessing, Preprocessing]:
+    """How the data set's images come, and how a teacher's network expects them.
+
+    Raises:
+        UserError: it expects another normalisation, and the data set does not say its own.
+    """
+    published, own = published_weights(member.name, member.checkpoint, section), member.preprocessing
+    mean, std = own.mean or (published and published.mean), own.std or (published and published.std)
+    size = own.image_size or (published and published.image_size) or info.image_size
+    if not (info.mean and info.std) and (mean or std):
+        raise UserError(
+            f"{section}.preprocessing: {member.name!r} expects images normalised by mean {shown(mean)} and std"
+            f" {shown(std)}, and the data set does not say its own mean and std (attributes of these names)"
+        )
+    given = Preprocessing(info.mean or (0.0, 0.0, 0.0), info.std or (1.0, 1.0, 1.0), info.image_size)
+    return given, Preprocessing(mean or given.mean, std or given.std, size)
+
+
+def build_distiller(
+    config: Config, info: DataInfo, teacher: nn.Module | None, *, start: Callable[[nn.Module], object] | None = None
+) -> Distiller:
     """Student (initial weights) and method around ``teacher``, on torch's default device.
+
+    Args:
+        start: loads the weights that the student begins with.
 
     Raises:
         UserError: the method needs what the data set, the mixing or a network does not give.
@@ -173,11 +211,15 @@ def build_distiller(config: Config, info: DataInfo, teacher: nn.Module | None) -
         ("student", student, needs.student_features),
         ("teacher", teacher, needs.teacher == "features"),
     ):
-        if features and network is not None and not hasattr(network, "forward_features"):
+        why = getattr(network, "no_features", None) if hasattr(network, "forward_features") else "no forward_features"
+        if features and network is not None and why:
             name = getattr(config, section).name
-            raise UserError(f"{section}.name: {method!r} reads features and {name!r} has no forward_features")
+            has = f"has {why}" if why.startswith("no ") else f"gives none: {why}"
+            raise UserError(f"{section}.name: {method!r} reads features and {name!r} {has}")
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise UserError(f"student.name: {config.student.name!r} has no trainable parameters")
+    if start is not None:
+        start(student)
     with _seeded(config.seed, "distiller"):
         distiller = DISTILLERS.get(method)(student, teacher, info, **config.distiller.arguments)
     distiller.seed = config.seed
@@ -293,10 +335,12 @@ def build(
         UserError: anything in the configuration, the data, the teacher's file or its cache that does not fit.
     """
     roots = {"data_root": data_root, "checkpoint_root": checkpoint_root}
-    if download and distributed.world_size() > 1:
+    if distributed.world_size() > 1:
         with distributed.together():
             if distributed.is_first_on_machine():  # fetches what the others then find
-                build_dataset(configs[0], data_root=data_root, download=True)
+                _weight_files(configs[0], checkpoint_root)
+                if download:
+                    build_dataset(configs[0], data_root=data_root, download=True)
     with distributed.together():
         experiment, teacher, loaded = _assemble(configs, device, **roots, download=download)
     config, metadata = configs[0], experiment.metadata
@@ -333,28 +377,48 @@ def _assemble(
     require_precision(teacher_precision, device, "run.teacher_precision")
     choose_engine(run.engine, device)
     set_numerics(run.precision, deterministic=run.deterministic)
-    sources = [  # before the data: the quickest check first
-        locate(member.checkpoint, checkpoint_root, model=member.name, dataset=config.data.name, section=section)
-        for section, member in (_members_of(config.teacher) if config.teacher is not None else ())
-    ]
+    sources, begin = _weight_files(config, checkpoint_root)  # before the data: the quickest check first
     dataset = build_dataset(config, data_root=data_root, download=download)
     info = dataset.info(config.data.batch_size)
     teacher = build_teacher(config, info)
-    distillers = [build_distiller(each, info, teacher) for each in configs]
-    if teacher is not None:
-        _check_teacher_logits(config, distillers[0].needs, dataset)
     fingerprints = {"data": dataset.fingerprint()}
     metadata: dict[str, Any] = {
         "data": {"fingerprint": fingerprints["data"]},
         "notes": [f"data: {note}" for note in dataset.notes],
     }
+    records: list[FileRecord] = []
+    start = None if begin is None else partial(_start, config=config, file=begin, records=records)
+    distillers = [build_distiller(each, info, teacher, start=start) for each in configs]
+    if teacher is not None:
+        _check_teacher_logits(config, distillers[0].needs, dataset)
+    if records:
+        fingerprints["student"] = records[0].sha256
+        metadata["student"] = {"files": [{"path": str(begin), **vars(records[0])}]}
+        metadata["notes"] += [f"student: {begin} {records[0].note}"] if records[0].note else []
+        metadata["notes"] += _note_on_images(config, info)
+    metadata["notes"] += _notes_on_features(distillers[0])
     prints, files = [], []
     if config.teacher is not None and teacher is not None:
-        for network, member, source in zip(_members(teacher), config.teacher.members, sources, strict=True):
-            record = load_weights(network, source, name=member.name, role="teacher")
+        for network, (section, member), source in zip(
+            _members(teacher), _members_of(config.teacher), sources, strict=True
+        ):
+            record = load_weights(
+                bare(network),
+                source,
+                name=member.name,
+                role="teacher",
+                convert=_conversion(member.name, member.checkpoint, member.arguments, section),
+                outputs=outputs_of(member.classes, info.class_names, checkpoint_root, section=section)
+                if member.classes
+                else None,
+            )
             files.append({"path": str(source), **vars(record)})
             metadata["notes"] += [f"teacher: {source} {record.note}"] if record.note else []
-            prints.append(fingerprint(network.state_dict()))
+            weights = fingerprint(bare(network).state_dict())
+            if isinstance(network, Preprocessed):
+                files[-1]["preprocessing"] = asdict(network.wanted)
+                weights = _joined([weights], repr(network.wanted))
+            prints.append(weights)
         fingerprints["teacher"] = prints[0] if len(prints) == 1 else _joined(prints, config.teacher.average)
         metadata["teacher"] = {"files": files, "fingerprint": fingerprints["teacher"]}
     if not distillers[0].fits_labels:
@@ -390,6 +454,19 @@ def _assemble(
     return experiment, teacher, list(zip(sources, prints, strict=True))
 
 
+def _weight_files(config: Config, root: Path) -> tuple[list[Path], Path | None]:
+    """Of the teacher's networks, and of what the student begins with; published ones are fetched."""
+    dataset, student = config.data.name, config.student
+    members = _members_of(config.teacher) if config.teacher is not None else []
+    teachers = [
+        locate(member.checkpoint, root, model=member.name, dataset=dataset, section=section)
+        for section, member in members
+    ]
+    if student.checkpoint is None:
+        return teachers, None
+    return teachers, locate(student.checkpoint, root, model=student.name, dataset=dataset, section="student")
+
+
 def _check_shares(batch_size: int, samples: int, ranks: int) -> None:
     """Refuse batches that several processes cannot share."""
     if batch_size % ranks:
@@ -403,6 +480,43 @@ def _check_shares(batch_size: int, samples: int, ranks: int) -> None:
             f"data.batch_size: with {batch_size} the last of an epoch's batches has {last} of the {samples} images,"
             f" fewer than the {ranks} processes; take another batch size"
         )
+
+
+def _start(student: nn.Module, *, config: Config, file: Path, records: list[FileRecord]) -> None:
+    """Load the weights that ``student`` begins with, and note the file in ``records``."""
+    name, checkpoint = config.student.name, config.student.checkpoint
+    convert = _conversion(name, checkpoint or "", config.student.arguments, "student")
+    records.append(load_weights(student, file, name=name, convert=convert, new_classifier=True))
+
+
+def _conversion(name: str, checkpoint: str, arguments: Mapping[str, Any], section: str) -> Convert | None:
+    """How the file of published weights becomes a state dict of its network; None where it is one."""
+    published = published_weights(name, checkpoint, section)
+    if published is None or published.convert is None:
+        return None
+    return partial(published.convert, arguments=arguments)
+
+
+def _note_on_images(config: Config, info: DataInfo) -> list[str]:
+    """Whether the weights that the student begins with were published for other images than the data set's."""
+    published = published_weights(config.student.name, config.student.checkpoint or "", "student")
+    if published is None or (published.mean, published.std) == (info.mean, info.std):
+        return []
+    return [
+        f"student: {published.name} were trained with mean {published.mean} and std {published.std}, the data set has"
+        f" {info.mean} and {info.std}"
+    ]
+
+
+def _notes_on_features(distiller: Distiller) -> list[str]:
+    """What must be known of the features that the method reads."""
+    if "preacts" not in distiller.needs.features or not distiller.needs.student_features:
+        return []
+    read = {"student": distiller.student, "teacher": distiller.teacher and bare(distiller.teacher)}
+    if distiller.needs.teacher != "features":
+        del read["teacher"]
+    notes = {section: getattr(network, "note", None) for section, network in read.items()}
+    return [f"{section}: {note}" for section, note in notes.items() if note]
 
 
 def _members_of(teacher: TeacherConfig) -> list[tuple[str, MemberConfig]]:

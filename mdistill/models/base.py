@@ -40,9 +40,13 @@ class Features:
 
 
 class Network(nn.Module, ABC):
-    """A classifier with inspectable features. ``classifier(pooled) == logits`` and ``pooled == mean(last_map)``."""
+    """A classifier with inspectable features. ``classifier(pooled) == logits`` and ``pooled == mean(last_map)``.
+
+    The second does not hold for networks of timm that have layers between the two, or classify by a token.
+    """
 
     classifier: nn.Linear
+    no_features: str | None = None  # why ``forward_features`` cannot be called; None where it can
 
     @abstractmethod
     def forward_features(self, x: Tensor) -> Features:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -36,11 +37,13 @@ def fold_batchnorm(network: nn.Module) -> tuple[nn.Module, int]:
     A BatchNorm is folded when, whatever conditions on the images decide, it is called once, on the output of a
     convolution or linear layer that is called once, and nothing else reads that output or that layer's parameters. A
     linear layer's output must be known to be (B, C): in (B, L, C), BatchNorm would normalise each of L. Layers with
-    hooks, parametrisations or a type of their own, and BatchNorm without running statistics, stay as they are.
+    hooks, parametrisations or a type of their own (but timm's BatchNorm with an activation), and BatchNorm without
+    running statistics, stay as they are.
 
     ``forward`` of the copy, and ``forward_features`` of a ``Network``, give the same up to rounding. A folded BatchNorm
-    keeps its place, type and values but returns its input. Devices, dtypes, memory formats and tied parameters are
-    preserved; no parameter requires a gradient. ``network`` and the global random generators stay as they were.
+    keeps its place, type and values but returns its input (timm's applies its activation). Devices, dtypes, memory
+    formats and tied parameters are preserved; no parameter requires a gradient. ``network`` and the global random
+    generators stay as they were.
 
     A network whose Python cannot be traced (which loops over a size, reads values, or raises for some images) is copied
     without folding. A trace does not see what a forward decides by ``isinstance`` of the images, by identity (``is``)
@@ -71,7 +74,8 @@ class _Tracer(fx.Tracer):
         self.decisions, self.taken = decisions, 0
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, BatchNorm2d | Classifier) or super().is_leaf_module(m, module_qualified_name)
+        ours = isinstance(m, BatchNorm2d | Classifier) or _activates(m)
+        return ours or super().is_leaf_module(m, module_qualified_name)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         if self.taken == len(self.decisions):
@@ -95,7 +99,8 @@ class _Entry(nn.Module):
 
 def _pairs(network: nn.Module) -> list[tuple[str, str]]:
     """Names of the layers and BatchNorms to fold, sorted; none when the network cannot be traced."""
-    methods = ["forward", "forward_features"] if isinstance(network, Network) else ["forward"]
+    has_features = isinstance(network, Network) and network.no_features is None
+    methods = ["forward", "forward_features"] if has_features else ["forward"]
     try:
         with torch.no_grad(), _random_state_restored(network):
             paths = [path for method in methods for path in _paths(network, method)]
@@ -146,7 +151,8 @@ def _read(network: nn.Module, graph: fx.Graph) -> _Path:
 
 def _foldable(layer: nn.Module, norm: nn.Module) -> bool:
     """Whether the two are plain enough that the layer can do the work of both."""
-    if type(norm) not in NORMS_AFTER.get(type(layer), ()) or not (_plain(layer) and _plain(norm)):
+    kind = nn.BatchNorm2d if _activates(norm) else type(norm)
+    if kind not in NORMS_AFTER.get(type(layer), ()) or not all(map(_plain, [layer, *norm.modules()])):
         return False
     assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
     assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
@@ -160,6 +166,12 @@ def _foldable(layer: nn.Module, norm: nn.Module) -> bool:
         and layer.weight.device == norm.running_mean.device
         and not layer.weight.is_meta
     )
+
+
+def _activates(norm: nn.Module) -> bool:
+    """Whether this is timm's BatchNorm with an activation behind it; told by its name, since timm may not be there."""
+    kind = type(norm)
+    return kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm.")
 
 
 def _plain(module: nn.Module) -> bool:
@@ -226,8 +238,14 @@ def _fold(layer: nn.Module, norm: nn.Module) -> bool:
         return False
     layer.weight = nn.Parameter(weight, requires_grad=False)  # not in place: another layer may be tied to the old one
     layer.bias = nn.Parameter(bias, requires_grad=False)
-    norm.forward = _same  # type: ignore[method-assign, assignment]
+    norm.forward = partial(_activation, norm) if _activates(norm) else _same  # type: ignore[method-assign, assignment]
     return True
+
+
+def _activation(norm: nn.Module, x: Tensor) -> Tensor:
+    """What is left of timm's BatchNorm with an activation."""
+    result: Tensor = norm.act(norm.drop(x))  # type: ignore[operator]
+    return result
 
 
 def _same(x: Tensor) -> Tensor:

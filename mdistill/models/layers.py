@@ -67,6 +67,18 @@ def count_batches(network: nn.Module) -> None:
         torch._foreach_add_(counters, 1)
 
 
+def draws_in_training(network: nn.Module) -> bool:
+    """Whether a layer of ``network`` draws random numbers in training mode (dropout, stochastic depth).
+
+    Told by the probabilities that such layers of torch, torchvision and timm have: ``p``, ``drop_prob``, ``drop_rate``.
+    """
+    modules = [*network.modules()]
+    inside = (getattr(module, "inner", None) for module in modules)  # of libraries, which are no modules of ours
+    modules += [module for module in inside if isinstance(module, nn.Module)]
+    rates = (getattr(module, name, 0) for module in modules for name in ("p", "drop_prob", "drop_rate"))
+    return any(isinstance(rate, float | int) and rate > 0 for rate in rates)
+
+
 def conv(in_channels: int, channels: int, kernel: int, *, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     """A convolution without bias whose padding keeps the size at stride 1 (``kernel`` is odd)."""
     return nn.Conv2d(in_channels, channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False)

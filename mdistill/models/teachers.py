@@ -1,15 +1,18 @@
-"""Where a teacher's weights come from, and whether they are what the configuration says."""
+"""Where a teacher's weights come from, which classes they are for, and whether they are what the configuration says."""
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from mdistill import distributed
-from mdistill.errors import UserError
+from mdistill.errors import UserError, printable, suggestion
 from mdistill.file_schemas import Teachers, read_json
-from mdistill.files import write_text
+from mdistill.files import read_text, write_text
+from mdistill.models.imagenet.classes import WNIDS
+from mdistill.models.pretrained import published_weights
+from mdistill.models.weights import Outputs
 
 TOLERANCE = 1.0  # points of top-1 between a teacher as measured and as expected
 
@@ -17,13 +20,24 @@ TOLERANCE = 1.0  # points of top-1 between a teacher as measured and as expected
 def locate(checkpoint: str, root: Path, *, model: str, dataset: str, section: str = "teacher") -> Path:
     """The file or run folder that ``checkpoint`` of ``section`` means: under ``root``, else as it stands.
 
+    Published weights of a library's network, where ``checkpoint`` names some, are downloaded if they are missing.
+
     Raises:
         UserError: nothing is there; says both ways to get a teacher.
     """
+    published = published_weights(model, checkpoint, section)
+    if published is not None:
+        return published.path(root, section)
     candidates = [root / checkpoint, Path(checkpoint)]
     for candidate in candidates:
         if candidate.exists():
             return candidate
+    if "/" in model:
+        raise UserError(
+            f"{section}.checkpoint: no {model} weights at {candidates[0]} (checkpoint root {root}); give a file, a run"
+            f" folder, or published weights by name"
+            f" ({'pretrained' if model.startswith('timm/') else 'such as IMAGENET1K_V1'})"
+        )
     shipped = [path for path in sorted(Path("configs").glob(f"*/vanilla/{model}.yaml")) if _is_for(dataset, path)]
     recipe = f"`python tools/train.py --cfg {shipped[0]}`" if shipped else "a configuration without a teacher"
     released = (
@@ -38,6 +52,41 @@ def locate(checkpoint: str, root: Path, *, model: str, dataset: str, section: st
         f"runs/{dataset}/vanilla/{model}/seed0"
         f"{released if dataset == 'cifar100' else ', or give the --checkpoint-root that they are under'}"
     )
+
+
+def outputs_of(classes: str, class_names: Sequence[str], root: Path, *, section: str) -> Outputs:
+    """Which of a network's outputs are the classes of a data set.
+
+    Args:
+        classes: ``imagenet`` for the 1,000 WordNet ids in their order, or a text file with the name of each output on a
+            line of its own, under ``root`` or as it stands.
+        class_names: those of the data set.
+
+    Raises:
+        UserError: a class of the data set is not among the outputs, or either list has no or equal names.
+    """
+    names: Sequence[str] = WNIDS
+    if classes != "imagenet":
+        file = next((path for path in (root / classes, Path(classes)) if path.is_file()), None)
+        if file is None:
+            raise UserError(
+                f"{section}.classes: no file {root / classes}; give imagenet, or a file with the name of each output"
+                f" on a line of its own{suggestion(classes, ['imagenet'])}"
+            )
+        names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+        twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
+        if twice is not None:
+            raise UserError(f"{section}.classes: {file} names {printable(twice)!r} twice")
+    if not class_names:
+        raise UserError(f"{section}.classes: the data set does not say the names of its classes; remove it")
+    rows = {name: row for row, name in enumerate(names)}
+    unknown = [name for name in class_names if name not in rows]
+    if unknown:
+        raise UserError(
+            f"{section}.classes: {len(unknown)} of the data set's {len(class_names)} classes are not among the"
+            f" {len(names):,} of {classes}, first {printable(unknown[0])!r}{suggestion(unknown[0], names)}"
+        )
+    return Outputs(tuple(rows[name] for name in class_names), len(names), section)
 
 
 def _setting(section: str, key: str) -> str:

@@ -19,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from mdistill import pickles
 from mdistill.errors import UserError, printable
 
+SAFETENSORS = ".safetensors"
 MAX_PICKLE = 64 << 20  # bytes of a zip archive's pickle, which holds names and shapes, no values
 
 RELEASES = {
@@ -41,16 +44,20 @@ class FileRecord:
     sha256: str
     checksums: bool  # whether the file has some, so that damage shows
     release: str | None = None  # what is published under this hash
+    safetensors: bool = False  # that format, which has none
+    notes: tuple[str, ...] = ()  # what was done to fit it
 
     @property
     def note(self) -> str | None:
-        """What a user should know of a file that cannot be verified."""
-        if self.checksums or self.release:
-            return None
-        return (
-            "is in torch's format before 1.6, which has no checksums: damage in it does not show; compare its SHA-256"
-            f" with the publisher's: {self.sha256}"
-        )
+        """What a user should know of the file: that it cannot be verified, and what was done to fit it."""
+        notes = list(self.notes)
+        if not (self.checksums or self.release):
+            form = "in the format safetensors" if self.safetensors else "in torch's format before 1.6"
+            notes.append(
+                f"is {form}, which has no checksums: damage in it does not show; compare its SHA-256"
+                f" with the publisher's: {self.sha256}"
+            )
+        return "; ".join(notes) or None
 
 
 def file_record(file: Path) -> FileRecord:
@@ -66,9 +73,9 @@ def file_record(file: Path) -> FileRecord:
         while block := opened.read(1 << 20):
             digest.update(block)
     sha256 = digest.hexdigest()
-    named = re.search(r"-([0-9a-f]{8,64})\.(pth|pt)$", file.name)
+    named = re.search(r"-([0-9a-f]{8,64})\.(pth|pt|safetensors)$", file.name)
     release = RELEASES.get(sha256) or (file.stem if named and sha256.startswith(named[1]) else None)
-    return FileRecord(sha256, start == b"PK", release)
+    return FileRecord(sha256, start == b"PK", release, file.suffix == SAFETENSORS)
 
 
 class _Ignored:
@@ -101,6 +108,8 @@ def read_file(file: Path) -> Any:
         raise UserError(f"checkpoint {file} cannot be read: {error.strerror}") from error
     if not head:
         raise UserError(f"checkpoint {file} is empty (0 bytes)")
+    if file.suffix == SAFETENSORS:
+        return _read_safetensors(file)
     try:
         _inspect(file, head)
         with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
@@ -116,6 +125,13 @@ def read_file(file: Path) -> Any:
     if damage:
         raise UserError(f"checkpoint {file} is damaged: {damage}")
     return content
+
+
+def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, ValueError, KeyError, OverflowError) as error:
+        raise UserError(f"checkpoint {file} is truncated or damaged: {printable(str(error), 200)}") from error
 
 
 def _inspect(file: Path, head: bytes) -> None:

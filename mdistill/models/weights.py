@@ -6,7 +6,8 @@ an optimizer's state, accuracies as tensors or NumPy scalars and the command lin
 """
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,9 @@ from mdistill.models.torch_files import FileRecord, file_record, read_file
 
 Role = Literal["student", "teacher"]
 
+Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+COUNTER = "num_batches_tracked"  # of BatchNorm; files from before PyTorch 0.4.1 have none
 MAX_UNFOLDED = 1 << 30  # bytes of a tensor that has less memory than values
 
 
@@ -52,11 +56,34 @@ def read_checkpoint(path: Path, role: Role = "student", *, keys: Collection[str]
     return state
 
 
-def load_weights(model: nn.Module, path: Path, *, name: str, role: Role = "student") -> FileRecord:
+@dataclass(frozen=True)
+class Outputs:
+    """Which of a file's outputs are the classes of a data set."""
+
+    rows: tuple[int, ...]  # of each class
+    total: int  # how many outputs there are
+    section: str  # of the configuration that says so, for messages
+
+
+def load_weights(
+    model: nn.Module,
+    path: Path,
+    *,
+    name: str,
+    role: Role = "student",
+    convert: Convert | None = None,
+    outputs: Outputs | None = None,
+    new_classifier: bool = False,
+) -> FileRecord:
     """Load a checkpoint into ``model``, every key and shape of which must agree.
+
+    BatchNorm's counters of batches may be missing; they are then 0, and the record says so.
 
     Args:
         name: the model's name, for messages.
+        convert: what the file holds into a state dict of ``model``.
+        outputs: the classifier's rows to take.
+        new_classifier: where the file's classes are of another number, leave the classifier of ``model`` as it is.
 
     Returns:
         which file it was.
@@ -65,12 +92,32 @@ def load_weights(model: nn.Module, path: Path, *, name: str, role: Role = "stude
         UserError: as ``read_checkpoint``; or the weights are another network's, which is then named, or were trained
             for another number of classes.
     """
-    state = read_checkpoint(path, role, keys=model.state_dict())
-    problem = _mismatch(state, model.state_dict(), name)
+    file, wanted, notes = _file(path), model.state_dict(), list[str]()
+    state = read_checkpoint(path, role, keys=wanted)
+    if convert is not None:
+        try:
+            state = convert(state)
+        except (RuntimeError, ValueError, KeyError, AssertionError) as error:
+            reason = printable(" ".join(str(error).split()), 200)
+            raise UserError(f"checkpoint {file}: it does not fit {name}: {reason}") from error
+    counters = _missing_counters(state, wanted)
+    if counters:
+        state |= {key: torch.zeros_like(wanted[key]) for key in counters}
+        notes.append(f"has no {COUNTER}, as files of old versions of PyTorch; {len(counters)} are set to 0")
+    if outputs is not None:
+        state |= _selected(state, model, outputs, file)
+    if new_classifier and _other_classes(state, wanted):
+        notes.append(
+            f"was trained for {_num_classes(state)} classes, the data set has {_num_classes(wanted)}: the classifier"
+            " starts anew"
+        )
+        state |= {key: wanted[key] for key in _of_other_shape(state, wanted)}
+    problem = _mismatch(state, wanted, name)
     if problem:
-        raise UserError(f"checkpoint {_file(path)}: {problem}")
+        hint = "; teacher.classes says which of them they are" if role == "teacher" and "trained for" in problem else ""
+        raise UserError(f"checkpoint {file}: {problem}{hint}")
     model.load_state_dict(state, strict=True)
-    return file_record(_file(path))
+    return replace(file_record(file), notes=tuple(notes))
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -181,6 +228,54 @@ def _first_non_finite(state: Mapping[str, Tensor]) -> str | None:
     return next((key for key, value in state.items() if not bool(torch.isfinite(value).all())), None)
 
 
+# --- what may differ ---
+
+
+def _missing_counters(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """The counters of BatchNorm that ``state`` lacks beside statistics that it has."""
+    beside = {key: key.removesuffix(COUNTER) + "running_mean" for key in wanted if key.endswith(COUNTER)}
+    return [key for key, statistics in beside.items() if key not in state and statistics in state]
+
+
+def _selected(state: Mapping[str, Tensor], model: nn.Module, outputs: Outputs, file: Path) -> dict[str, Tensor]:
+    """The rows of the classifier's weights that ``outputs`` names.
+
+    The classifier is ``model.classifier``, and whatever has as many rows more or less than the model's as it.
+    """
+    layer, wanted = getattr(model, "classifier", None), model.state_dict()
+    own = {id(parameter) for parameter in layer.parameters()} if isinstance(layer, nn.Linear) else set()
+    keys = {key for key, parameter in model.named_parameters() if id(parameter) in own and key in state}
+    keys |= {key for key in _of_other_shape(state, wanted) if state[key].shape[1:] == wanted[key].shape[1:]}
+    identity = outputs.rows == tuple(range(outputs.total))
+    if not keys and not identity:
+        raise UserError(f"{outputs.section}.classes: {type(model).__name__} does not say which layer is its classifier")
+    odd = next((key for key in sorted(keys) if state[key].shape[0] != outputs.total), None)
+    if odd is not None:
+        raise UserError(
+            f"{outputs.section}.classes: it names {outputs.total:,} classes, the weights {file} have"
+            f" {state[odd].shape[0]:,} ({odd})"
+        )
+    return {key: state[key][list(outputs.rows)] for key in keys}
+
+
+def _of_other_shape(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    return [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+
+
+def _other_classes(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
+    """Whether all that differs is the number of classes."""
+    classes, wanted_classes, other = _num_classes(state), _num_classes(wanted), _of_other_shape(state, wanted)
+    return (
+        state.keys() == wanted.keys()
+        and bool(other)
+        and all(
+            (state[key].shape[:1], wanted[key].shape[:1]) == ((classes,), (wanted_classes,))
+            and state[key].shape[1:] == wanted[key].shape[1:]
+            for key in other
+        )
+    )
+
+
 # --- comparing with a model ---
 
 
@@ -188,17 +283,13 @@ def _mismatch(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: s
     """Why ``state`` does not load into model ``name``, whose state is ``wanted``, in one line; None if nothing."""
     missing = [key for key in wanted if key not in state]
     unexpected = [key for key in state if key not in wanted]
-    other = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    other = _of_other_shape(state, wanted)
     if not (missing or unexpected or other):
         kinds = (key for key in wanted if _kind(state[key]) != _kind(wanted[key]))
         odd = next(kinds, None)
         return None if odd is None else f"{odd} is in {state[odd].dtype}, not in {wanted[odd].dtype}"
     classes, wanted_classes = _num_classes(state), _num_classes(wanted)
-    if not (missing or unexpected) and all(
-        (state[key].shape[:1], wanted[key].shape[:1]) == ((classes,), (wanted_classes,))
-        and state[key].shape[1:] == wanted[key].shape[1:]
-        for key in other
-    ):
+    if _other_classes(state, wanted):
         return f"{name} was trained for {classes} classes, the data set has {wanted_classes}"
     details = []
     if missing:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from safetensors.torch import save_file
 
 import tests.conftest  # noqa: F401  (registers the tiny data set and network)
 from mdistill.data import cifar100
@@ -65,6 +66,7 @@ def files() -> Path:
     runs.write_config(folder)
     content = torch.load(folder / "teacher.pt", weights_only=True)
     damage.save_legacy(folder / "teacher.pth", content)
+    save_file(content["model"], folder / "teacher.safetensors")
     _write_cifar(folder)
     settings = yaml.safe_load((folder / "kd.yaml").read_text())
     top1 = json.loads(command(folder, [*LONE, "teacher.pth"]).out)["top1"]
@@ -299,6 +301,14 @@ TARGETS = [
     Target("sparse_chunk", _CHUNK, SPARSE, damage.load_safetensors, damage.save_safetensors),
     Target("teacher_zip", "teacher.pt", FRESH, *_TORCH, _VALUES),
     Target("teacher_legacy", "teacher.pth", (*FRESH, "teacher.checkpoint=teacher.pth"), *_LEGACY, _ANY),
+    Target(
+        "teacher_safetensors",
+        "teacher.safetensors",
+        (*FRESH, "teacher.checkpoint=teacher.safetensors"),
+        damage.load_safetensors,
+        damage.save_safetensors,
+        _ANY,
+    ),
     Target("teacher_student", f"done/{RUN}/student.pt", (*FRESH, f"teacher.checkpoint=done/{RUN}"), *_TORCH, _VALUES),
     Target("eval_student", f"done/{RUN}/student.pt", (*EVAL, f"done/{RUN}"), *_TORCH, _VALUES),
     Target("eval_last", f"done/{RUN}/last.pt", (*EVAL, f"done/{RUN}/last.pt"), *_TORCH, _VALUES),

@@ -12,7 +12,7 @@ from mdistill.precision import Precision
 from .zoo import ZOO
 
 LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
-DEPTHWISE = {"mobilenet_v2", "shufflenet_v1", "shufflenet_v2"}
+DEPTHWISE = {"mobilenet_v1", "mobilenet_v2", "shufflenet_v1", "shufflenet_v2"}
 
 
 def network(name: str) -> nn.Module:

@@ -25,7 +25,7 @@ from mdistill.models import MODELS, Features, Network
 from mdistill.models.layers import BatchNorm2d
 
 from ..host_reads import NoHostReads
-from .zoo import EACH, ZOO
+from .zoo import CIFAR, EACH, EACH_CIFAR
 
 pytestmark = pytest.mark.slow
 
@@ -101,7 +101,7 @@ class Evaluated:
         self.under = {"calm": calm, "lively": self.features}
 
 
-@pytest.fixture(scope="module", params=EACH)
+@pytest.fixture(scope="module", params=EACH_CIFAR)
 def evaluated(request: pytest.FixtureRequest) -> Evaluated:
     return Evaluated(request.param)
 
@@ -116,7 +116,7 @@ def fresh(request: pytest.FixtureRequest) -> Network:
 
 
 def test_the_published_zoo_is_registered() -> None:
-    assert set(ZOO) == set(PUBLISHED) == set(BN_BEFORE_RELU)
+    assert set(CIFAR) == set(PUBLISHED) == set(BN_BEFORE_RELU)
     assert len(PUBLISHED) == 26
 
 
