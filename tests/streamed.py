@@ -17,10 +17,12 @@ from .conftest import tiny_arrays
 
 PADDING = 4
 Indices = npt.NDArray[np.int64]
+Pixels = npt.NDArray[np.uint8]
 
 
 class StreamedBlobs(StreamedDataset):
-    """The blobs of the tiny data set: cropped on the host by bits of the view, flipped on the device by another bit.
+    """The blobs of the tiny data set: cropped on the host by bits of the view, flipped on the device by another bit;
+    a strong view is another crop, in fewer colours.
 
     Args:
         views: V; None for all words.
@@ -31,6 +33,7 @@ class StreamedBlobs(StreamedDataset):
 
     splits = ("test",)
     image_size = 32
+    strong_views = True
 
     def __init__(self, images: int = 150, classes: int = 10, views: int | None = None) -> None:
         self.num_samples, self.num_classes, self.num_views = images, classes, views
@@ -51,8 +54,17 @@ class StreamedBlobs(StreamedDataset):
             raise UserError("data.holdout: the streamed blobs hold nothing out")
         return self
 
-    def read(self, index: Indices, view: Indices) -> npt.NDArray[np.uint8]:
+    def read(self, index: Indices, view: Indices) -> Pixels:
         self.log.append(index.copy())
+        return self._crops(index, view)
+
+    def read_both_into(
+        self, out: Pixels, strong_out: Pixels, index: Indices, view: Indices, strong_view: Indices
+    ) -> None:
+        self.read_into(out, index, view)
+        strong_out[...] = self._crops(index, strong_view)
+
+    def _crops(self, index: Indices, view: Indices) -> Pixels:
         size = self.image_size
         padded = np.pad(self._pixels[index], ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0)))
         tops, lefts = (view >> 1) % (2 * PADDING + 1), (view >> 8) % (2 * PADDING + 1)
@@ -63,6 +75,11 @@ class StreamedBlobs(StreamedDataset):
         flips = (view & 1).bool()[:, None, None, None]
         image = self._normalise(torch.where(flips, pixels.flip(2), pixels))
         return Batch(image, self._device_labels.index_select(0, index), index, view)
+
+    def finish_strong(self, pixels: Tensor, index: Tensor, strong_view: Tensor) -> Tensor:
+        """Half of them in fewer colours."""
+        coarse = (strong_view & 1).bool()[:, None, None, None]
+        return self._normalise(torch.where(coarse, pixels // 64 * 64, pixels))
 
     def eval_batches(
         self, split: str, batch_size: int, *, first: int = 0, stride: int = 1

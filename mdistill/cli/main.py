@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a student from a teacher, or a network alone",
     "eval": "evaluate a run folder or a checkpoint",
     "cache": "compute a teacher's logits ahead of training",
+    "data": "look through a folder of images, or make a smaller copy",
     "methods": "list the methods: paper, loss, needs, published settings",
     "quickstart": "the main job on the embedded data set, in minutes on a CPU",
 }

@@ -132,6 +132,21 @@ class StreamedDataset(Dataset):
             (B, S, S, 3) uint8.
         """
 
+    def read_into(self, out: npt.NDArray[np.uint8], index: npt.NDArray[np.int64], view: npt.NDArray[np.int64]) -> None:
+        """What ``read`` gives, into ``out`` (B, S, S, 3): for data sets that need not copy it there."""
+        out[...] = self.read(index, view)
+
+    def read_both_into(
+        self,
+        out: npt.NDArray[np.uint8],
+        strong_out: npt.NDArray[np.uint8],
+        index: npt.NDArray[np.int64],
+        view: npt.NDArray[np.int64],
+        strong_view: npt.NDArray[np.int64],
+    ) -> None:
+        """As ``read_into``, and the pixels of the strong views (B,) into ``strong_out``; with ``strong_views`` only."""
+        raise NotImplementedError(f"{type(self).__name__} has one view of an image, no strong one")
+
     @abstractmethod
     def finish_batch(self, pixels: Tensor, index: Tensor, view: Tensor) -> Batch:
         """The batch, on the device: flipped and normalised. Static shapes, no read by the host.
@@ -141,6 +156,10 @@ class StreamedDataset(Dataset):
             index: (B,) int64.
             view: (B,) int64.
         """
+
+    def finish_strong(self, pixels: Tensor, index: Tensor, strong_view: Tensor) -> Tensor:
+        """The strong views on the device, (B, 3, S, S) float32, from what ``read_both_into`` gave of them."""
+        raise NotImplementedError(f"{type(self).__name__} has one view of an image, no strong one")
 
 
 NORMALIZED_BYTES = 2**30

@@ -101,7 +101,9 @@ class BatchLoader:
         self._position = torch.zeros((), dtype=torch.int64, device=device)  # images of the epoch already seen
         self._offsets = torch.arange(self.own_batch_size, device=device)
         self._teacher = teacher_logits(self._pairs, self.own_batch_size) if teacher_logits is not None else None
-        self._reader = Reader(dataset, self.own_batch_size, device) if isinstance(dataset, StreamedDataset) else None
+        self._reader: Reader | None = None
+        if isinstance(dataset, StreamedDataset):
+            self._reader = Reader(dataset, self.own_batch_size, device, strong=strong)
         self._prepared: Prepared | None = None
 
     @staticmethod
@@ -141,7 +143,7 @@ class BatchLoader:
         if self._teacher is not None:
             self._teacher.begin(ready.teacher_logits)
         if self._reader is not None:
-            self._reader.begin(ready.plan, first)
+            self._reader.begin(ready.plan, first, ready.extra[0] if self._strong else None)
 
     def fetch(self, step: int) -> int:
         """Have everything of step ``step`` on the device that a batch cannot compute there.
@@ -184,7 +186,11 @@ class BatchLoader:
             batch = self.dataset.train_batch(index, view)
         if self._strong:
             strong_view = self._extra[0].index_select(0, positions)
-            strong_image = self.dataset.strong_image(index, strong_view)
+            if self._reader is not None:
+                strong_pixels = self._reader.strong_pixels[:count]
+                strong_image = self._reader.dataset.finish_strong(strong_pixels, index, strong_view)
+            else:
+                strong_image = self.dataset.strong_image(index, strong_view)
             batch = dataclasses.replace(batch, strong_image=strong_image, strong_view=strong_view)
         elif self._mixing is not None:
             batch = self._mixed(batch, self._extra.index_select(1, positions))
@@ -209,36 +215,46 @@ class BatchLoader:
 class Reader:
     """Reads the pixels of a streamed data set ahead of the steps, in a thread, and uploads them to one static buffer.
 
-    On CUDA the host's buffers are pinned, and one is written again only when its upload has ended.
+    On CUDA the host's buffers are pinned. A batch is copied from one of them to one of two staging buffers on a stream
+    of its own, while the device is busy with the steps before, and from there to the static one on the step's stream.
+    Each waits for the other by events, the host for neither; a pinned buffer is filled again when its copy has ended.
+
+    Args:
+        strong: whether to read a strong view of each image too.
     """
 
-    def __init__(self, dataset: StreamedDataset, batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self, dataset: StreamedDataset, batch_size: int, device: torch.device, *, strong: bool = False
+    ) -> None:
         self.dataset, self.batch_size, self.device = dataset, batch_size, device
-        shape = (batch_size, dataset.image_size, dataset.image_size, 3)
-        self.pixels = torch.zeros(shape, dtype=torch.uint8, device=device)  # of the step at hand
+        shape = (1 + strong, batch_size, dataset.image_size, dataset.image_size, 3)
+        static = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self.pixels, self.strong_pixels = static[0], static[-1]  # of the step at hand
         pinned = device.type == "cuda"
         self._buffers = [torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned) for _ in range(READ_AHEAD + 1)]
-        self._uploaded: list[Any] = [None] * len(self._buffers)  # CUDA events
+        self._upload = PinnedUpload(static, len(self._buffers)) if pinned else None
+        self._static = static
         self._pending: deque[Future[tuple[int, int]]] = deque()  # number of the buffer and of its images
         self._plan = EpochPlan(np.zeros(0, np.int64), np.zeros(0, np.int64))
+        self._strong_view: Indices | None = None
         self._next = self._buffer = 0  # position of the next batch to read, and the buffer for it
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mdistill-read")
 
-    def begin(self, plan: EpochPlan, first: int) -> None:
-        """Read from position ``first`` of ``plan`` on."""
+    def begin(self, plan: EpochPlan, first: int, strong_view: Indices | None = None) -> None:
+        """Read from position ``first`` of ``plan`` on, and of the strong views (N,) in its order."""
         while self._pending:  # of an epoch that was left early
             self._pending.popleft().exception()
-        self._plan, self._next = plan, first
+        self._plan, self._strong_view, self._next = plan, strong_view, first
         for _ in range(READ_AHEAD):
             self._read_next()
 
     def fetch(self) -> None:
         """Upload the next batch into ``pixels``, and have one more read; waits for its pixels, not for the device."""
         buffer, size = self._pending.popleft().result()
-        self.pixels[:size].copy_(self._buffers[buffer][:size], non_blocking=True)
-        if self.device.type == "cuda":
-            self._uploaded[buffer] = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._uploaded[buffer].record()
+        if self._upload is not None:
+            self._upload(self._buffers[buffer], buffer, size)
+        else:
+            self._static[:, :size] = self._buffers[buffer][:, :size]
         self._read_next()
 
     def close(self) -> None:
@@ -250,16 +266,56 @@ class Reader:
         if size <= 0:
             return
         part = slice(self._next, self._next + size)
+        strong = self._strong_view[part] if self._strong_view is not None else None
         self._pending.append(
-            self._thread.submit(self._read, self._buffer, self._plan.index[part], self._plan.view[part])
+            self._thread.submit(self._read, self._buffer, self._plan.index[part], self._plan.view[part], strong)
         )
         self._next, self._buffer = self._next + size, (self._buffer + 1) % len(self._buffers)
 
-    def _read(self, buffer: int, index: Indices, view: Indices) -> tuple[int, int]:
-        if self._uploaded[buffer] is not None:
-            self._uploaded[buffer].synchronize()
-        self._buffers[buffer].numpy()[: len(index)] = self.dataset.read(index, view)
+    def _read(self, buffer: int, index: Indices, view: Indices, strong_view: Indices | None) -> tuple[int, int]:
+        if self._upload is not None:
+            self._upload.wait(buffer)
+        out = self._buffers[buffer].numpy()[:, : len(index)]
+        if strong_view is None:
+            self.dataset.read_into(out[0], index, view)
+        else:
+            self.dataset.read_both_into(out[0], out[1], index, view, strong_view)
         return buffer, len(index)
+
+
+class PinnedUpload:
+    """Copies pinned buffers to ``static`` on the device, (views, B, S, S, 3), behind the steps that still read it.
+
+    Args:
+        buffers: how many pinned buffers there are.
+    """
+
+    def __init__(self, static: Tensor, buffers: int) -> None:
+        self._static = static
+        self._staging = [torch.zeros_like(static) for _ in range(2)]
+        self._taken = [torch.cuda.Event() for _ in self._staging]  # type: ignore[no-untyped-call]
+        self._uploaded = [torch.cuda.Event() for _ in range(buffers)]  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream(static.device)  # type: ignore[no-untyped-call]
+        self.stream.wait_stream(torch.cuda.current_stream(static.device))  # which has made the buffers
+        self._turn = 0
+
+    def __call__(self, pinned: Tensor, buffer: int, size: int) -> None:
+        """Have the first ``size`` images of ``pinned``, the buffer of this number, in ``static`` for the next step."""
+        staging, taken, uploaded = self._staging[self._turn], self._taken[self._turn], self._uploaded[buffer]
+        step = torch.cuda.current_stream(self._static.device)
+        self.stream.wait_event(taken)
+        with torch.cuda.stream(self.stream):
+            for view in range(len(staging)):  # each in one piece: what has gaps would be copied by the host first
+                staging[view, :size].copy_(pinned[view, :size], non_blocking=True)
+        uploaded.record(self.stream)
+        step.wait_event(uploaded)
+        self._static[:, :size].copy_(staging[:, :size])
+        taken.record(step)
+        self._turn = 1 - self._turn
+
+    def wait(self, buffer: int) -> None:
+        """Wait, on the host, until the pinned buffer of this number is copied."""
+        self._uploaded[buffer].synchronize()
 
 
 def shard(samples: int, batch_size: int, rank: int, ranks: int) -> Indices:

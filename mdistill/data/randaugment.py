@@ -1,6 +1,6 @@
 """The strong view of an image: two operations of Pillow's, drawn at random, and a cutout; on a whole batch at once.
 
-Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023, train on it besides the crop and flip of ``views.py``, on
+Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023, train on it besides the crop and flip of ``augment.py``, on
 top of which it is applied. It is RandAugment (Cubuk et al., arXiv:1909.13719) with the pool of FixMatch (Sohn et al.,
 arXiv:2001.07685) and Cutout (DeVries, Taylor, arXiv:1708.04552).
 
@@ -75,6 +75,8 @@ NUMBER = {operation.name: number for number, operation in enumerate(OPERATIONS)}
 
 _WORDS = 2**63
 _BEFORE_Y = (len(OPERATIONS) * LEVELS) ** 2 * CUTOUT_LEVELS**2  # product of the radices, without num_views and y
+MOST_PIXELS = 1023
+"""Of a side: up to here all pixels are Pillow's."""
 MOST_VIEWS = _WORDS // (_BEFORE_Y * CUTOUT_LEVELS)
 """With more views than these (2674) not every y would be reached."""
 

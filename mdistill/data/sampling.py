@@ -14,7 +14,7 @@ number name          what it draws
 3      strong_view   the second, strongly augmented view of each sample
 4      mixing        partners, shares and boxes of mixed samples (``mixing.py``)
 5      holdout       which training images are held out (seed 0, epoch 0)
-6      (crops)       boxes of resized crops, with words of their own (``resized_crop.py``)
+6, 7   (crops)       boxes of resized crops, plain and strong, with words of their own (``resized_crop.py``)
 ====== ============= ==================================================
 """
 

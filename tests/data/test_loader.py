@@ -31,12 +31,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "cutmix": {"mixing": Mixing("cutmix", alpha=1.0, probability=0.5)},
     "cutmix_pick": {"mixing": Mixing("cutmix_pick", alpha=1.0, candidates=2)},
     "streamed": {},
+    "streamed, two views": {"strong": True},
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def dataset_of(kind: str) -> Dataset:
-    if kind == "streamed":
+    if kind.startswith("streamed"):
         return StreamedBlobs(SAMPLES)
     return DATASETS.build("tiny", None, False, images=SAMPLES).to(CPU)
 
@@ -94,6 +95,18 @@ def test_strong_views_are_those_of_the_epoch() -> None:
     assert joined(parts, "strong_view").tolist() == strong_views(SEED, 4, SAMPLES).tolist()
     data = dataset_of("two views")
     assert torch.equal(parts[0].strong_image, data.strong_image(parts[0].index, parts[0].strong_view))
+
+
+def test_a_streamed_strong_view_is_that_of_its_index_and_word() -> None:
+    data, source = StreamedBlobs(SAMPLES), loader_of("streamed, two views")
+    strong = torch.from_numpy(strong_views(SEED, 2, SAMPLES))
+    for part, words in zip(batches(source, epoch=2), strong.split(BATCH_SIZE), strict=True):
+        assert torch.equal(part.strong_view, words)
+        pixels = torch.from_numpy(data.read(part.index.numpy(), words.numpy()))
+        assert torch.equal(part.strong_image, data.finish_strong(pixels, part.index, words))
+        again = torch.from_numpy(data.read(part.index.numpy(), part.view.numpy()))
+        assert torch.equal(part.image, data.finish_batch(again, part.index, part.view).image)
+    source.close()
 
 
 def test_as_many_mixed_images_as_there_are_candidates_come_with_the_number_to_keep() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from mdistill.data.resized_crop import draw, philox
+from mdistill.data.resized_crop import STRONG_STREAM, Crop, Ints, crop, draw, philox
 
 FULL = 0xFFFFFFFF
 KNOWN = [  # counter, key, words: the three answers that Random123 publishes for philox4x32-10
@@ -36,11 +36,17 @@ def plain_philox(counter: list[int], key: tuple[int, int]) -> list[int]:
     return counter
 
 
-def plain(index: int, view: int, height: int, width: int) -> tuple[int, int, int, int, bool]:
+def crops(index: Ints, view: Ints, height: Ints, width: Ints) -> list[Crop]:
+    """Of images of these sizes."""
+    sizes = zip(height.tolist(), width.tolist(), strict=True)
+    return [crop(words, *size) for words, size in zip(draw(index, view), sizes, strict=True)]
+
+
+def plain(index: int, view: int, height: int, width: int, stream: int = 6) -> tuple[int, int, int, int, bool]:
     """Top, left, height, width and flip of one image, one attempt after the other."""
 
     def words(block: int) -> list[int]:
-        return plain_philox([view % 2**32, view // 2**32, index, block], (6, 1))
+        return plain_philox([view % 2**32, view // 2**32, index, block], (stream, 1))
 
     flip = words(10)[0] >= 2**31
     for block in range(10):
@@ -64,18 +70,21 @@ def test_boxes_are_those_of_the_plain_loop() -> None:
     index, view = generator.integers(0, 2**31, 2000), generator.integers(0, 2**63 - 1, 2000)
     height, width = generator.integers(1, 700, 2000), generator.integers(1, 700, 2000)
     height[:400], width[400:800] = 5, 3
-    crops = draw(index, view, height, width)
-    drawn = zip(crops.top, crops.left, crops.height, crops.width, crops.flip, strict=True)
     expected = [plain(*map(int, each)) for each in zip(index, view, height, width, strict=True)]
-    assert [(*map(int, each[:4]), bool(each[4])) for each in drawn] == expected
+    assert crops(index, view, height, width) == expected
+
+
+def test_a_strong_view_has_words_of_its_own() -> None:
+    index, view = np.arange(20), np.arange(20) * 2**40 + 5
+    drawn = [crop(words, 300, 400) for words in draw(index, view, STRONG_STREAM)]
+    assert drawn == [plain(k, k * 2**40 + 5, 300, 400, stream=7) for k in range(20)]
+    assert drawn != crops(index, view, np.full(20, 300), np.full(20, 400))
 
 
 def test_a_box_depends_on_its_own_image_and_view_alone() -> None:
     index, view, size = np.arange(50), np.arange(50) * 12345, np.full(50, 300)
-    together = draw(index, view, size, size + 40)
-    alone = [draw(index[k : k + 1], view[k : k + 1], size[k : k + 1], size[k : k + 1] + 40) for k in range(50)]
-    for name in ("top", "left", "height", "width", "flip"):
-        assert np.array_equal(getattr(together, name), np.concatenate([getattr(each, name) for each in alone]))
+    alone = [crops(*(each[k : k + 1] for each in (index, view, size, size + 40))) for k in range(50)]
+    assert crops(index, view, size, size + 40) == [each for (each,) in alone]
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -89,13 +98,13 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (401, 468), (300, 90)])
 def test_boxes_are_distributed_as_torchvision_s(height: int, width: int) -> None:
     count = 8000
-    crops = draw(np.arange(count), np.arange(count) * 7919, np.full(count, height), np.full(count, width))
+    drawn = crops(np.arange(count), np.arange(count) * 7919, np.full(count, height), np.full(count, width))
     image = torch.empty(3, height, width)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         theirs = [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(count)]
     columns = np.array(theirs).T
     critical = 1.95 * math.sqrt(2 / count)  # at a significance of 0.001
-    for ours, published in zip((crops.top, crops.left, crops.height, crops.width), columns, strict=True):
+    for ours, published in zip(np.array(drawn).T[:4], columns, strict=True):
         assert distance(ours, published) < critical
-    assert abs(crops.flip.mean() - 0.5) < 0.02
+    assert abs(np.mean([each.flip for each in drawn]) - 0.5) < 0.02

@@ -104,6 +104,7 @@ SCENARIOS = {
     "sparse logits": Scenario("dkd", (DETERMINISTIC, *SPARSE)),
     "sparse logits of streamed images": Scenario("kd", SPARSE, data={"name": "streamed_blobs", "views": 4}),
     "streamed": Scenario("kd", data={"name": "streamed_blobs"}),
+    "streamed with two views": Scenario("mlkd", data={"name": "streamed_blobs"}),
     "streamed with a cache": Scenario(  # two batches a block
         "mcld",
         ("solver.epochs=3",),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mdistill.data import loader, randaugment
-from mdistill.data.loader import BatchLoader, Reader
+from mdistill.data.loader import BatchLoader, PinnedUpload, Reader
 from mdistill.distillers import Distiller, Signals, functional
 from mdistill.distillers.kd import KD
 from mdistill.distillers.mcld import Queue
@@ -24,7 +24,7 @@ from mdistill.engine.teacher import TeacherLogits
 from mdistill.optim import solvers
 from mdistill.optim.averaging import AveragedNetwork
 
-from ..pretend_cuda import PretendError, pretend
+from ..pretend_cuda import Event, PretendError, Stream, pretend
 from .scenarios import SCENARIOS
 
 Patch = pytest.MonkeyPatch
@@ -424,7 +424,33 @@ def one_pinned_buffer_for_all_uploads(patch: Patch) -> None:
 
 @fault("streamed", "race: pinned memory was written")
 def buffer_of_the_reader_filled_too_early(patch: Patch) -> None:
-    before(patch, Reader, "_read", lambda self, *a: self._uploaded.__setitem__(slice(None), [None] * 4))
+    patch.setattr(PinnedUpload, "wait", lambda self, buffer: None)
+
+
+@fault("streamed", "race: .* does not wait for")
+def step_not_behind_the_upload_of_its_pixels(patch: Patch) -> None:
+    def wait_event(self: Stream, event: Event) -> None:
+        if self.number in copying:
+            original(self, event)
+
+    original, copying = Stream.wait_event, set[int]()
+    patch.setattr(Stream, "wait_event", wait_event)
+    after(patch, PinnedUpload, "__init__", lambda self, *a: copying.add(self.stream.number))
+
+
+@fault("streamed", "race: .* does not wait for")
+def staging_buffer_overwritten_while_it_is_read(patch: Patch) -> None:
+    after(patch, PinnedUpload, "__init__", lambda self, *a: setattr(self.stream, "wait_event", lambda event: None))
+
+
+@fault("streamed with two views", "race: .* does not wait for")
+def stream_of_uploads_not_behind_its_setup(patch: Patch) -> None:
+    after(patch, PinnedUpload, "__init__", lambda self, *a: setattr(self, "stream", Stream()))
+
+
+@fault("streamed with two views", "race: the host uses pinned memory|race: pinned memory was written")
+def one_pinned_buffer_for_all_batches(patch: Patch) -> None:
+    after(patch, Reader, "__init__", lambda self, *a, **k: setattr(self, "_buffers", self._buffers[:1] * 4))
 
 
 # -- captures --
