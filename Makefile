@@ -14,6 +14,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4
 
 .PHONY: setup quickstart test test-fast test-pretend campaign lint format bench clean
 
@@ -29,13 +30,13 @@ quickstart: setup
 	$(BIN)/python tools/quickstart.py
 
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-pretend: setup
-	MDISTILL_PRETEND_CUDA=1 $(BIN)/python -m pytest -m gpu
+	MDISTILL_PRETEND_CUDA=1 $(PYTEST) -m gpu
 
 campaign: setup
 	$(BIN)/python -m tests.faults.campaign
