@@ -183,7 +183,7 @@ class _Draft:
             if old is None or new is None or old == new:
                 continue
             if argument in model.model_fields:
-                foreign = argument in {"checkpoint", "expected_top1"}  # of the network that was named then
+                foreign = argument in {"checkpoint", "expected_top1", "classes", "preprocessing"}  # of that network
             else:
                 foreign = argument in registry.arguments(old) and argument not in registry.arguments(new)
             if foreign:
@@ -387,8 +387,8 @@ def _get(tree: Any, key: _Key) -> Any:
 def _canonical(registry: Registry[Any], name: Any) -> str | None:
     """The canonical form of ``name``; None where it is no name."""
     try:
-        return registry.canonical(name)
-    except (UserError, TypeError):
+        return registry.canonical(name) if isinstance(name, str) else None
+    except UserError:
         return None
 
 

@@ -4,7 +4,6 @@ import copy
 import importlib
 import inspect
 import re
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistill.data.batch import Batch
 from mdistill.distillers import DISTILLERS, Distiller, Signals
 from mdistill.models import MODELS
 
@@ -187,28 +185,6 @@ def test_after_step_depends_on_the_signals_and_not_on_the_new_weights(name):
         trained = {key for key, _ in distiller.named_parameters()}
         states.append({key: value for key, value in own_state(distiller).items() if key not in trained})
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
-
-
-@every_method
-def test_after_step_stores_the_batches_of_all_processes(name):
-    """Two processes with half a batch each, emulated: each ends up with the state of one that has all of it."""
-    whole, parts = examples.batch(), []
-    for half in (slice(0, 4), slice(4, 8)):
-        tensors = {field.name: getattr(whole, field.name) for field in fields(whole)}
-        parts.append(Batch(**{key: None if value is None else value[half] for key, value in tensors.items()}))
-    first, second, alone = (examples.build(name).eval() for _ in range(3))
-    sent: list[Tensor] = []
-    second.gather = lambda rows: sent.append(rows) or rows
-    signals = [each(batch, examples.epoch(2)).signals for each, batch in zip((first, second), parts, strict=True)]
-    sent.clear()
-    with torch.no_grad():
-        second.after_step(signals[1])
-        first.gather = lambda rows: torch.cat([rows, sent.pop(0)])
-        first.after_step(signals[0])
-        alone.after_step(alone(whole, examples.epoch(2)).signals)
-    assert not sent
-    if not first.needs.teacher_batch_statistics:
-        torch.testing.assert_close(own_state(first), own_state(alone))
 
 
 @every_method

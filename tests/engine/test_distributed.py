@@ -30,12 +30,13 @@ from mdistill.models import MODELS
 
 from .. import runs, streamed
 from ..distillers import examples, hooks
-from ..distillers.examples import METHODS
+from ..distillers.examples import HOOKS
 from ..same import assert_same
 
 ROOT = Path(__file__).resolve().parents[2]
 assert streamed  # registers its data set, in the processes that are started here too
 RANKS = 2
+METHODS = [*examples.METHODS, *HOOKS]
 SIZES = (12, 13)  # of the steps in which every method is compared with one process
 PATIENCE = 120  # seconds until a pair that hangs fails
 NARROW = {"epochs": 2, "ema_decay": 0.9}

@@ -298,7 +298,7 @@ def test_one_teacher_is_shared_and_its_logits_stay_with_their_seed(kd_cfg: Path)
             plan = epoch_plan(seed, epoch, runs.IMAGES, 162)
             image = experiment.dataset.train_batch(*map(torch.from_numpy, (plan.index, plan.view))).image
             assert trial.loader._teacher is not None
-            logits = trial.loader._teacher.logits[:-1]
+            logits = trial.loader._teacher.rows[:-1]
             torch.testing.assert_close(logits, experiment.teacher(image), rtol=1e-5, atol=1e-5)
 
 
