@@ -30,14 +30,18 @@ PRETENDED = os.environ.get("MDISTILL_PRETEND_CUDA") == "1"
 
 @pytest.fixture(autouse=True)
 def _pretended_cuda(request: pytest.FixtureRequest) -> Iterator[None]:
-    with pretend() if PRETENDED and "gpu" in request.keywords else nullcontext():
+    with pretend() if "gpu" in request.keywords and _is_pretended(request.node) else nullcontext():
         yield
 
 
+def _is_pretended(item: pytest.Item) -> bool:
+    return PRETENDED or (not torch.cuda.is_available() and "pretended" in item.keywords)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available() and not PRETENDED:
+    if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            if "gpu" in item.keywords and not _is_pretended(item):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
