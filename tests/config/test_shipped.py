@@ -50,6 +50,7 @@ MAIN_TABLE_PAIRS = [  # MCLD paper, Tables 1 and 2; RLD paper, Tables 2 and 3
 OF_ALL_PAIRS = {
     *("kd", "dkd", "rld", "mcld", "ctkd", "mlkd", "la", "rc", "label_revision"),
     *("kd_lskd", "ctkd_lskd", "dkd_lskd", "mlkd_lskd", "dkd_dot"),
+    *("fitnet",),
 }
 OF_SOME_PAIRS = {
     "rld_lskd": 3,
@@ -119,11 +120,17 @@ DISTILLER_VALUES: dict[str, dict[str, Any]] = {  # some of them, by hand from wh
     "rld_lskd/vgg13_mv2.yaml": {"alpha": 9.0, "beta": 72.0, "temperature": 2.0, "sc_temperature": None},
     "dkd_dot/res110_res32.yaml": {"alpha": 1.0, "beta": 2.0, "temperature": 4.0, "standardize_logits": False},
     "luminet/wrn40_2_wrn40_1.yaml": {"ce_weight": 1.0, "luminet_weight": (75 / 8) ** 2, "temperature": 8.0},
+    "fitnet/wrn40_2_mv2.yaml": {"ce_weight": 1.0, "fitnet_weight": 100.0, "hint": 2, "warmup_epochs": 0},
     "nd/res50_mv2.yaml": {"ce_weight": 1.0, "kd_weight": 3.0, "nd_weight": 0.5, "temperature": 4.0},
 }
 
 PUBLISHED = {  # some figures of results/published.csv, by hand: value, source, table
     "kd/wrn40_2_res8x4": [("73.07", "MCLD paper", "1"), ("73.97", "RLD paper", "2")],
+    "fitnet/vgg13_mv2": [
+        ("64.16", "MCLD paper", "1"),
+        ("64.14", "README of HobbitLong/RepDistiller", ""),
+        ("64.16", "RLD paper", "2"),
+    ],
     "la/vgg13_mv2": [("68.09", "RLD paper", "2")],
     "rld_lskd/res50_mv2": [("71.06", "RLD paper", "6")],
     "dkd_dot/vgg13_mv2": [("61.43", "MCLD paper", "1")],
@@ -178,7 +185,7 @@ def test_finds_all_files() -> None:
     for folder in WITH_ONE_EXAMPLE:
         assert names[folder] == {"resnet8x4.yaml" if folder in {"uskd", "ps_kd"} else EXAMPLE}
     assert set(names) == {*OF_ALL_PAIRS, *OF_SOME_PAIRS, *WITH_ONE_EXAMPLE, "vanilla"}
-    assert len(CIFAR100) == 14 * 14 + 47 + 15 + 26
+    assert len(CIFAR100) == 14 * len(OF_ALL_PAIRS) + sum(OF_SOME_PAIRS.values()) + 15 + 26
     assert len(FILES) - len(CIFAR100) == 6
 
 
