@@ -1,10 +1,15 @@
 """Maths on feature maps that two or more methods use. Letters: B batch, C channels, H and W height and width."""
 
-from torch import Tensor
+from typing import cast
+
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistill.distillers.base import Signals
-from mdistill.models.base import Features
+from mdistill.data.batch import DataInfo
+from mdistill.distillers.base import Distiller, Signals
+from mdistill.errors import UserError
+from mdistill.models import feature_shapes
+from mdistill.models.base import Features, Shape
 
 EPSILON = 1e-12
 
@@ -61,3 +66,18 @@ def both_features(signals: Signals) -> tuple[Features, Features]:
     assert signals.student_features is not None
     assert signals.teacher_features is not None
     return signals.student_features, signals.teacher_features
+
+
+def stage_pairs(distiller: Distiller, data: DataInfo) -> list[tuple[Shape, Shape]]:
+    """The shapes (C, H, W) of the student's and the teacher's stages after the stem, paired from the front.
+
+    Raises:
+        UserError: a network has no stage after its stem.
+    """
+    shapes = []
+    for side in ("student", "teacher"):
+        stages = feature_shapes(cast(nn.Module, getattr(distiller, side)), data.image_size).stages
+        if len(stages) < 2:
+            raise UserError(f"{type(distiller).__name__} compares the stages after the stem; the {side} has none")
+        shapes.append(stages[1:])
+    return list(zip(*shapes, strict=False))

@@ -50,7 +50,8 @@ MAIN_TABLE_PAIRS = [  # MCLD paper, Tables 1 and 2; RLD paper, Tables 2 and 3
 OF_ALL_PAIRS = {
     *("kd", "dkd", "rld", "mcld", "ctkd", "mlkd", "la", "rc", "label_revision"),
     *("kd_lskd", "ctkd_lskd", "dkd_lskd", "mlkd_lskd", "dkd_dot"),
-    *("fitnet",),
+    "fitnet",
+    "at",
 }
 OF_SOME_PAIRS = {
     "rld_lskd": 3,
@@ -121,6 +122,7 @@ DISTILLER_VALUES: dict[str, dict[str, Any]] = {  # some of them, by hand from wh
     "dkd_dot/res110_res32.yaml": {"alpha": 1.0, "beta": 2.0, "temperature": 4.0, "standardize_logits": False},
     "luminet/wrn40_2_wrn40_1.yaml": {"ce_weight": 1.0, "luminet_weight": (75 / 8) ** 2, "temperature": 8.0},
     "fitnet/wrn40_2_mv2.yaml": {"ce_weight": 1.0, "fitnet_weight": 100.0, "hint": 2, "warmup_epochs": 0},
+    "at/res110_res20.yaml": {"ce_weight": 1.0, "at_weight": 1000.0, "power": 2, "warmup_epochs": 0},
     "nd/res50_mv2.yaml": {"ce_weight": 1.0, "kd_weight": 3.0, "nd_weight": 0.5, "temperature": 4.0},
 }
 
@@ -130,6 +132,11 @@ PUBLISHED = {  # some figures of results/published.csv, by hand: value, source, 
         ("64.16", "MCLD paper", "1"),
         ("64.14", "README of HobbitLong/RepDistiller", ""),
         ("64.16", "RLD paper", "2"),
+    ],
+    "at/res110_res20": [
+        ("70.65", "MCLD paper", "2"),
+        ("70.22", "README of HobbitLong/RepDistiller", ""),
+        ("70.65", "RLD paper", "3"),
     ],
     "la/vgg13_mv2": [("68.09", "RLD paper", "2")],
     "rld_lskd/res50_mv2": [("71.06", "RLD paper", "6")],
