@@ -63,6 +63,7 @@ OF_SOME_PAIRS = {
     "nd": 5,
     "kd_assistant": 2,
     "nst": 10,
+    "vid": 10,
 }
 WITH_ONE_EXAMPLE = {
     *("mlkd_noaug", "nkd", "dhkd", "sinkd", "pesf_kd", "bd_kd", "taid", "uskd", "ps_kd"),
@@ -125,6 +126,7 @@ DISTILLER_VALUES: dict[str, dict[str, Any]] = {  # some of them, by hand from wh
     "fitnet/wrn40_2_mv2.yaml": {"ce_weight": 1.0, "fitnet_weight": 100.0, "hint": 2, "warmup_epochs": 0},
     "at/res110_res20.yaml": {"ce_weight": 1.0, "at_weight": 1000.0, "power": 2, "warmup_epochs": 0},
     "nst/res32x4_shuv2.yaml": {"ce_weight": 1.0, "nst_weight": 50.0},
+    "vid/res32x4_shuv2.yaml": {"ce_weight": 1.0, "vid_weight": 1.0, "initial_variance": 5.0},
     "nd/res50_mv2.yaml": {"ce_weight": 1.0, "kd_weight": 3.0, "nd_weight": 0.5, "temperature": 4.0},
 }
 
@@ -141,6 +143,7 @@ PUBLISHED = {  # some figures of results/published.csv, by hand: value, source, 
         ("70.65", "RLD paper", "3"),
     ],
     "nst/vgg13_mv2": [("58.16", "README of HobbitLong/RepDistiller", "")],
+    "vid/res50_mv2": [("67.57", "README of HobbitLong/RepDistiller", "")],
     "la/vgg13_mv2": [("68.09", "RLD paper", "2")],
     "rld_lskd/res50_mv2": [("71.06", "RLD paper", "6")],
     "dkd_dot/vgg13_mv2": [("61.43", "MCLD paper", "1")],
