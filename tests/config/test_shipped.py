@@ -52,6 +52,7 @@ OF_ALL_PAIRS = {
     *("kd_lskd", "ctkd_lskd", "dkd_lskd", "mlkd_lskd", "dkd_dot"),
     "fitnet",
     "at",
+    "rkd",
 }
 OF_SOME_PAIRS = {
     "rld_lskd": 3,
@@ -125,6 +126,7 @@ DISTILLER_VALUES: dict[str, dict[str, Any]] = {  # some of them, by hand from wh
     "luminet/wrn40_2_wrn40_1.yaml": {"ce_weight": 1.0, "luminet_weight": (75 / 8) ** 2, "temperature": 8.0},
     "fitnet/wrn40_2_mv2.yaml": {"ce_weight": 1.0, "fitnet_weight": 100.0, "hint": 2, "warmup_epochs": 0},
     "at/res110_res20.yaml": {"ce_weight": 1.0, "at_weight": 1000.0, "power": 2, "warmup_epochs": 0},
+    "rkd/res110_res20.yaml": {"ce_weight": 1.0, "distance_weight": 25.0, "angle_weight": 50.0},
     "nst/res32x4_shuv2.yaml": {"ce_weight": 1.0, "nst_weight": 50.0},
     "vid/res32x4_shuv2.yaml": {"ce_weight": 1.0, "vid_weight": 1.0, "initial_variance": 5.0},
     "nd/res50_mv2.yaml": {"ce_weight": 1.0, "kd_weight": 3.0, "nd_weight": 0.5, "temperature": 4.0},
@@ -142,6 +144,7 @@ PUBLISHED = {  # some figures of results/published.csv, by hand: value, source, 
         ("70.22", "README of HobbitLong/RepDistiller", ""),
         ("70.65", "RLD paper", "3"),
     ],
+    "rkd/res32x4_wrn16_2": [("74.86", "MCLD paper", "1"), ("74.86", "RLD paper", "2")],
     "nst/vgg13_mv2": [("58.16", "README of HobbitLong/RepDistiller", "")],
     "vid/res50_mv2": [("67.57", "README of HobbitLong/RepDistiller", "")],
     "la/vgg13_mv2": [("68.09", "RLD paper", "2")],
