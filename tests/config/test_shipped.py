@@ -66,6 +66,7 @@ OF_SOME_PAIRS = {
     "nst": 10,
     "sp": 10,
     "pkt": 10,
+    "cc": 10,
     "vid": 10,
 }
 WITH_ONE_EXAMPLE = {
@@ -132,6 +133,7 @@ DISTILLER_VALUES: dict[str, dict[str, Any]] = {  # some of them, by hand from wh
     "nst/res32x4_shuv2.yaml": {"ce_weight": 1.0, "nst_weight": 50.0},
     "sp/res32x4_shuv2.yaml": {"ce_weight": 1.0, "sp_weight": 3000.0},
     "pkt/res32x4_shuv2.yaml": {"ce_weight": 1.0, "pkt_weight": 30000.0},
+    "cc/res32x4_shuv2.yaml": {"ce_weight": 1.0, "cc_weight": 0.02, "width": 128},
     "vid/res32x4_shuv2.yaml": {"ce_weight": 1.0, "vid_weight": 1.0, "initial_variance": 5.0},
     "nd/res50_mv2.yaml": {"ce_weight": 1.0, "kd_weight": 3.0, "nd_weight": 0.5, "temperature": 4.0},
 }
@@ -152,6 +154,7 @@ PUBLISHED = {  # some figures of results/published.csv, by hand: value, source, 
     "nst/vgg13_mv2": [("58.16", "README of HobbitLong/RepDistiller", "")],
     "sp/res110_res32": [("72.69", "README of HobbitLong/RepDistiller", "")],
     "pkt/res32x4_res8x4": [("73.64", "README of HobbitLong/RepDistiller", "")],
+    "cc/wrn40_2_wrn16_2": [("73.56", "README of HobbitLong/RepDistiller", "")],
     "vid/res50_mv2": [("67.57", "README of HobbitLong/RepDistiller", "")],
     "la/vgg13_mv2": [("68.09", "RLD paper", "2")],
     "rld_lskd/res50_mv2": [("71.06", "RLD paper", "6")],

@@ -70,6 +70,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rkd": {"ce_weight": 1.0, "distance_weight": 25.0, "angle_weight": 50.0},
     "sp": {"ce_weight": 1.0, "sp_weight": 3000.0},
     "pkt": {"ce_weight": 1.0, "pkt_weight": 30000.0},
+    "cc": {"ce_weight": 1.0, "cc_weight": 0.02, "width": 3},
     "vid": {"ce_weight": 1.0, "vid_weight": 1.0, "initial_variance": 5.0},
     "fitnet": {"ce_weight": 1.0, "fitnet_weight": 100.0, "hint": 1},
     "uskd": {"ce_weight": 1.0, "alpha": 0.1, "beta": 0.1, "mu": 0.1, "stage": -2},
