@@ -18,7 +18,7 @@ from mdistill.registry import NonNegativeInt, Positive
 
 
 def fitnet_loss(regressed_map: Tensor, teacher_map: Tensor) -> Tensor:
-    """Mean over all elements of (r - h)^2; arXiv:1412.6550, the hint-based training of Sec. 2.2.
+    """Mean over all elements of (r - h)^2; arXiv:1412.6550, the hint-based training.
 
     Differs from the paper, which has 1/2 of the sum over a sample's elements.
 

@@ -81,3 +81,15 @@ def stage_pairs(distiller: Distiller, data: DataInfo) -> list[tuple[Shape, Shape
             raise UserError(f"{type(distiller).__name__} compares the stages after the stem; the {side} has none")
         shapes.append(stages[1:])
     return list(zip(*shapes, strict=False))
+
+
+def classifier_of(network: nn.Module, side: str = "network") -> nn.Linear:
+    """The linear layer on the pooled features.
+
+    Raises:
+        UserError: there is none under the name ``classifier``.
+    """
+    classifier = getattr(network, "classifier", None)
+    if not isinstance(classifier, nn.Linear):
+        raise UserError(f"the {side}, a {type(network).__name__}, has no linear layer called classifier")
+    return classifier

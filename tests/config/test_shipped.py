@@ -51,6 +51,7 @@ OF_ALL_PAIRS = {
     *("kd", "dkd", "rld", "mcld", "ctkd", "mlkd", "la", "rc", "label_revision"),
     *("kd_lskd", "ctkd_lskd", "dkd_lskd", "mlkd_lskd", "dkd_dot"),
     "fitnet",
+    "catkd",
     "at",
     "rkd",
 }
@@ -135,6 +136,8 @@ DISTILLER_VALUES: dict[str, dict[str, Any]] = {  # some of them, by hand from wh
     "pkt/res32x4_shuv2.yaml": {"ce_weight": 1.0, "pkt_weight": 30000.0},
     "cc/res32x4_shuv2.yaml": {"ce_weight": 1.0, "cc_weight": 0.02, "width": 128},
     "vid/res32x4_shuv2.yaml": {"ce_weight": 1.0, "vid_weight": 1.0, "initial_variance": 5.0},
+    "catkd/wrn40_2_wrn16_2.yaml": {"ce_weight": 1.0, "catkd_weight": 12.0, "resolution": 2, "normalize": False},
+    "catkd/res32x4_shuv2.yaml": {"ce_weight": 1.0, "catkd_weight": 600.0, "resolution": 4, "normalize": True},
     "nd/res50_mv2.yaml": {"ce_weight": 1.0, "kd_weight": 3.0, "nd_weight": 0.5, "temperature": 4.0},
 }
 
@@ -156,6 +159,7 @@ PUBLISHED = {  # some figures of results/published.csv, by hand: value, source, 
     "pkt/res32x4_res8x4": [("73.64", "README of HobbitLong/RepDistiller", "")],
     "cc/wrn40_2_wrn16_2": [("73.56", "README of HobbitLong/RepDistiller", "")],
     "vid/res50_mv2": [("67.57", "README of HobbitLong/RepDistiller", "")],
+    "catkd/res50_mv2": [("71.36", "MCLD paper", "1"), ("71.36", "RLD paper", "2")],
     "la/vgg13_mv2": [("68.09", "RLD paper", "2")],
     "rld_lskd/res50_mv2": [("71.06", "RLD paper", "6")],
     "dkd_dot/vgg13_mv2": [("61.43", "MCLD paper", "1")],

@@ -33,7 +33,7 @@ def arguments(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def tensors(row: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inputs and parameters of a case by name, float64; the teacher's features alone want no gradient."""
+    """The inputs and parameters of a case by name, float64; the teacher's own alone want no gradient."""
     file = json.loads((FOLDER / f"{row['method']}.json").read_text())
     found = {}
     for name, recipe in file["arrays"].items():
@@ -41,7 +41,9 @@ def tensors(row: Mapping[str, Any]) -> dict[str, Tensor]:
         if case == row["case"]:
             values = torch.from_numpy(drawn(file["seed"], name, recipe))
             short = short.removeprefix(f"{row['method']}/")
-            found[short] = values.requires_grad_(not short.startswith(("teacher_stage", "teacher_p", "teacher_l")))
+            found[short] = values.requires_grad_(
+                not short.startswith(("teacher_stage", "teacher_p", "teacher_l", "teacher_c"))
+            )
     return found
 
 
