@@ -52,6 +52,7 @@ OF_ALL_PAIRS = {
     *("kd_lskd", "ctkd_lskd", "dkd_lskd", "mlkd_lskd", "dkd_dot"),
     "fitnet",
     "catkd",
+    "simkd",
     "at",
     "rkd",
 }
@@ -138,6 +139,7 @@ DISTILLER_VALUES: dict[str, dict[str, Any]] = {  # some of them, by hand from wh
     "vid/res32x4_shuv2.yaml": {"ce_weight": 1.0, "vid_weight": 1.0, "initial_variance": 5.0},
     "catkd/wrn40_2_wrn16_2.yaml": {"ce_weight": 1.0, "catkd_weight": 12.0, "resolution": 2, "normalize": False},
     "catkd/res32x4_shuv2.yaml": {"ce_weight": 1.0, "catkd_weight": 600.0, "resolution": 4, "normalize": True},
+    "simkd/vgg13_vgg8.yaml": {"ce_weight": 0.0, "simkd_weight": 1.0, "factor": 2},
     "nd/res50_mv2.yaml": {"ce_weight": 1.0, "kd_weight": 3.0, "nd_weight": 0.5, "temperature": 4.0},
 }
 
@@ -160,6 +162,7 @@ PUBLISHED = {  # some figures of results/published.csv, by hand: value, source, 
     "cc/wrn40_2_wrn16_2": [("73.56", "README of HobbitLong/RepDistiller", "")],
     "vid/res50_mv2": [("67.57", "README of HobbitLong/RepDistiller", "")],
     "catkd/res50_mv2": [("71.36", "MCLD paper", "1"), ("71.36", "RLD paper", "2")],
+    "simkd/res32x4_res8x4": [("78.08", "MCLD paper", "2"), ("78.08", "RLD paper", "3")],
     "la/vgg13_mv2": [("68.09", "RLD paper", "2")],
     "rld_lskd/res50_mv2": [("71.06", "RLD paper", "6")],
     "dkd_dot/vgg13_mv2": [("61.43", "MCLD paper", "1")],
