@@ -98,6 +98,7 @@ class VID(Distiller):
         student, teacher = both_features(signals)
         terms = []
         for predictor, *pair in zip(self.predictors, student.stages[1:], teacher.stages[1:], strict=False):
+            assert isinstance(predictor, Predictor)
             inputs, target = of_one_size(*pair)
             terms.append(vid_loss(self.run_module(predictor, inputs), target, predictor.log_scale))
         return {"vid": self.vid_weight * torch.stack(terms).sum()}

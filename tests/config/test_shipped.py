@@ -65,6 +65,7 @@ OF_SOME_PAIRS = {
     "luminet": 9,
     "nd": 5,
     "kd_assistant": 2,
+    "reviewkd": 13,
     "nst": 10,
     "sp": 10,
     "pkt": 10,
@@ -140,6 +141,7 @@ DISTILLER_VALUES: dict[str, dict[str, Any]] = {  # some of them, by hand from wh
     "catkd/wrn40_2_wrn16_2.yaml": {"ce_weight": 1.0, "catkd_weight": 12.0, "resolution": 2, "normalize": False},
     "catkd/res32x4_shuv2.yaml": {"ce_weight": 1.0, "catkd_weight": 600.0, "resolution": 4, "normalize": True},
     "simkd/vgg13_vgg8.yaml": {"ce_weight": 0.0, "simkd_weight": 1.0, "factor": 2},
+    "reviewkd/res56_res20.yaml": {"ce_weight": 1.0, "reviewkd_weight": 0.6, "max_width": 512, "warmup_epochs": 20},
     "nd/res50_mv2.yaml": {"ce_weight": 1.0, "kd_weight": 3.0, "nd_weight": 0.5, "temperature": 4.0},
 }
 
@@ -163,6 +165,7 @@ PUBLISHED = {  # some figures of results/published.csv, by hand: value, source, 
     "vid/res50_mv2": [("67.57", "README of HobbitLong/RepDistiller", "")],
     "catkd/res50_mv2": [("71.36", "MCLD paper", "1"), ("71.36", "RLD paper", "2")],
     "simkd/res32x4_res8x4": [("78.08", "MCLD paper", "2"), ("78.08", "RLD paper", "3")],
+    "reviewkd/res32x4_wrn16_2": [("76.11", "MCLD paper", "1"), ("76.11", "RLD paper", "2")],
     "la/vgg13_mv2": [("68.09", "RLD paper", "2")],
     "rld_lskd/res50_mv2": [("71.06", "RLD paper", "6")],
     "dkd_dot/vgg13_mv2": [("61.43", "MCLD paper", "1")],
