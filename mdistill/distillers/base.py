@@ -198,9 +198,7 @@ class Distiller(nn.Module, ABC):
             batch = least_certain(batch, self._run_teacher(batch.image)[0])
         views: list[Signals] = []
         for image, known_logits in self._views(batch):  # one after the other, so that BatchNorm sees one at a time
-            student_logits, student_features = self._run(
-                self.student, image, self.student_precision, features=self.needs.student_features
-            )
+            student_logits, student_features = self._run_student(image)
             count_batches(self.student)
             if known_logits is not None and self.needs.teacher != "features":
                 teacher_logits, teacher_features = widen(known_logits), None
@@ -300,6 +298,10 @@ class Distiller(nn.Module, ABC):
         if self.needs.views > 1:
             assert batch.strong_image is not None
             yield batch.strong_image, None
+
+    def _run_student(self, image: Tensor) -> tuple[Tensor, Features | None]:
+        """Its logits and features; a method whose network at inference is another one returns that one's."""
+        return self._run(self.student, image, self.student_precision, features=self.needs.student_features)
 
     @torch.no_grad()
     def _run_teacher(self, image: Tensor) -> tuple[Tensor, Features | None]:

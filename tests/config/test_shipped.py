@@ -61,6 +61,11 @@ MAIN_TABLE_PAIRS = [  # MCLD paper, Tables 1 and 2; RLD paper, Tables 2 and 3
 OF_ALL_PAIRS = {
     *("kd", "dkd", "rld", "mcld", "ctkd", "mlkd", "la", "rc", "label_revision"),
     *("kd_lskd", "ctkd_lskd", "dkd_lskd", "mlkd_lskd", "dkd_dot"),
+    "fitnet",
+    "catkd",
+    "simkd",
+    "at",
+    "rkd",
 }
 OF_SOME_PAIRS = {
     "rld_lskd": 3,
@@ -71,6 +76,12 @@ OF_SOME_PAIRS = {
     "luminet": 9,
     "nd": 5,
     "kd_assistant": 2,
+    "reviewkd": 13,
+    "nst": 10,
+    "sp": 10,
+    "pkt": 10,
+    "cc": 10,
+    "vid": 10,
 }
 WITH_ONE_EXAMPLE = {
     *("mlkd_noaug", "nkd", "dhkd", "sinkd", "pesf_kd", "bd_kd", "taid", "uskd", "ps_kd"),
@@ -166,11 +177,42 @@ DISTILLER_VALUES: dict[str, dict[str, Any]] = {  # some of them, by hand from wh
     "rld_lskd/vgg13_mv2.yaml": {"alpha": 9.0, "beta": 72.0, "temperature": 2.0, "sc_temperature": None},
     "dkd_dot/res110_res32.yaml": {"alpha": 1.0, "beta": 2.0, "temperature": 4.0, "standardize_logits": False},
     "luminet/wrn40_2_wrn40_1.yaml": {"ce_weight": 1.0, "luminet_weight": (75 / 8) ** 2, "temperature": 8.0},
+    "fitnet/wrn40_2_mv2.yaml": {"ce_weight": 1.0, "fitnet_weight": 100.0, "hint": 2, "warmup_epochs": 0},
+    "at/res110_res20.yaml": {"ce_weight": 1.0, "at_weight": 1000.0, "power": 2, "warmup_epochs": 0},
+    "rkd/res110_res20.yaml": {"ce_weight": 1.0, "distance_weight": 25.0, "angle_weight": 50.0},
+    "nst/res32x4_shuv2.yaml": {"ce_weight": 1.0, "nst_weight": 50.0},
+    "sp/res32x4_shuv2.yaml": {"ce_weight": 1.0, "sp_weight": 3000.0},
+    "pkt/res32x4_shuv2.yaml": {"ce_weight": 1.0, "pkt_weight": 30000.0},
+    "cc/res32x4_shuv2.yaml": {"ce_weight": 1.0, "cc_weight": 0.02, "width": 128},
+    "vid/res32x4_shuv2.yaml": {"ce_weight": 1.0, "vid_weight": 1.0, "initial_variance": 5.0},
+    "catkd/wrn40_2_wrn16_2.yaml": {"ce_weight": 1.0, "catkd_weight": 12.0, "resolution": 2, "normalize": False},
+    "catkd/res32x4_shuv2.yaml": {"ce_weight": 1.0, "catkd_weight": 600.0, "resolution": 4, "normalize": True},
+    "simkd/vgg13_vgg8.yaml": {"ce_weight": 0.0, "simkd_weight": 1.0, "factor": 2},
+    "reviewkd/res56_res20.yaml": {"ce_weight": 1.0, "reviewkd_weight": 0.6, "max_width": 512, "warmup_epochs": 20},
     "nd/res50_mv2.yaml": {"ce_weight": 1.0, "kd_weight": 3.0, "nd_weight": 0.5, "temperature": 4.0},
 }
 
 PUBLISHED = {  # some figures of results/published.csv, by hand: value, source, table
     "kd/wrn40_2_res8x4": [("73.07", "MCLD paper", "1"), ("73.97", "RLD paper", "2")],
+    "fitnet/vgg13_mv2": [
+        ("64.16", "MCLD paper", "1"),
+        ("64.14", "README of HobbitLong/RepDistiller", ""),
+        ("64.16", "RLD paper", "2"),
+    ],
+    "at/res110_res20": [
+        ("70.65", "MCLD paper", "2"),
+        ("70.22", "README of HobbitLong/RepDistiller", ""),
+        ("70.65", "RLD paper", "3"),
+    ],
+    "rkd/res32x4_wrn16_2": [("74.86", "MCLD paper", "1"), ("74.86", "RLD paper", "2")],
+    "nst/vgg13_mv2": [("58.16", "README of HobbitLong/RepDistiller", "")],
+    "sp/res110_res32": [("72.69", "README of HobbitLong/RepDistiller", "")],
+    "pkt/res32x4_res8x4": [("73.64", "README of HobbitLong/RepDistiller", "")],
+    "cc/wrn40_2_wrn16_2": [("73.56", "README of HobbitLong/RepDistiller", "")],
+    "vid/res50_mv2": [("67.57", "README of HobbitLong/RepDistiller", "")],
+    "catkd/res50_mv2": [("71.36", "MCLD paper", "1"), ("71.36", "RLD paper", "2")],
+    "simkd/res32x4_res8x4": [("78.08", "MCLD paper", "2"), ("78.08", "RLD paper", "3")],
+    "reviewkd/res32x4_wrn16_2": [("76.11", "MCLD paper", "1"), ("76.11", "RLD paper", "2")],
     "la/vgg13_mv2": [("68.09", "RLD paper", "2")],
     "rld_lskd/res50_mv2": [("71.06", "RLD paper", "6")],
     "dkd_dot/vgg13_mv2": [("61.43", "MCLD paper", "1")],
@@ -225,7 +267,7 @@ def test_finds_all_files() -> None:
     for folder in WITH_ONE_EXAMPLE:
         assert names[folder] == {"resnet8x4.yaml" if folder in {"uskd", "ps_kd"} else EXAMPLE}
     assert set(names) == {*OF_ALL_PAIRS, *OF_SOME_PAIRS, *WITH_ONE_EXAMPLE, "vanilla"}
-    assert len(CIFAR100) == 14 * 14 + 47 + 15 + 26
+    assert len(CIFAR100) == 14 * len(OF_ALL_PAIRS) + sum(OF_SOME_PAIRS.values()) + 15 + 26
     assert len(FILES) - len(CIFAR100) - len(IMAGENET) == 6
     imagenet = {folder.name: {path.stem for path in IMAGENET if path.parent == folder} for folder in imagenet_folders()}
     assert imagenet == IMAGENET_FILES

@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
         "distiller": {**hooks.SETTINGS["hooks_projector"], "warmup_epochs": 2},
         "solver": AVERAGES,
     },
+    "projector and the teacher's classifier": {"method": "simkd"},
     # draws within a step, by counter, and a memory of all samples
     "memory": {"method": "hooks_memory", "distiller": hooks.SETTINGS["hooks_memory"]},
     "batch statistics": {"method": "hooks_batch_statistics", "distiller": hooks.SETTINGS["hooks_batch_statistics"]},

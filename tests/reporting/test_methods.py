@@ -25,7 +25,7 @@ def test_every_method_has_a_paper_a_loss_and_published_settings(name):
     if name != "vanilla":
         assert method.paper is not None
         assert method.paper.reference.startswith(("arXiv:", "doi:", "CVPR"))
-        assert 2015 <= int(method.paper.year) <= 2026
+        assert 2014 <= int(method.paper.year) <= 2026
         assert method.differences or name in {"rld"}
 
 

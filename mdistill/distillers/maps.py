@@ -1,0 +1,95 @@
+"""Maths on feature maps that two or more methods use. Letters: B batch, C channels, H and W height and width."""
+
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mdistill.data.batch import DataInfo
+from mdistill.distillers.base import Distiller, Signals
+from mdistill.errors import UserError
+from mdistill.models import feature_shapes
+from mdistill.models.base import Features, Shape
+
+EPSILON = 1e-12
+
+
+def unit(vectors: Tensor, dim: int) -> Tensor:
+    """``vectors`` scaled to length 1 along ``dim``; 0, with a gradient of 0, where they are no longer than 1e-12.
+
+    The published codes divide by max(length, 1e-12), whose gradient at 0 is 1e12 times what comes in.
+
+    Args:
+        vectors: of any shape.
+        dim: along which they lie.
+
+    Returns:
+        the same shape.
+    """
+    square = vectors.square().sum(dim=dim, keepdim=True)
+    positive = square > EPSILON**2
+    return vectors * (square.where(positive, 1.0).rsqrt() * positive)
+
+
+def pooled_to(maps: Tensor, height: int, width: int) -> Tensor:
+    """Adaptive average pooling: (B, C, H, W) -> (B, C, height, width).
+
+    By windows of one size where they fit: the gradient of torch's adaptive pooling has no deterministic CUDA kernel.
+
+    Args:
+        maps: (B, C, H, W).
+        height: of the result.
+        width: of the result.
+    """
+    own_height, own_width = maps.shape[2:]
+    if (own_height, own_width) == (height, width):
+        return maps
+    if own_height % height == 0 and own_width % width == 0:
+        return F.avg_pool2d(maps, (own_height // height, own_width // width))
+    return F.adaptive_avg_pool2d(maps, (height, width))
+
+
+def of_one_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Both maps in the size of the lower one, to which the higher one is average-pooled.
+
+    Args:
+        first: (B, C, H, W).
+        second: (B, C', H', W').
+    """
+    if first.shape[2] > second.shape[2]:
+        return pooled_to(first, *second.shape[2:]), second
+    return first, pooled_to(second, *first.shape[2:])
+
+
+def both_features(signals: Signals) -> tuple[Features, Features]:
+    """The student's and the teacher's, of a method whose ``needs`` asks for both."""
+    assert signals.student_features is not None
+    assert signals.teacher_features is not None
+    return signals.student_features, signals.teacher_features
+
+
+def stage_pairs(distiller: Distiller, data: DataInfo) -> list[tuple[Shape, Shape]]:
+    """The shapes (C, H, W) of the student's and the teacher's stages after the stem, paired from the front.
+
+    Raises:
+        UserError: a network has no stage after its stem.
+    """
+    shapes = []
+    for side in ("student", "teacher"):
+        stages = feature_shapes(cast(nn.Module, getattr(distiller, side)), data.image_size).stages
+        if len(stages) < 2:
+            raise UserError(f"{type(distiller).__name__} compares the stages after the stem; the {side} has none")
+        shapes.append(stages[1:])
+    return list(zip(*shapes, strict=False))
+
+
+def classifier_of(network: nn.Module, side: str = "network") -> nn.Linear:
+    """The linear layer on the pooled features.
+
+    Raises:
+        UserError: there is none under the name ``classifier``.
+    """
+    classifier = getattr(network, "classifier", None)
+    if not isinstance(classifier, nn.Linear):
+        raise UserError(f"the {side}, a {type(network).__name__}, has no linear layer called classifier")
+    return classifier
