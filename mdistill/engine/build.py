@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from mdistill import distributed
-from mdistill.config import Config, MemberConfig, TeacherConfig
+from mdistill.config import Config, MemberConfig, TeacherConfig, without_defaults
 from mdistill.data import DATASETS, Batch, DataInfo, Dataset, StreamedDataset
 from mdistill.data.sampling import derive_seed
 from mdistill.distillers import DISTILLERS, Distiller, Needs
@@ -418,6 +419,8 @@ def _assemble(
             if isinstance(network, Preprocessed):
                 files[-1]["preprocessing"] = asdict(network.wanted)
                 weights = _joined([weights], repr(network.wanted))
+            if arguments := _chosen_arguments(config, section):  # which may change what the same weights compute
+                weights = _joined([weights], f"{member.name} {json.dumps(arguments, sort_keys=True)}")
             prints.append(weights)
         fingerprints["teacher"] = prints[0] if len(prints) == 1 else _joined(prints, config.teacher.average)
         metadata["teacher"] = {"files": files, "fingerprint": fingerprints["teacher"]}
@@ -527,6 +530,13 @@ def _members_of(teacher: TeacherConfig) -> list[tuple[str, MemberConfig]]:
 
 def _members(teacher: nn.Module) -> list[nn.Module]:
     return list(teacher.members) if isinstance(teacher, Ensemble) else [teacher]
+
+
+def _chosen_arguments(config: Config, section: str) -> dict[str, Any]:
+    """The arguments of a teacher's network that are not at their default."""
+    teacher = without_defaults(config)["teacher"]
+    given = teacher if section == "teacher" else teacher["ensemble"][int(section.rpartition(".")[2])]
+    return {key: value for key, value in given.items() if key not in TeacherConfig.model_fields}
 
 
 def _joined(fingerprints: Sequence[str], average: str) -> str:
