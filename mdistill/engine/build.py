@@ -432,6 +432,7 @@ def _assemble(
     if ranks > 1 and len(configs) > 1:
         raise UserError(f"--seeds: {len(configs)} trials at once need one process, found {ranks}; give one --seed")
     _check_shares(config.data.batch_size, dataset.num_samples, ranks)
+    _check_single_image(config.data.batch_size, distillers[0].student, info, ranks)
     note = large_state(distillers, device)
     metadata["notes"] += [note] if note else []
     dataset = dataset.to(device)
@@ -483,6 +484,29 @@ def _check_shares(batch_size: int, samples: int, ranks: int) -> None:
             f"data.batch_size: with {batch_size} the last of an epoch's batches has {last} of the {samples} images,"
             f" fewer than the {ranks} processes; take another batch size"
         )
+
+
+def _check_single_image(batch_size: int, student: nn.Module, info: DataInfo, ranks: int) -> None:
+    """Refuse an epoch that ends in a single image of a process, where the student cannot be trained on one.
+
+    BatchNorm has nothing to normalise by where its map is one pixel.
+    """
+    last = info.num_samples % min(batch_size, info.num_samples) or min(batch_size, info.num_samples)
+    if last // ranks != 1:
+        return
+    image = torch.zeros(1, 3, info.image_size, info.image_size)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            copy.deepcopy(student).train()(image)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        alone = "" if ranks == 1 else f" for one of {ranks} processes"
+        raise UserError(
+            f"data.batch_size: with {batch_size} the last of an epoch's batches has a single one of the"
+            f" {info.num_samples} images{alone}, which BatchNorm cannot normalise at this image size; take another"
+            " batch size"
+        ) from None
 
 
 def _start(student: nn.Module, *, config: Config, file: Path, records: list[FileRecord]) -> None:

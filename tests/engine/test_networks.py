@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mdistill import config
-from mdistill.data import DATASETS, InMemoryDataset
+from mdistill.data import DATASETS, DataInfo, InMemoryDataset
 from mdistill.distillers import DISTILLERS, Distiller, Needs, Signals
-from mdistill.engine.build import build_students
+from mdistill.engine.build import _check_single_image, build_students
 from mdistill.errors import UserError
 from mdistill.models import MODELS, feature_shapes, pretrained
 from mdistill.models.imagenet.classes import WNIDS
@@ -65,6 +65,16 @@ def test_arguments_of_a_teacher_that_change_its_logits_are_in_its_fingerprint(tm
     prints = [runs.experiment(cfg, *each, cache=False).fingerprints["teacher"] for each in given]
     assert len({*prints}) == 3
     assert prints[0] == fingerprint(torch.load(tmp_path / "big.pt", weights_only=True))
+
+
+@needs_timm
+def test_a_last_batch_of_one_image_is_refused_where_batchnorm_cannot_take_it(tmp_path: Path) -> None:
+    cfg = runs.write_config(tmp_path, student="timm/test_resnet")
+    with pytest.raises(UserError, match="with 20 the last of an epoch's batches has a single one of the 101 images"):
+        runs.experiment(cfg, "data.images=101", "data.batch_size=20", cache=False)
+    info = DataInfo(num_classes=10, num_samples=23, image_size=8, num_views=1, batch_size=20)
+    with pytest.raises(UserError, match="for one of 2 processes"):
+        _check_single_image(20, MODELS.build("timm/test_resnet", 10), info, 2)
 
 
 def test_dropout_inside_of_attention_is_known() -> None:
