@@ -151,6 +151,17 @@ def highest(number: int) -> int:
     return int(values)
 
 
+def meet() -> None:
+    """Go on when every rank's host has come this far; to be called before the device is waited for.
+
+    By then all have launched the collectives of before, so that no device waits for a process that has ended.
+
+    Raises:
+        PeerLost: one has.
+    """
+    highest(0)
+
+
 def of_rank_0(value: Value) -> Value:
     """Rank 0's ``value``, which is plain data, on every rank."""
     if not _grouped():

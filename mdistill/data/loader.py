@@ -43,8 +43,8 @@ class TeacherLogitSource(Protocol):
     def flush(self) -> None:
         """Store what was computed. The host waits for the device."""
 
-    def close(self) -> None:
-        """End the threads, if there are any."""
+    def close(self, *, wait: bool = True) -> None:
+        """End the threads, if there are any; ``wait`` until they have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,12 +163,12 @@ class BatchLoader:
         if self._teacher is not None:
             self._teacher.flush()
 
-    def close(self) -> None:
-        """End the threads that read images, if there are any."""
+    def close(self, *, wait: bool = True) -> None:
+        """End the threads that read images, if there are any; ``wait`` until they have."""
         if self._reader is not None:
-            self._reader.close()
+            self._reader.close(wait=wait)
         if self._teacher is not None:
-            self._teacher.close()
+            self._teacher.close(wait=wait)
 
     # ---- within the step ----
 
@@ -257,9 +257,9 @@ class Reader:
             self._static[:, :size] = self._buffers[buffer][:, :size]
         self._read_next()
 
-    def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+    def close(self, *, wait: bool = True) -> None:
+        """End the thread; ``wait`` until it has, and the device with what the thread waits for."""
+        self._thread.shutdown(wait=wait, cancel_futures=True)
 
     def _read_next(self) -> None:
         size = min(self.batch_size, len(self._plan.index) - self._next)

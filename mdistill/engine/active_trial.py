@@ -132,14 +132,16 @@ class ActiveTrial:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        lost = isinstance(error, PeerLost)  # after which a CUDA device may wait for the lost one for ever
         with ExitStack() as closing:  # the last one first, whatever goes wrong on the way
             closing.callback(self.folder.close)
             closing.callback(self.writer.close)
-            closing.callback(self.loader.close)
+            closing.callback(self.loader.close, wait=not lost)
             closing.enter_context(suppress(UserError))  # already reported
             closing.enter_context(self.stream)
-            if not isinstance(error, PeerLost):  # after which a CUDA device may wait for the lost one for ever
+            if not lost:
                 self.loader.finish()  # what the teacher has computed is not lost
+                self._step = None  # NCCL's communicator cannot be destroyed while a captured graph uses it
 
     def set_rate(self, step: int) -> None:
         """The learning rate of ``step`` of the epoch under way, from 0, where a warm-up gives each step its own."""
@@ -276,9 +278,13 @@ class ActiveTrial:
             RunFailed: a loss, or a logit of the teacher, is not finite.
         """
         try:
-            self.loader.finish()  # first: a teacher that overflows is the reason for a loss that does
+            distributed.meet()
+            with distributed.together():
+                self.loader.finish()  # first: a teacher that overflows is the reason for a loss that does
             train = self.metrics.read(epoch)
             evaluated = {name: launched.read() for name, launched in evaluations.items()}
+        except PeerLost:
+            raise
         except RunFailed as error:
             raise RunFailed(f"{error}; {self._last_good()}") from None
         seconds = self._clock.seconds()

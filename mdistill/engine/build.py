@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from mdistill import distributed
-from mdistill.config import Config, MemberConfig, TeacherConfig
+from mdistill.config import Config, MemberConfig, TeacherConfig, without_defaults
 from mdistill.data import DATASETS, Batch, DataInfo, Dataset, StreamedDataset
 from mdistill.data.sampling import derive_seed
 from mdistill.distillers import DISTILLERS, Distiller, Needs
@@ -418,6 +419,8 @@ def _assemble(
             if isinstance(network, Preprocessed):
                 files[-1]["preprocessing"] = asdict(network.wanted)
                 weights = _joined([weights], repr(network.wanted))
+            if arguments := _chosen_arguments(config, section):  # which may change what the same weights compute
+                weights = _joined([weights], f"{member.name} {json.dumps(arguments, sort_keys=True)}")
             prints.append(weights)
         fingerprints["teacher"] = prints[0] if len(prints) == 1 else _joined(prints, config.teacher.average)
         metadata["teacher"] = {"files": files, "fingerprint": fingerprints["teacher"]}
@@ -429,6 +432,7 @@ def _assemble(
     if ranks > 1 and len(configs) > 1:
         raise UserError(f"--seeds: {len(configs)} trials at once need one process, found {ranks}; give one --seed")
     _check_shares(config.data.batch_size, dataset.num_samples, ranks)
+    _check_single_image(config.data.batch_size, distillers[0].student, info, ranks)
     note = large_state(distillers, device)
     metadata["notes"] += [note] if note else []
     dataset = dataset.to(device)
@@ -482,6 +486,29 @@ def _check_shares(batch_size: int, samples: int, ranks: int) -> None:
         )
 
 
+def _check_single_image(batch_size: int, student: nn.Module, info: DataInfo, ranks: int) -> None:
+    """Refuse an epoch that ends in a single image of a process, where the student cannot be trained on one.
+
+    BatchNorm has nothing to normalise by where its map is one pixel.
+    """
+    last = info.num_samples % min(batch_size, info.num_samples) or min(batch_size, info.num_samples)
+    if last // ranks != 1:
+        return
+    image = torch.zeros(1, 3, info.image_size, info.image_size)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            copy.deepcopy(student).train()(image)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        alone = "" if ranks == 1 else f" for one of {ranks} processes"
+        raise UserError(
+            f"data.batch_size: with {batch_size} the last of an epoch's batches has a single one of the"
+            f" {info.num_samples} images{alone}, which BatchNorm cannot normalise at this image size; take another"
+            " batch size"
+        ) from None
+
+
 def _start(student: nn.Module, *, config: Config, file: Path, records: list[FileRecord]) -> None:
     """Load the weights that ``student`` begins with, and note the file in ``records``."""
     name, checkpoint = config.student.name, config.student.checkpoint
@@ -527,6 +554,13 @@ def _members_of(teacher: TeacherConfig) -> list[tuple[str, MemberConfig]]:
 
 def _members(teacher: nn.Module) -> list[nn.Module]:
     return list(teacher.members) if isinstance(teacher, Ensemble) else [teacher]
+
+
+def _chosen_arguments(config: Config, section: str) -> dict[str, Any]:
+    """The arguments of a teacher's network that are not at their default."""
+    teacher = without_defaults(config)["teacher"]
+    given = teacher if section == "teacher" else teacher["ensemble"][int(section.rpartition(".")[2])]
+    return {key: value for key, value in given.items() if key not in TeacherConfig.model_fields}
 
 
 def _joined(fingerprints: Sequence[str], average: str) -> str:

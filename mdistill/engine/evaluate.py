@@ -44,11 +44,12 @@ class LaunchedEvaluation:
     split: str
 
     def read(self) -> Evaluation:
-        """Its results; the host waits for the device.
+        """Its results; the host waits for the device. Every rank must ask.
 
         Raises:
             RunFailed: a logit is not finite.
         """
+        distributed.meet()
         top1, top5, loss = self.sums.tolist()
         if not math.isfinite(loss):
             raise RunFailed(

@@ -207,10 +207,10 @@ class TeacherLogits:
                 print_line(f"teacher: continuing without adding to the cache: {error}")
         self._flushed, self._unchecked = self._computed, False
 
-    def close(self) -> None:
-        """End the thread that reads images, if there is one."""
+    def close(self, *, wait: bool = True) -> None:
+        """End the thread that reads images, if there is one; ``wait`` until it has."""
         if self._reader is not None:
-            self._reader.close()
+            self._reader.close(wait=wait)
 
     def _ids(self, index: Ids, view: Ids) -> Ids:
         """The cache's entries of pairs."""

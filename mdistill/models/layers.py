@@ -67,15 +67,19 @@ def count_batches(network: nn.Module) -> None:
         torch._foreach_add_(counters, 1)
 
 
+DRAW_RATES = ("p", "drop_prob", "drop_rate", "dropout", "attention_dropout")
+"""Attributes of layers; the last two are of attention, in torch and torchvision."""
+
+
 def draws_in_training(network: nn.Module) -> bool:
     """Whether a layer of ``network`` draws random numbers in training mode (dropout, stochastic depth).
 
-    Told by the probabilities that such layers of torch, torchvision and timm have: ``p``, ``drop_prob``, ``drop_rate``.
+    Told by the probabilities that such layers of torch, torchvision and timm have: ``DRAW_RATES``.
     """
     modules = [*network.modules()]
     inside = (getattr(module, "inner", None) for module in modules)  # of libraries, which are no modules of ours
     modules += [module for module in inside if isinstance(module, nn.Module)]
-    rates = (getattr(module, name, 0) for module in modules for name in ("p", "drop_prob", "drop_rate"))
+    rates = (getattr(module, name, 0) for module in modules for name in DRAW_RATES)
     return any(isinstance(rate, float | int) and rate > 0 for rate in rates)
 
 

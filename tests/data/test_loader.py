@@ -223,7 +223,7 @@ class CountedLogits:
     def flush(self) -> None:
         self.calls.append(("flush",))
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         self.calls.append(("close",))
 
 

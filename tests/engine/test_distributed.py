@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,11 +22,12 @@ from torch import Tensor, nn
 
 from mdistill import distributed
 from mdistill.data import DataInfo
+from mdistill.data.loader import BatchLoader
 from mdistill.distillers import DISTILLERS, Distiller, Needs, Signals
 from mdistill.engine import trainer
 from mdistill.engine.active_trial import ActiveTrial
 from mdistill.engine.run_folder import RunFolder, read_metrics
-from mdistill.errors import Stopped, UserError
+from mdistill.errors import RunFailed, Stopped, UserError
 from mdistill.models import MODELS
 
 from .. import runs, streamed
@@ -168,6 +170,20 @@ def mistakes(folder: Path, rank: int) -> Any:
     return [mistake(rank, (0, 1)), mistake(rank, (1,))]
 
 
+def overflow(folder: Path, rank: int) -> Any:
+    """The logits of a teacher are too large in the second process alone."""
+
+    def finish(loader: BatchLoader) -> None:
+        if rank == 1:
+            raise RunFailed("the teacher's logits overflow")
+
+    try:
+        with mock.patch.object(BatchLoader, "finish", finish):
+            runs.train(folder / "gathered_queue.yaml", folder / "overflow", cache=False)
+    except RunFailed as error:
+        return str(error)
+
+
 def agreements(folder: Path, rank: int) -> Any:
     return [distributed.highest(rank * 15), distributed.of_rank_0({"rank": rank})]
 
@@ -208,7 +224,7 @@ def steps_of(method: str, rank: int, ranks: int) -> dict[str, Any]:
 
 JOBS: list[Callable[[Path, int], Any]] = [
     train_whole, train_in_parts, stop_one, first_gradients, train_without_batchnorm, uneven_batch, short_last_batch,
-    save_in_mid_epoch, mistakes, agreements, steps_of_every_method,
+    save_in_mid_epoch, mistakes, overflow, agreements, steps_of_every_method,
 ]  # fmt: skip
 BY_THREE: list[Callable[[Path, int], Any]] = [steps_of_every_method]
 
@@ -346,6 +362,7 @@ def test_saving_in_mid_epoch_changes_nothing(folder: Path, results: list[dict[st
 def test_a_mistake_of_one_ends_all(results: list[dict[str, Any]]) -> None:
     for result in results:
         assert result["mistakes"] == ["no such file", "process 1: no such file"]
+        assert result["overflow"].startswith("process 1: the teacher's logits overflow; ")
         assert result["agreements"] == [15, {"rank": 0}]
 
 

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from mdistill import config
-from mdistill.data import DATASETS, InMemoryDataset
+from mdistill.data import DATASETS, DataInfo, InMemoryDataset
 from mdistill.distillers import DISTILLERS, Distiller, Needs, Signals
-from mdistill.engine.build import build_students
+from mdistill.engine.build import _check_single_image, build_students
 from mdistill.errors import UserError
 from mdistill.models import MODELS, feature_shapes, pretrained
 from mdistill.models.imagenet.classes import WNIDS
+from mdistill.models.layers import draws_in_training
 from mdistill.models.preprocessing import Preprocessed, Preprocessing, preprocessed
 from mdistill.models.pretrained import published_weights
 from mdistill.models.teachers import locate, outputs_of
-from mdistill.models.weights import load_weights
+from mdistill.models.weights import fingerprint, load_weights
 
 from .. import runs
 from ..conftest import tiny_arrays
@@ -53,6 +54,34 @@ def state_of(name: str, num_classes: int, path: Path | None = None) -> dict[str,
 
 
 # --- runs ---
+
+
+@needs_timm
+def test_arguments_of_a_teacher_that_change_its_logits_are_in_its_fingerprint(tmp_path: Path) -> None:
+    """Its weights are the same, and a cache or a measured top-1 of one must not be taken for the other's."""
+    state_of("timm/test_resnet", 10, tmp_path / "big.pt")
+    cfg = runs.write_config(tmp_path, teacher={"name": "timm/test_resnet", "checkpoint": "big.pt"})
+    given = [(), ("teacher.global_pool=max",), ("teacher.global_pool=max", "teacher.output_stride=16")]
+    prints = [runs.experiment(cfg, *each, cache=False).fingerprints["teacher"] for each in given]
+    assert len({*prints}) == 3
+    assert prints[0] == fingerprint(torch.load(tmp_path / "big.pt", weights_only=True))
+
+
+@needs_timm
+def test_a_last_batch_of_one_image_is_refused_where_batchnorm_cannot_take_it(tmp_path: Path) -> None:
+    cfg = runs.write_config(tmp_path, student="timm/test_resnet")
+    with pytest.raises(UserError, match="with 20 the last of an epoch's batches has a single one of the 101 images"):
+        runs.experiment(cfg, "data.images=101", "data.batch_size=20", cache=False)
+    info = DataInfo(num_classes=10, num_samples=23, image_size=8, num_views=1, batch_size=20)
+    with pytest.raises(UserError, match="for one of 2 processes"):
+        _check_single_image(20, MODELS.build("timm/test_resnet", 10), info, 2)
+
+
+def test_dropout_inside_of_attention_is_known() -> None:
+    quiet, drawing = (
+        MODELS.build("torchvision/vit_b_32", 2, image_size=32, attention_dropout=rate) for rate in (0.0, 0.1)
+    )
+    assert (draws_in_training(quiet), draws_in_training(drawing)) == (False, True)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The CUDA path without a GPU: whole runs on a pretended device, and faults that are planted in them and found."""
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -183,6 +184,17 @@ def test_a_captured_run_equals_an_eager_one(name: str, tmp_path: Path) -> None:
     cfg = scenario.write(tmp_path)
     scenario.run(cfg, tmp_path / "eager", "eager")
     scenario.compare(cfg, tmp_path / "eager", tmp_path / "graph")
+
+
+def test_the_graph_of_a_step_is_freed_when_its_trial_ends(monkeypatch: Patch, tmp_path: Path) -> None:
+    """NCCL waits for the graphs that use a communicator before it is destroyed."""
+    steps: list[Any] = []
+    freed: list[bool] = []
+    before(monkeypatch, ActiveTrial, "__exit__", lambda self, *a: steps.append(weakref.ref(self._step.replay.__self__)))
+    after(monkeypatch, ActiveTrial, "__exit__", lambda *a: freed.append(steps[-1]() is None))
+    scenario = SCENARIOS["kd"]
+    scenario.run(scenario.write(tmp_path), tmp_path / "graph", "graph")
+    assert freed == [True]
 
 
 # ---- planted faults ----
