@@ -248,6 +248,12 @@ def usable_cores() -> int:
     return max(1, cores // _number("LOCAL_WORLD_SIZE", 1))
 
 
+def use_device(device: torch.device) -> None:
+    """Make a CUDA device of several this thread's current one: waiting for an event would else open the first one."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 def is_told_elsewhere(message: str) -> bool:
     """Whether rank 0 prints this last ``message`` too, so that this process need not."""
     if _store is None:
@@ -289,6 +295,8 @@ def _number(name: str, default: int) -> int:
 def _collective() -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # what gloo and NCCL raise
         reason = (str(error).splitlines() or ["no reason is given"])[0]
         why = "" if "closed" in reason or "reset" in reason else f": {reason}"  # with an address, other on each rank

@@ -1,6 +1,7 @@
 """``mdistill train``: train a student from a teacher, or a network alone, as a YAML file says."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -51,7 +52,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def train(args: argparse.Namespace) -> None:
     if args.print_config:
         configs = common.load_configs(args, args.seeds or [args.seed])
-        print("---\n".join(config.to_yaml() for config in configs), end="")
+        if os.environ.get("RANK", "0") == "0":
+            print("---\n".join(config.to_yaml() for config in configs), end="")
         return
     from mdistill import distributed
 

@@ -5,6 +5,7 @@ Letters: N images, B batch, S image size.
 
 import copy
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +32,7 @@ from mdistill.data.image_files import (
     load_squares,
     scan,
 )
+from mdistill.data.loader import upload
 from mdistill.data.resizing import centre_crop, mirrored, resize
 from mdistill.errors import UserError, printable, shown
 from mdistill.files import read_text
@@ -177,7 +179,7 @@ class FolderDataset(StreamedDataset):
             self._all(pending)
             ahead = begin(start + batch_size)  # decoded while the device is at work
             target = torch.from_numpy(files.labels[part])
-            yield self._normalize(pixels.to(self._device, non_blocking=True)), target.to(self._device)
+            yield self._normalize(pixels.to(self._device, non_blocking=True)), upload(target, self._device)
 
     def size(self, split: str) -> int:
         return len(self._eval[split][1])
@@ -299,7 +301,13 @@ def copy_notes(root: Path) -> list[str]:
     path = root / COPIED
     if not path.exists():
         return []
-    return [f"a smaller copy of other images, {path.name}: {printable(read_text(path).strip(), 200)}"]
+    text = read_text(path).strip()
+    try:
+        record = json.loads(text)
+        how = f"short side {record['short_side']:d}, JPEG quality {record['quality']:d}"
+    except (ValueError, KeyError, TypeError):  # nothing depends on it
+        how = printable(text, 200)
+    return [f"a smaller copy of other images ({path.name}): {how}"]
 
 
 def count_line(train: Split, test: Split, class_names: Sequence[str]) -> str:

@@ -90,7 +90,7 @@ class ActiveTrial:
             teacher_logits=make_logits,
         )
         self._step: CapturedStep | None = None  # what ``run`` was first given
-        self.writer = Writer()
+        self.writer = Writer(self.device)
         self.ended: UserError | Stopped | None = None
         self._draws = draws_in_training(self.distiller)
         self._clock = Stopwatch(self.device)

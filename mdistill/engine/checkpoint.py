@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdistill import __version__
+from mdistill import __version__, distributed
 from mdistill.config import Config, differences, results_only, without_defaults
 from mdistill.distillers import Distiller
 from mdistill.engine.metrics import RunningMetrics
@@ -85,10 +85,13 @@ class Writer:
     """Writes files in a thread, one job after the other, while training goes on.
 
     What a job raises is raised again by the next ``submit`` or ``wait``.
+
+    Args:
+        device: what the jobs wait for.
     """
 
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mdistill-write")
+    def __init__(self, device: torch.device) -> None:
+        self._thread = ThreadPoolExecutor(1, "mdistill-write", distributed.use_device, (device,))
         self._last: Future[None] | None = None
 
     def submit(self, job: Callable[[], None]) -> None:

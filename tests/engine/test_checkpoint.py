@@ -170,7 +170,7 @@ def test_a_state_read_back_is_the_one_written(cfg: Path, tmp_path: Path) -> None
 
 def test_jobs_are_done_one_after_the_other() -> None:
     done: list[int] = []
-    writer = Writer()
+    writer = Writer(torch.device("cpu"))
     for number in range(5):
         writer.submit(lambda number=number: done.append(number))
     writer.wait()
@@ -184,7 +184,7 @@ def test_an_error_of_the_thread_surfaces_at_the_next_call_and_once(call: str) ->
         raise RunFailed("disk full")
 
     done: list[str] = []
-    writer = Writer()
+    writer = Writer(torch.device("cpu"))
     writer.submit(fails)
     with pytest.raises(RunFailed, match="disk full"):
         writer.submit(lambda: done.append("another")) if call == "submit" else writer.wait()
@@ -200,7 +200,7 @@ def test_closing_waits_for_the_job_at_hand_and_ends_the_thread() -> None:
         assert go_on.wait(PATIENCE)
         done.append(threading.current_thread())
 
-    writer = Writer()
+    writer = Writer(torch.device("cpu"))
     writer.submit(job)
     go_on.set()
     writer.close()
