@@ -23,7 +23,8 @@ trained on; for any other file name the network with --model."""
 
 EXAMPLES = """  mdistill eval runs/cifar100/mcld/resnet32x4_resnet8x4/seed0
   mdistill eval runs/cifar100/mcld/resnet32x4_resnet8x4/seed0/last.pt --json
-  mdistill eval --model resnet32x4 --weights checkpoints/cifar_teachers/resnet32x4_vanilla/ckpt_epoch_240.pth"""
+  mdistill eval --model resnet32x4 --weights checkpoints/cifar_teachers/resnet32x4_vanilla/ckpt_epoch_240.pth
+  mdistill eval --model torchvision/resnet18 --weights w.pth --data '{name: folder, root: photos, image_size: 128}'"""
 
 Precision = Literal["fp32", "tf32"]
 """What a network is evaluated in: float32, whatever it was trained in."""
@@ -35,11 +36,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", type=common.path, help="a checkpoint that stands alone; needs --model")
     parser.add_argument("--model", help="the network that --weights belong to, with its default settings")
     parser.add_argument("--role", choices=["student", "teacher"], help="whose, if a file has both")
-    parser.add_argument("--data", help="the data set for --weights (cifar100)")
+    parser.add_argument(
+        "--data",
+        default="cifar100",
+        help="the data set for --weights (%(default)s), or as in a configuration: '{name: folder, root: photos}'",
+    )
     parser.add_argument("--split", default="test", help="test, or val where the run held images out (%(default)s)")
     parser.add_argument("--batch-size", type=int, help="images per forward pass (default: what suits the device)")
     parser.add_argument(
-        "--precision", choices=get_args(Precision), help="of convolutions (default: fp32 if the run had that, or tf32)"
+        "--precision",
+        choices=get_args(Precision),
+        help="float32 arithmetic, with TF32 units where a GPU has them or without (default: fp32 if the run had that)",
     )
     common.add_imports(parser)
     parser.add_argument("--trust", action="store_true", help="run the code that the run folder names (its imports)")
@@ -65,12 +72,13 @@ def find_subject(args: argparse.Namespace) -> Subject:
         raise UserError("name one thing to evaluate: a run folder, a checkpoint in one, or --model NAME --weights FILE")
     if args.run is None:
         return _lone_checkpoint(args)
-    if args.model is not None or args.role is not None or args.data is not None:
+    if args.model is not None or args.role is not None or args.data != "cifar100":
         raise UserError(f"--model, --role and --data go with --weights; {args.run} says itself what it is")
     return _of_run(args)
 
 
 def _lone_checkpoint(args: argparse.Namespace) -> Subject:
+    from mdistill import config
     from mdistill.data import DATASETS
     from mdistill.engine.build import build_network
     from mdistill.user_code import import_user_module
@@ -79,7 +87,8 @@ def _lone_checkpoint(args: argparse.Namespace) -> Subject:
         raise UserError(f"--weights {args.weights} needs --model, the network that it belongs to")
     for module in args.imports:
         import_user_module(module, [Path.cwd()])
-    dataset = DATASETS.build(args.data or "cifar100", args.data_root, args.download, where="--data")
+    section = config.inline_section(args.data, "--data")
+    dataset = DATASETS.build(section.pop("name"), args.data_root, args.download, where="--data", **section)
     network = build_network("--model", args.model, {}, dataset.info(1), seed=0)
     return Subject(args.model, network, args.weights, dataset)
 

@@ -1,6 +1,6 @@
 """The typed, strict configuration: everything that changes a result, from YAML files, their bases and overrides."""
 
-from mdistill.config.files import for_pair, load
+from mdistill.config.files import for_pair, inline_section, load
 from mdistill.config.schema import (
     Config,
     MemberConfig,
@@ -20,6 +20,7 @@ __all__ = [
     "cell_identity",
     "differences",
     "for_pair",
+    "inline_section",
     "load",
     "results_only",
     "without_defaults",

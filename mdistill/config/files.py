@@ -323,6 +323,26 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
+def inline_section(text: str, where: str) -> dict[str, Any]:
+    """A section of a configuration as it is written on a command line: a name, or ``{name: ..., key: value}``.
+
+    Args:
+        where: the flag, for messages.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if not text.startswith("{"):
+        return {"name": text}
+    try:
+        section = _parse(text)
+    except Exception as error:
+        raise UserError(f"{where}: {shown(text)}: not YAML: {_one_line(error)}") from None
+    if not isinstance(section, dict) or not isinstance(section.get("name"), str):
+        raise UserError(f"{where}: should be a name or {{name: ..., key: value}}, found {shown(text)}")
+    return section
+
+
 def _parse(text: str) -> Any:
     """The YAML value ``text``; may fail in any way: its constructors let out whatever Python raises."""
     if len(text) > MAX_LENGTH:

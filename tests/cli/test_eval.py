@@ -72,6 +72,8 @@ def test_evaluates_a_published_checkpoint(
     )
     assert evaluate_tool(["--model", "resnet8", "--weights", str(path), "--data", "tiny", "--device", "cpu"]) == 0
     assert "resnet8  test (60 images)" in capsys.readouterr().out
+    data = "{name: tiny, images: 20}"
+    assert evaluate_tool(["--model", "resnet8", "--weights", str(path), "--data", data, "--device", "cpu"]) == 0
 
 
 def test_code_that_a_run_folder_names_runs_only_when_it_is_asked_for(
@@ -143,6 +145,9 @@ def test_a_module_inside_a_run_folder_is_loaded_only_from_a_trusted_one(
             ["--weights", "x.pt", "--model", "resnet8", "--data", "tinny"],
             "unknown data set 'tinny' in --data; did you mean",
         ),
+        (["--weights", "x.pt", "--model", "resnet8", "--data", "{name: tiny"], "--data: '{name: tiny': not YAML"),
+        (["--weights", "x.pt", "--model", "resnet8", "--data", "{nam: tiny}"], "--data: should be a name or {name"),
+        (["--weights", "x.pt", "--model", "resnet8", "--data", "{name: tiny, x: 1}"], "--data: x: unknown key"),
         (["nowhere", "--batch-size", "0"], "--batch-size: should be at least 1, found 0"),
         (["--weights", "x.pt", "--model", "resnet8", "--data", "tiny", "--split", "val"], "no split 'val' here"),
     ],
