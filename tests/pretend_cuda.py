@@ -737,6 +737,7 @@ def pretend() -> Iterator[Device]:
         "is_bf16_supported": lambda including_emulation=True: True,
         "is_initialized": lambda: True,
         "max_memory_allocated": lambda device=None: 0,
+        "set_device": lambda device: None,
         "set_sync_debug_mode": lambda mode: setattr(DEVICE, "debug", mode),
         "stream": StreamContext,
         "synchronize": lambda device=None: (DEVICE.require_no_wait("synchronize"), DEVICE.wait_for_all())[0],
