@@ -286,7 +286,7 @@ def results_of_three(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str,
     return read_results(path, 3)
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]  # whose fixtures take seconds
 TRAINED = pytest.mark.parametrize("method", ["gathered_queue", "hooks_memory", "vanilla"])
 
 
