@@ -11,11 +11,12 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mdistill.cli.eval import main as eval_main
 from mdistill.cli.train import main as train_main
 from mdistill.data import DATASETS, InMemoryDataset
+from mdistill.engine.teacher import FrozenTeacher
 from mdistill.models import MODELS
 from mdistill.models.base import Features
 
@@ -43,6 +44,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords and not _is_pretended(item):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of images in each batch that any frozen teacher was asked about."""
+    sizes: list[int] = []
+    ask = FrozenTeacher.__call__
+
+    def asked(teacher: FrozenTeacher, image: Tensor) -> Tensor:
+        sizes.append(len(image))
+        return ask(teacher, image)
+
+    monkeypatch.setattr(FrozenTeacher, "__call__", asked)
+    return sizes
 
 
 def tiny_arrays(images: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

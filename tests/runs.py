@@ -122,13 +122,13 @@ def stopping(at: int) -> Iterator[None]:
         yield
 
 
-def stopping_fetch(at: int) -> Callable[[BatchLoader, int], int]:
-    """``BatchLoader.fetch``, with SIGTERM to this process as it is called for the n-th time, from 1."""
+def stopping_fetch(at: int, number: signal.Signals = signal.SIGTERM) -> Callable[[BatchLoader, int], int]:
+    """``BatchLoader.fetch``, with a signal to this process as it is called for the n-th time, from 1."""
     fetch, count = BatchLoader.fetch, itertools.count(1)
 
     def counted(loader: BatchLoader, step: int) -> int:
         if next(count) == at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return fetch(loader, step)
 
     return counted

@@ -14,7 +14,7 @@ check reads every image: it counts them and their sizes, and names what is odd (
 that the name does not say), what is in train and val at once, and every file that cannot be read. It ends with exit
 code 2 if anything would stop a run.
 
-shrink copies the images as JPEG whose short side has at most so many pixels. They decode several times as fast, and
+shrink copies the images as JPEG whose short side has at most so many pixels. They take less time to decode, and
 training on them is another task: images get less sharp. An interrupted copy is called OUT.partial and goes on where it
 stopped when the command is given again."""
 

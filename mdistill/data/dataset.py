@@ -236,10 +236,6 @@ class InMemoryDataset(Dataset):
     def hold_out(self, count: int) -> "InMemoryDataset":
         if count == 0:
             return self
-        if not 0 < count < self.num_samples:
-            raise UserError(
-                f"data.holdout must be from 0 to {self.num_samples - 1}, fewer than the training images; found {count}"
-            )
         if "val" in self._eval:
             raise UserError(f"data.holdout: {self.size('val')} training images are already held out")
         held, remaining = held_out(self._train_labels.cpu().numpy(), count)
@@ -311,7 +307,14 @@ def held_out(labels: npt.NDArray[np.int64], count: int) -> tuple[Tensor, Tensor]
     """Which samples are held out and which remain, both ascending.
 
     The samples are shuffled, then one of each class is taken in turn until there are ``count``.
+
+    Raises:
+        UserError: ``count`` is negative or leaves no sample.
     """
+    if not 0 < count < len(labels):
+        raise UserError(
+            f"data.holdout must be from 0 to {len(labels) - 1}, fewer than the training images; found {count}"
+        )
     shuffled = np.argsort(random_words(0, "holdout", 0, len(labels)), kind="stable")
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]  # class by class, shuffled within each
     turn = np.empty(len(labels), dtype=np.int64)  # the turn in which each sample's class gives it

@@ -102,10 +102,6 @@ class FolderDataset(StreamedDataset):
     def hold_out(self, count: int) -> "FolderDataset":
         if count == 0:
             return self
-        if not 0 < count < self.num_samples:
-            raise UserError(
-                f"data.holdout must be from 0 to {self.num_samples - 1}, fewer than the training images; found {count}"
-            )
         held, remaining = held_out(self._train.labels, count)
         other = copy.copy(self)
         other._kept, other.num_samples = remaining.numpy(), len(remaining)

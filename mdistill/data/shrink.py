@@ -1,4 +1,4 @@
-"""A smaller copy of a folder of images: JPEG, of a given short side, which decodes several times as fast.
+"""A smaller copy of a folder of images: JPEG, of a given short side, which takes less time to decode.
 
 A copy grows beside its place under the name ``OUT.partial``, which no data set reads, and gets its own when it is
 complete. Files in it are whole or not there, so that an interrupted copy goes on where it stopped.

@@ -471,6 +471,11 @@ def _weight_files(config: Config, root: Path) -> tuple[list[Path], Path | None]:
     return teachers, locate(student.checkpoint, root, model=student.name, dataset=dataset, section="student")
 
 
+def _last_batch(batch_size: int, samples: int) -> int:
+    """Images of the last step of an epoch."""
+    return samples % batch_size or min(batch_size, samples)
+
+
 def _check_shares(batch_size: int, samples: int, ranks: int) -> None:
     """Refuse batches that several processes cannot share."""
     if batch_size % ranks:
@@ -478,7 +483,7 @@ def _check_shares(batch_size: int, samples: int, ranks: int) -> None:
             f"data.batch_size: {batch_size} images cannot be shared evenly by {ranks} processes; take a multiple of"
             f" {ranks}, such as {max(1, round(batch_size / ranks)) * ranks}"
         )
-    last = samples % min(batch_size, samples) or min(batch_size, samples)
+    last = _last_batch(batch_size, samples)
     if last < ranks:
         raise UserError(
             f"data.batch_size: with {batch_size} the last of an epoch's batches has {last} of the {samples} images,"
@@ -491,8 +496,7 @@ def _check_single_image(batch_size: int, student: nn.Module, info: DataInfo, ran
 
     BatchNorm has nothing to normalise by where its map is one pixel.
     """
-    last = info.num_samples % min(batch_size, info.num_samples) or min(batch_size, info.num_samples)
-    if last // ranks != 1:
+    if _last_batch(batch_size, info.num_samples) // ranks != 1:
         return
     image = torch.zeros(1, 3, info.image_size, info.image_size)
     try:

@@ -229,19 +229,34 @@ def torchvision_resnet_features(network: nn.Module, x: Tensor) -> Features:
         x: (B, 3, H, W).
     """
     net = cast(Any, network)
-    stem = F.relu(net.bn1(net.conv1(x)))
-    stages, preacts = [stem], [stem]
-    x = net.maxpool(stem)
-    for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
+
+    def run(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         *first, last = layer
         for block in first:
             x = block(x)
         preact = _before_last_relu(last, x)
-        x = F.relu(preact)
+        return preact, F.relu(preact)
+
+    stages, preacts = _resnet_maps(net, F.relu(net.bn1(net.conv1(x))), run)
+    pooled = global_average(stages[-1])
+    return Features(net.fc(pooled), stages, preacts, last_map=stages[-1], pooled=pooled)
+
+
+def _resnet_maps(
+    net: Any, stem: Tensor, run: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Stages and preacts of a ResNet, the stem's output first.
+
+    Args:
+        stem: (B, K, H, W), before max-pooling.
+        run: one of the four layers, on the map before it: its output before the last activation, and behind it.
+    """
+    stages, preacts, x = [stem], [stem], net.maxpool(stem)
+    for name in RESNET_STAGES:
+        preact, x = run(getattr(net, name), x)
         stages.append(x)
         preacts.append(preact)
-    pooled = global_average(x)
-    return Features(net.fc(pooled), tuple(stages), tuple(preacts), last_map=x, pooled=pooled)
+    return tuple(stages), tuple(preacts)
 
 
 def _before_last_relu(block: Any, x: Tensor) -> Tensor:
@@ -374,16 +389,14 @@ def timm_resnet_features(network: nn.Module, x: Tensor) -> Features:
         x: (B, 3, H, W).
     """
     net = cast(Any, network)
-    x = net.act1(net.bn1(net.conv1(x)))
-    stages, preacts = [x], [x]
-    x = net.maxpool(x)
-    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
-        preact = stage.preact(x)
-        x = stage.activation[0].forward(preact)
-        stages.append(x)
-        preacts.append(preact)
-    pooled = net.forward_head(x, pre_logits=True)
-    return Features(net.get_classifier()(pooled), tuple(stages), tuple(preacts), last_map=x, pooled=pooled)
+
+    def run(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        preact = layer.preact(x)
+        return preact, layer.activation[0].forward(preact)
+
+    stages, preacts = _resnet_maps(net, net.act1(net.bn1(net.conv1(x))), run)
+    pooled = net.forward_head(stages[-1], pre_logits=True)
+    return Features(net.get_classifier()(pooled), stages, preacts, last_map=stages[-1], pooled=pooled)
 
 
 def timm_features(network: nn.Module, x: Tensor) -> Features:

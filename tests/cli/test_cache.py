@@ -67,20 +67,6 @@ def tool(tmp_path: Path) -> Tool:
     return call
 
 
-@pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of images in each batch that any frozen teacher was asked about."""
-    sizes: list[int] = []
-    ask = FrozenTeacher.__call__
-
-    def asked(teacher: FrozenTeacher, image: Tensor) -> Tensor:
-        sizes.append(len(image))
-        return ask(teacher, image)
-
-    monkeypatch.setattr(FrozenTeacher, "__call__", asked)
-    return sizes
-
-
 def altered(cfg: Path, **sections: Any) -> Path:
     """A copy of ``cfg`` beside it with other sections; None takes one out."""
     tree = yaml.safe_load(cfg.read_text()) | sections

@@ -1,13 +1,14 @@
 """``mdistill train`` for a launcher, with the data of the tests; ``KILL=rank:step`` ends one process by SIGKILL."""
 
-import itertools
 import os
 import signal
 import sys
+from unittest import mock
 
 from mdistill.cli.train import main
 from mdistill.data.loader import BatchLoader
 
+from .. import runs
 from . import test_distributed
 
 assert test_distributed  # registers what the runs name
@@ -15,12 +16,5 @@ assert test_distributed  # registers what the runs name
 if __name__ == "__main__":
     rank, _, step = os.environ.get("KILL", "").partition(":")
     if rank == os.environ["RANK"]:
-        fetch, count = BatchLoader.fetch, itertools.count(1)
-
-        def fatal(loader: BatchLoader, number: int) -> int:
-            if next(count) == int(step):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return fetch(loader, number)
-
-        setattr(BatchLoader, "fetch", fatal)  # noqa: B010
+        mock.patch.object(BatchLoader, "fetch", runs.stopping_fetch(int(step), signal.SIGKILL)).start()
     sys.exit(main())

@@ -2,7 +2,6 @@
 
 import hashlib
 import http.server
-import importlib.util
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +28,6 @@ from .. import runs
 from ..conftest import tiny_arrays
 from ..replay import emulated
 
-needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="needs timm")
 CLASSES = (WNIDS[7], WNIDS[3], WNIDS[900])
 
 if "wnids" not in DATASETS.names():
@@ -56,7 +54,6 @@ def state_of(name: str, num_classes: int, path: Path | None = None) -> dict[str,
 # --- runs ---
 
 
-@needs_timm
 def test_arguments_of_a_teacher_that_change_its_logits_are_in_its_fingerprint(tmp_path: Path) -> None:
     """Its weights are the same, and a cache or a measured top-1 of one must not be taken for the other's."""
     state_of("timm/test_resnet", 10, tmp_path / "big.pt")
@@ -67,7 +64,6 @@ def test_arguments_of_a_teacher_that_change_its_logits_are_in_its_fingerprint(tm
     assert prints[0] == fingerprint(torch.load(tmp_path / "big.pt", weights_only=True))
 
 
-@needs_timm
 def test_a_last_batch_of_one_image_is_refused_where_batchnorm_cannot_take_it(tmp_path: Path) -> None:
     cfg = runs.write_config(tmp_path, student="timm/test_resnet")
     with pytest.raises(UserError, match="with 20 the last of an epoch's batches has a single one of the 101 images"):
@@ -85,7 +81,6 @@ def test_dropout_inside_of_attention_is_known() -> None:
 
 
 @pytest.mark.slow
-@needs_timm
 def test_a_run_with_dropout_resumes_and_is_captured_and_its_student_loads_into_timm(tmp_path: Path) -> None:
     import timm
 
@@ -114,7 +109,6 @@ def test_a_run_with_dropout_resumes_and_is_captured_and_its_student_loads_into_t
 
 
 @pytest.mark.slow
-@needs_timm
 def test_a_transformer_needs_the_size_of_the_images(tmp_path: Path) -> None:
     cfg = runs.write_config(tmp_path, "vanilla", student="timm/vit_tiny_patch16_224")
     small = ["student.depth=1", "student.embed_dim=12"]
@@ -143,7 +137,6 @@ def test_a_method_that_reads_features_is_refused_where_there_are_none(tmp_path: 
 
 
 @pytest.mark.slow
-@needs_timm
 def test_a_student_begins_with_weights_of_another_number_of_classes(tmp_path: Path) -> None:
     state = state_of("timm/test_efficientnet", 7, tmp_path / "start.pt")
     cfg = runs.write_config(tmp_path, "vanilla", student="timm/test_efficientnet")
@@ -354,7 +347,6 @@ def test_torchvisions_weights_are_downloaded_checked_and_kept(
 
 
 @pytest.mark.slow
-@needs_timm
 def test_timms_weights_are_downloaded_from_its_hub_and_converted(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,7 +381,7 @@ def test_timms_weights_are_downloaded_from_its_hub_and_converted(
         ("torchvision/resnet50", "IMAGENET1K_V3", "did you mean 'ResNet50_Weights.IMAGENET1K_V"),
         ("torchvision/resnet34", "ResNet50_Weights.IMAGENET1K_V1", "did you mean 'ResNet34_Weights.IMAGENET1K_V1'"),
         ("torchvision/resnet34", "pretrained", "torchvision has no weights 'pretrained' of resnet34"),
-        pytest.param("timm/test_vit4", "pretrained", "timm has no weights of ", marks=needs_timm),
+        pytest.param("timm/test_vit4", "pretrained", "timm has no weights of "),
     ],
 )
 def test_weights_that_there_are_not_are_told(model: str, checkpoint: str, message: str) -> None:

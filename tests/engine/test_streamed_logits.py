@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from torch import Tensor
 
 from mdistill.cli.cache import main as cache_main
 from mdistill.config import load
@@ -17,7 +16,7 @@ from mdistill.distillers import DISTILLERS
 from mdistill.engine import build
 from mdistill.engine import teacher as engine_teacher
 from mdistill.engine.logit_formats import Sparse
-from mdistill.engine.teacher import BATCH, MOST_ENTRIES, Filler, FrozenTeacher
+from mdistill.engine.teacher import BATCH, MOST_ENTRIES, Filler
 from mdistill.errors import UserError
 from mdistill.optim import solvers
 
@@ -39,20 +38,6 @@ def _alike_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MDISTILL_CACHE", raising=False)
     monkeypatch.setitem(BATCH, "cpu", SMALL)
     monkeypatch.setattr(solvers, "rate_tensor", lambda device, value=0.0: torch.tensor(value, dtype=torch.float64))
-
-
-@pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of images in each batch that any frozen teacher was asked about."""
-    sizes: list[int] = []
-    ask = FrozenTeacher.__call__
-
-    def asked(teacher: FrozenTeacher, image: Tensor) -> Tensor:
-        sizes.append(len(image))
-        return ask(teacher, image)
-
-    monkeypatch.setattr(FrozenTeacher, "__call__", asked)
-    return sizes
 
 
 def write(folder: Path, method: str = "kd", **sections: Any) -> Path:

@@ -1,7 +1,6 @@
 """Networks of torchvision and timm by name: their own keys, features, and what the engine does with a network."""
 
 import copy
-import importlib.util
 import os
 import pickle
 import subprocess
@@ -27,8 +26,7 @@ VIT = "timm/vit_tiny_patch16_224"
 
 pytestmark = pytest.mark.slow
 
-needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="needs timm")
-EACH = [TORCHVISION, *(pytest.param(name, marks=needs_timm) for name in (TIMM_RESNET, MOBILENET, VIT))]
+EACH = [TORCHVISION, TIMM_RESNET, MOBILENET, VIT]
 
 
 def build(name: str, num_classes: int = 5, **arguments: Any) -> ExternalNetwork:
@@ -46,7 +44,7 @@ def images(count: int = 2, size: int = 64) -> Tensor:
 
 
 @torch.no_grad()
-def trained_looking(network: nn.Module) -> nn.Module:
+def trained_looking(network: ExternalNetwork) -> ExternalNetwork:
     """Statistics and norms that differ from their initial values, so that what skips them shows."""
     generator = torch.Generator().manual_seed(1)
     for value in network.state_dict().values():
@@ -58,7 +56,7 @@ def trained_looking(network: nn.Module) -> nn.Module:
 @pytest.fixture(scope="module", params=EACH)
 def network(request: pytest.FixtureRequest) -> Network:
     """In eval mode."""
-    return trained_looking(build(request.param)).eval()  # type: ignore[return-value]
+    return trained_looking(build(request.param)).eval()
 
 
 def plain(name: str, num_classes: int = 5) -> nn.Module:
@@ -142,7 +140,6 @@ def test_preacts_of_resnets_are_before_the_last_relu_and_come_from_the_named_nor
         assert norm.shape == preact.shape
 
 
-@needs_timm
 @torch.no_grad()
 def test_maps_of_a_transformer_are_its_tokens() -> None:
     network = build(VIT).eval()
@@ -162,7 +159,6 @@ def test_shapes_without_data_are_those_of_the_features(network: ExternalNetwork)
     assert shapes.pooled == tuple(features.pooled.shape[1:])
 
 
-@needs_timm
 @torch.no_grad()
 @pytest.mark.parametrize(
     "name",
@@ -185,7 +181,6 @@ def test_a_network_whose_features_cannot_be_read_says_so() -> None:
         network.bn_before_relu()
 
 
-@needs_timm
 def test_stages_that_end_in_an_activation_are_told() -> None:
     assert "its preacts are its stages" in str(build("timm/regnety_002").note)
     assert build(MOBILENET).note is None
@@ -238,11 +233,10 @@ def test_every_parameter_gets_a_gradient(network: ExternalNetwork) -> None:
     [
         ("torchvision/resnet43", "unknown model 'torchvision/resnet43'; did you mean 'torchvision/resnet34'"),
         ("tochvision/resnet18", "unknown model 'tochvision/resnet18'; did you mean 'torchvision'"),
-        pytest.param("timm/resnet1O", "unknown model 'timm/resnet1O'; did you mean 'timm/resnet1", marks=needs_timm),
+        pytest.param("timm/resnet1O", "unknown model 'timm/resnet1O'; did you mean 'timm/resnet1"),
         pytest.param(
             "timm/mobilenetv3_small_100.lam_in1k",
             "has no weights 'lam_in1k' of mobilenetv3_small_100; did you mean 'mobilenetv3_small_100.lamb_in1k'",
-            marks=needs_timm,
         ),
     ],
 )
@@ -257,8 +251,8 @@ def test_an_unknown_name_gets_the_nearest(name: str, message: str) -> None:
         (TORCHVISION, {"zero_init_residua": True}, "student.zero_init_residua: unknown key (value True) for model"),
         (TORCHVISION, {"weights": "DEFAULT"}, "student.weights: cannot be set for 'torchvision/resnet18'"),
         (TORCHVISION, {"groups": 2}, "student: 'torchvision/resnet18' cannot be built with {'groups': 2}: BasicBlock"),
-        pytest.param(MOBILENET, {"drop_rat": 0.1}, "did you mean 'drop_rate'", marks=needs_timm),
-        pytest.param(MOBILENET, {"pretrained": True}, "student.pretrained: cannot be set", marks=needs_timm),
+        pytest.param(MOBILENET, {"drop_rat": 0.1}, "did you mean 'drop_rate'"),
+        pytest.param(MOBILENET, {"pretrained": True}, "student.pretrained: cannot be set"),
     ],
 )
 def test_a_wrong_argument_is_one_line(name: str, arguments: dict[str, Any], message: str) -> None:

@@ -7,7 +7,6 @@ norms' weights.
 
 import json
 import math
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +17,11 @@ from torch import Tensor, nn
 
 from mdistill.models import MODELS, Features, Network
 
+from .published import double_norm_scales, set_weights
+
 GOLDEN = Path(__file__).parent.parent / "golden"
 PUBLISHED: dict[str, Any] = json.loads((GOLDEN / "imagenet_models.json").read_text())["models"]
 VALUES = np.load(GOLDEN / "imagenet_models.npz")
-
-
-def set_weights(network: nn.Module) -> None:
-    for key, value in network.state_dict().items():
-        if not value.is_floating_point():
-            continue
-        x = np.random.default_rng([1, zlib.crc32(key.encode())]).normal(0, 1, tuple(value.shape))
-        if key.endswith("running_var"):
-            x = 1 + 0.1 * np.abs(x)
-        elif key.endswith(("running_mean", "bias")):
-            x = 0.1 * x
-        elif x.ndim == 1:
-            x = 0.5 * (1 + 0.1 * x)
-        else:
-            x = x * math.sqrt(2 / math.prod(x.shape[1:]))
-        value.copy_(torch.from_numpy(x.astype(np.float32)))
-
-
-@torch.no_grad()
-def double_norm_scales(network: nn.Module) -> None:
-    """The lively weights from the calm ones, exactly."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.weight *= 2
 
 
 def images(size: int) -> Tensor:

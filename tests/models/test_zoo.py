@@ -10,7 +10,6 @@ import copy
 import json
 import math
 import pickle
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,8 @@ from mdistill.models import MODELS, Features, Network
 from mdistill.models.layers import BatchNorm2d
 
 from ..host_reads import NoHostReads
-from .zoo import CIFAR, EACH, EACH_CIFAR
+from .published import double_norm_scales, set_weights
+from .zoo import CIFAR, EACH, EACH_CIFAR, ZOO
 
 pytestmark = pytest.mark.slow
 
@@ -36,30 +36,6 @@ PUBLISHED = {
 BN_BEFORE_RELU = json.loads((GOLDEN / "bn_before_relu.json").read_text())
 VALUES = {"calm": np.load(GOLDEN / "models.npz"), "lively": np.load(GOLDEN / "models_lively.npz")}
 NUM_CLASSES = 100
-
-
-def set_deterministic_weights(network: nn.Module) -> None:
-    for key, value in network.state_dict().items():
-        if not value.is_floating_point():
-            continue
-        x = np.random.default_rng([1, zlib.crc32(key.encode())]).normal(0, 1, tuple(value.shape))
-        if key.endswith("running_var"):
-            x = 1 + 0.1 * np.abs(x)
-        elif key.endswith(("running_mean", "bias")):
-            x = 0.1 * x
-        elif x.ndim == 1:
-            x = 0.5 * (1 + 0.1 * x)
-        else:
-            x = x * math.sqrt(2 / math.prod(x.shape[1:]))
-        value.copy_(torch.from_numpy(x.astype(np.float32)))
-
-
-@torch.no_grad()
-def double_norm_scales(network: nn.Module) -> None:
-    """The lively weights from the others, exactly."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.weight *= 2
 
 
 def image_batch(batch: int = 2, size: int = 32) -> Tensor:
@@ -91,7 +67,7 @@ class Evaluated:
             network = MODELS.build(name, NUM_CLASSES)
         assert isinstance(network, Network)
         self.network = network.to_empty(device="cpu")
-        set_deterministic_weights(self.network)
+        set_weights(self.network)
         self.network.double().eval()
         self.images = torch.from_numpy(VALUES["calm"]["input"]).double()
         with torch.no_grad():
@@ -117,6 +93,7 @@ def fresh(request: pytest.FixtureRequest) -> Network:
 
 def test_the_published_zoo_is_registered() -> None:
     assert set(CIFAR) == set(PUBLISHED) == set(BN_BEFORE_RELU)
+    assert set(ZOO) == {*CIFAR, "mobilenet_v1"}  # whose values are in ``test_imagenet.py``
     assert len(PUBLISHED) == 26
 
 
