@@ -1,11 +1,9 @@
 """From a checked configuration to the objects of a run; every problem is reported before anything is written."""
 
 import copy
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import torch
 from torch import nn
 
 from mdistill import distributed
-from mdistill.config import Config, MemberConfig, TeacherConfig, without_defaults
+from mdistill.config import Config, MemberConfig
 from mdistill.data import DATASETS, Batch, DataInfo, Dataset, StreamedDataset
 from mdistill.data.sampling import derive_seed
 from mdistill.distillers import DISTILLERS, Distiller, Needs
@@ -22,17 +20,26 @@ from mdistill.engine.cuda_graph import choose_engine
 from mdistill.engine.evaluate import evaluate
 from mdistill.engine.logit_cache import LogitCache
 from mdistill.engine.logit_formats import LogitFormat, format_of
+from mdistill.engine.starting_weights import (
+    LoadedTeacher,
+    fingerprint_of,
+    load_student,
+    load_teacher,
+    members_of,
+    networks_of,
+    note_on_images,
+    weight_files,
+)
 from mdistill.engine.teacher import FrozenTeacher, count_entries, open_cache
 from mdistill.errors import UserError, printable, shown
 from mdistill.file_schemas import EXPORT_NAME, TAKEN
 from mdistill.models import MODELS
 from mdistill.models.ensemble import Ensemble
 from mdistill.models.memory_format import move
-from mdistill.models.preprocessing import Preprocessed, Preprocessing, bare, preprocessed
+from mdistill.models.preprocessing import Preprocessing, bare, preprocessed
 from mdistill.models.pretrained import published_weights
-from mdistill.models.teachers import locate, outputs_of, verify_top1
+from mdistill.models.teachers import verify_top1
 from mdistill.models.torch_files import FileRecord
-from mdistill.models.weights import Convert, fingerprint, load_weights
 from mdistill.optim import SOLVERS, Solver
 from mdistill.optim.averaging import AveragedNetwork
 from mdistill.optim.solvers import without_decay_of_norms
@@ -148,7 +155,7 @@ def build_teacher(config: Config, info: DataInfo) -> nn.Module | None:
     if config.teacher is None:
         return None
     members = []
-    for section, member in _members_of(config.teacher):
+    for section, member in members_of(config.teacher):
         given, wanted = _preprocessing(section, member, info)
         images = replace(info, image_size=wanted.image_size)
         network = build_network(section, member.name, member.arguments, images, seed=config.seed)
@@ -339,7 +346,7 @@ def build(
     if distributed.world_size() > 1:
         with distributed.together():
             if distributed.is_first_on_machine():  # fetches what the others then find
-                _weight_files(configs[0], checkpoint_root)
+                weight_files(configs[0], checkpoint_root)
                 if download:
                     build_dataset(configs[0], data_root=data_root, download=True)
     with distributed.together():
@@ -352,14 +359,14 @@ def build(
                 verify_top1(
                     member.expected_top1,
                     partial(_top1, network, experiment.dataset, config.data.eval_batch_size, precision),
-                    key=f"{weights}:{experiment.fingerprints['data']}",
+                    key=f"{weights.fingerprint}:{experiment.fingerprints['data']}",
                     memory=output_root / "teachers.json",
-                    teacher=str(source),
+                    teacher=str(weights.path),
                     where=config.data.name,
                     section=section,
                 )
-                for (section, member), network, (source, weights) in zip(
-                    _members_of(config.teacher), _members(teacher), loaded, strict=True
+                for (section, member), network, weights in zip(
+                    members_of(config.teacher), networks_of(teacher), loaded, strict=True
                 )
             ]
             metadata["teacher"]["top1"] = measured[0] if len(measured) == 1 else measured
@@ -370,15 +377,15 @@ def build(
 
 def _assemble(
     configs: Sequence[Config], device: torch.device, *, data_root: Path, checkpoint_root: Path, download: bool
-) -> tuple[Experiment, nn.Module | None, list[tuple[Path, str]]]:
-    """What ``build`` gives before the teacher is tried, the teacher, and its files with fingerprints of the weights."""
+) -> tuple[Experiment, nn.Module | None, list[LoadedTeacher]]:
+    """What ``build`` gives before the teacher is tried, the teacher, and what its weights are."""
     config, run = configs[0], configs[0].run
     teacher_precision = run.teacher_precision or run.precision
     require_precision(run.precision, device, "run.precision")
     require_precision(teacher_precision, device, "run.teacher_precision")
     choose_engine(run.engine, device)
     set_numerics(run.precision, deterministic=run.deterministic)
-    sources, begin = _weight_files(config, checkpoint_root)  # before the data: the quickest check first
+    sources, begin = weight_files(config, checkpoint_root)  # before the data: the quickest check first
     dataset = build_dataset(config, data_root=data_root, download=download)
     info = dataset.info(config.data.batch_size)
     teacher = build_teacher(config, info)
@@ -388,7 +395,7 @@ def _assemble(
         "notes": [f"data: {note}" for note in dataset.notes],
     }
     records: list[FileRecord] = []
-    start = None if begin is None else partial(_start, config=config, file=begin, records=records)
+    start = None if begin is None else partial(load_student, config=config, file=begin, records=records)
     distillers = [build_distiller(each, info, teacher, start=start) for each in configs]
     if teacher is not None:
         _check_teacher_logits(config, distillers[0].needs, dataset)
@@ -396,34 +403,14 @@ def _assemble(
         fingerprints["student"] = records[0].sha256
         metadata["student"] = {"files": [{"path": str(begin), **vars(records[0])}]}
         metadata["notes"] += [f"student: {begin} {records[0].note}"] if records[0].note else []
-        metadata["notes"] += _note_on_images(config, info)
+        metadata["notes"] += note_on_images(config, info)
     metadata["notes"] += _notes_on_features(distillers[0])
-    prints, files = [], []
+    loaded: list[LoadedTeacher] = []
     if config.teacher is not None and teacher is not None:
-        for network, (section, member), source in zip(
-            _members(teacher), _members_of(config.teacher), sources, strict=True
-        ):
-            record = load_weights(
-                bare(network),
-                source,
-                name=member.name,
-                role="teacher",
-                convert=_conversion(member.name, member.checkpoint, member.arguments, section),
-                outputs=outputs_of(member.classes, info.class_names, checkpoint_root, section=section)
-                if member.classes
-                else None,
-            )
-            files.append({"path": str(source), **vars(record)})
-            metadata["notes"] += [f"teacher: {source} {record.note}"] if record.note else []
-            weights = fingerprint(bare(network).state_dict())
-            if isinstance(network, Preprocessed):
-                files[-1]["preprocessing"] = asdict(network.wanted)
-                weights = _joined([weights], repr(network.wanted))
-            if arguments := _chosen_arguments(config, section):  # which may change what the same weights compute
-                weights = _joined([weights], f"{member.name} {json.dumps(arguments, sort_keys=True)}")
-            prints.append(weights)
-        fingerprints["teacher"] = prints[0] if len(prints) == 1 else _joined(prints, config.teacher.average)
-        metadata["teacher"] = {"files": files, "fingerprint": fingerprints["teacher"]}
+        loaded = load_teacher(config, networks_of(teacher), sources, info.class_names, checkpoint_root)
+        metadata["notes"] += [f"teacher: {each.path} {each.record.note}" for each in loaded if each.record.note]
+        fingerprints["teacher"] = fingerprint_of(loaded, config.teacher.average)
+        metadata["teacher"] = {"files": [each.metadata for each in loaded], "fingerprint": fingerprints["teacher"]}
     if not distillers[0].fits_labels:
         metadata["loss"] = UNCALIBRATED
     if config.data.mixing is not None and isinstance(dataset, StreamedDataset):
@@ -455,20 +442,7 @@ def _assemble(
             )
         trials.append(Trial(each, distiller, solver, averages, _try_step(solver, distiller, info)))
     experiment = Experiment(trials, dataset, device, fingerprints, metadata)
-    return experiment, teacher, list(zip(sources, prints, strict=True))
-
-
-def _weight_files(config: Config, root: Path) -> tuple[list[Path], Path | None]:
-    """Of the teacher's networks, and of what the student begins with; published ones are fetched."""
-    dataset, student = config.data.name, config.student
-    members = _members_of(config.teacher) if config.teacher is not None else []
-    teachers = [
-        locate(member.checkpoint, root, model=member.name, dataset=dataset, section=section)
-        for section, member in members
-    ]
-    if student.checkpoint is None:
-        return teachers, None
-    return teachers, locate(student.checkpoint, root, model=student.name, dataset=dataset, section="student")
+    return experiment, teacher, loaded
 
 
 def _last_batch(batch_size: int, samples: int) -> int:
@@ -513,32 +487,6 @@ def _check_single_image(batch_size: int, student: nn.Module, info: DataInfo, ran
         ) from None
 
 
-def _start(student: nn.Module, *, config: Config, file: Path, records: list[FileRecord]) -> None:
-    """Load the weights that ``student`` begins with, and note the file in ``records``."""
-    name, checkpoint = config.student.name, config.student.checkpoint
-    convert = _conversion(name, checkpoint or "", config.student.arguments, "student")
-    records.append(load_weights(student, file, name=name, convert=convert, new_classifier=True))
-
-
-def _conversion(name: str, checkpoint: str, arguments: Mapping[str, Any], section: str) -> Convert | None:
-    """How the file of published weights becomes a state dict of its network; None where it is one."""
-    published = published_weights(name, checkpoint, section)
-    if published is None or published.convert is None:
-        return None
-    return partial(published.convert, arguments=arguments)
-
-
-def _note_on_images(config: Config, info: DataInfo) -> list[str]:
-    """Whether the weights that the student begins with were published for other images than the data set's."""
-    published = published_weights(config.student.name, config.student.checkpoint or "", "student")
-    if published is None or (published.mean, published.std) == (info.mean, info.std):
-        return []
-    return [
-        f"student: {published.name} were trained with mean {published.mean} and std {published.std}, the data set has"
-        f" {info.mean} and {info.std}"
-    ]
-
-
 def _notes_on_features(distiller: Distiller) -> list[str]:
     """What must be known of the features that the method reads."""
     if "preacts" not in distiller.needs.features or not distiller.needs.student_features:
@@ -548,28 +496,6 @@ def _notes_on_features(distiller: Distiller) -> list[str]:
         del read["teacher"]
     notes = {section: getattr(network, "note", None) for section, network in read.items()}
     return [f"{section}: {note}" for section, note in notes.items() if note]
-
-
-def _members_of(teacher: TeacherConfig) -> list[tuple[str, MemberConfig]]:
-    """A teacher's networks, each with where it stands in the configuration."""
-    further = [(f"teacher.ensemble.{number}", member) for number, member in enumerate(teacher.ensemble)]
-    return [("teacher", teacher), *further]
-
-
-def _members(teacher: nn.Module) -> list[nn.Module]:
-    return list(teacher.members) if isinstance(teacher, Ensemble) else [teacher]
-
-
-def _chosen_arguments(config: Config, section: str) -> dict[str, Any]:
-    """The arguments of a teacher's network that are not at their default."""
-    teacher = without_defaults(config)["teacher"]
-    given = teacher if section == "teacher" else teacher["ensemble"][int(section.rpartition(".")[2])]
-    return {key: value for key, value in given.items() if key not in TeacherConfig.model_fields}
-
-
-def _joined(fingerprints: Sequence[str], average: str) -> str:
-    """One fingerprint of several networks and what is averaged over them."""
-    return hashlib.sha256(" ".join([average, *fingerprints]).encode()).hexdigest()
 
 
 def _top1(network: nn.Module, dataset: Dataset, batch_size: int | None, precision: Precision) -> float:
