@@ -1,5 +1,7 @@
 """Maths that two or more methods use. Letters: B batch, C classes."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,7 +28,7 @@ def standardize(logits: Tensor) -> Tensor:
     return centred / (1e-7 + _std(centred))
 
 
-def kl_divergence(teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
+def kl_divergence(teacher_log_probs: Tensor, student_log_probs: Tensor, *, weights: Tensor | None = None) -> Tensor:
     """KL(teacher || student) summed over classes, averaged over the batch.
 
     Log-probabilities in, so that nothing underflows to log(0). A class whose two entries are 0 adds nothing.
@@ -34,10 +36,13 @@ def kl_divergence(teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tenso
     Args:
         teacher_log_probs: (B, C).
         student_log_probs: (B, C).
+        weights: of each sample, (B,), which the mean does not divide by; None for 1.
 
     Returns:
         ().
     """
+    if weights is not None:
+        return (weights * kl_divergence_per_sample(teacher_log_probs, student_log_probs)).mean()
     return F.kl_div(student_log_probs, teacher_log_probs, log_target=True, reduction="batchmean")
 
 
@@ -129,6 +134,23 @@ def uniform(seed: int, epoch: Tensor, index: Tensor, count: int, *, stream: int 
     position = torch.arange(1, count + 1, device=index.device)
     word = _mix(word[:, None] + _step(position))  # (B, count)
     return _shift(word, 40).to(torch.float32) * 2.0**-24
+
+
+def normal(seed: int, epoch: Tensor, index: Tensor, count: int, *, stream: int = 0) -> Tensor:
+    """``uniform``'s numbers as draws from the standard normal distribution, by its inverse.
+
+    Args:
+        seed: of the run, ``signals.seed``.
+        epoch: () integer, ``signals.epoch``.
+        index: (B,) int64, which training sample, ``signals.index``.
+        count: how many numbers for each sample.
+        stream: tells the draws of one method apart.
+
+    Returns:
+        (B, count) float32, at most 5.4 in size.
+    """
+    centred = 2 * uniform(seed, epoch, index, count, stream=stream) - (1 - 2.0**-24)  # odd multiples of 2^-24: exact
+    return math.sqrt(2) * torch.erfinv(centred)
 
 
 def _step(counter: Tensor) -> Tensor:
