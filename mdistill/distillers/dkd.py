@@ -131,12 +131,16 @@ class DKD(Distiller):
         self.require_a_term(alpha=alpha, beta=beta)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
+    def sample_weights(self, signals: Signals) -> Tensor | None:
+        """Of each sample, (B,); None for 1. For variants of the method."""
+        return None
+
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
         """``tckd`` and ``nckd``, whichever has a weight."""
-        logits = signals.student_logits, signals.teacher_logits
-        terms = {}
+        inputs = signals.student_logits, signals.teacher_logits, signals.target
+        weights, terms = self.sample_weights(signals), {}
         if self.alpha:
-            terms["tckd"] = self.alpha * tckd_loss(*logits, signals.target, temperature=self.temperature)
+            terms["tckd"] = self.alpha * tckd_loss(*inputs, temperature=self.temperature, weights=weights)
         if self.beta:
-            terms["nckd"] = self.beta * nckd_loss(*logits, signals.target, temperature=self.temperature)
+            terms["nckd"] = self.beta * nckd_loss(*inputs, temperature=self.temperature, weights=weights)
         return terms

@@ -25,7 +25,14 @@ def standardize(logits: Tensor) -> Tensor:
     if logits.shape[1] == 0:
         return logits
     centred = logits - logits.mean(dim=1, keepdim=True)
-    return centred / (1e-7 + _std(centred))
+    return centred / (1e-7 + deviation(centred))
+
+
+def deviation(centred: Tensor) -> Tensor:
+    """Unbiased standard deviation of rows of mean 0, (B, C) -> (B, 1); the root's gradient at 0 is taken as 0."""
+    variance = centred.square().sum(dim=1, keepdim=True) / max(centred.shape[1] - 1, 1)
+    positive = variance > 0
+    return variance.where(positive, variance.new_ones(())).sqrt().where(positive, variance.new_zeros(()))
 
 
 def kl_divergence(teacher_log_probs: Tensor, student_log_probs: Tensor, *, weights: Tensor | None = None) -> Tensor:
@@ -180,10 +187,3 @@ def _mix_int(word: int) -> int:
 def _signed(word: int) -> int:
     """The int64 with the bits of an unsigned 64-bit ``word``."""
     return word - 2**64 if word >= 2**63 else word
-
-
-def _std(centred: Tensor) -> Tensor:
-    """Unbiased standard deviation of rows of mean 0, (B, C) -> (B, 1); the root's gradient at 0 is taken as 0."""
-    variance = centred.square().sum(dim=1, keepdim=True) / max(centred.shape[1] - 1, 1)
-    positive = variance > 0
-    return variance.where(positive, variance.new_ones(())).sqrt().where(positive, variance.new_zeros(()))

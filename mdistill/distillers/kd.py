@@ -60,9 +60,14 @@ class KD(Distiller):
         self.require_a_term(kd_weight=kd_weight)
         self.kd_weight, self.temperature = kd_weight, temperature
 
+    def sample_weights(self, signals: Signals) -> Tensor | None:
+        """Of each sample, (B,); None for 1. For variants of the method."""
+        return None
+
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
         """The one term, ``kd``."""
         if self.kd_weight == 0:
             return {}
-        loss = kd_loss(signals.student_logits, signals.teacher_logits, temperature=self.temperature)
+        logits, weights = (signals.student_logits, signals.teacher_logits), self.sample_weights(signals)
+        loss = kd_loss(*logits, temperature=self.temperature, weights=weights)
         return {"kd": self.kd_weight * loss}

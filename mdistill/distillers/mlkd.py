@@ -242,6 +242,10 @@ class MLKD(TwoViewDistiller):
         self.require_a_term(kd_weight=kd_weight)
         self.kd_weight, self.temperatures, self.variant = kd_weight, (temperature, *extra_temperatures), variant
 
+    def sample_weights(self, signals: Signals) -> Tensor | None:
+        """Of each sample, (B,); None for 1. For variants of the method."""
+        return None
+
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
         """Published: ``instance``, ``class``, ``batch`` and ``strong``; of the paper: the first three for each view."""
         if self.kd_weight == 0:
@@ -253,13 +257,16 @@ class MLKD(TwoViewDistiller):
             (view.student_logits, view.teacher_logits, view.raw_student_logits, view.raw_teacher_logits)
             for view in (signals, strong)
         )
+        weights, strong_weights = self.sample_weights(signals), self.sample_weights(strong)
         if self.variant == "published":
-            terms = weak_view_terms(*weak_logits, temperatures=self.temperatures)
+            terms = weak_view_terms(*weak_logits, temperatures=self.temperatures, weights=weights)
             instances = *weak_logits[:2], *strong_logits[:2]
-            terms["strong"] = strong_view_loss(*instances, temperatures=self.temperatures)
+            terms["strong"] = strong_view_loss(
+                *instances, temperatures=self.temperatures, weights=weights, strong_weights=strong_weights
+            )
         else:
-            terms = levels(*weak_logits, temperatures=self.temperatures)
-            of_strong = levels(*strong_logits, temperatures=self.temperatures)
+            terms = levels(*weak_logits, temperatures=self.temperatures, weights=weights)
+            of_strong = levels(*strong_logits, temperatures=self.temperatures, weights=strong_weights)
             terms |= {f"{name}_strong": term for name, term in of_strong.items()}
         return {name: self.kd_weight * term for name, term in terms.items()}
 

@@ -208,16 +208,23 @@ def _differences(builder: "type[Distiller]") -> Iterator[tuple[str, str]]:
 
 
 def _used_by_others(builder: "type[Distiller]") -> set[str]:
-    """The names of what the other methods of a method's module use, and it does not."""
+    """The names of what the other methods of a method's module use, and it does not.
+
+    A loss that is named after a method counts as used by it: one that logs its terms apart does not call their sum.
+    """
     from mdistill.distillers import DISTILLERS
 
     module = sys.modules[builder.__module__]
-    methods = [DISTILLERS.get(name) for name in DISTILLERS.names()]
-    variants = {method.__name__ for method in methods if method.__module__ == module.__name__}
+    methods = {name: DISTILLERS.get(name) for name in DISTILLERS.names()}
+    variants = {name: method.__name__ for name, method in methods.items() if method.__module__ == module.__name__}
     definitions = [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, DEFINITIONS)]
     mentions = {
         node.name: {below.id for below in ast.walk(node) if isinstance(below, ast.Name)} for node in definitions
     }
+    for name in mentions:
+        owners = [variant for variant in variants if name.startswith(f"{variant}_")]
+        if owners:
+            mentions[variants[max(owners, key=len)]].add(name)
 
     def used(names: set[str]) -> set[str]:
         found: set[str] = set()
@@ -226,7 +233,7 @@ def _used_by_others(builder: "type[Distiller]") -> set[str]:
             names = {mentioned for name in names for mentioned in mentions.get(name, ())}
         return found
 
-    return used(variants - {builder.__name__}) - used({builder.__name__})
+    return used({*variants.values()} - {builder.__name__}) - used({builder.__name__})
 
 
 def _paragraphs(member: Any) -> list[str]:
