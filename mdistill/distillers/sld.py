@@ -10,9 +10,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mdistill.data.batch import DataInfo
 from mdistill.distillers.base import DISTILLERS, Needs, Signals
+from mdistill.distillers.functional import of_class
 from mdistill.distillers.la import swap
 from mdistill.distillers.mlkd import instance_loss
 from mdistill.distillers.two_views import TwoViewDistiller
@@ -43,9 +45,10 @@ def swapped_teacher_loss(
 def swapped_student_loss(student_logits: Tensor, target: Tensor, *, temperatures: Sequence[float]) -> Tensor:
     """Sum over k of T_k^2 KL(p'_k || p^s_k), where p' comes from the swapped student: arXiv:2504.20108.
 
-    0 for a sample that the student has right.
+    p' differs from p^s at the student's largest class m and the true class y alone, so that the sum over classes is
+    T_k (p^s_m - p^s_y) (z_m - z_y): 0 for a sample that the student has right.
 
-    Differs from the released code: nothing. As there, the gradient reaches p' too.
+    Differs from the released code: the closed form, whose value and gradient are the same; the gradient reaches p' too.
 
     Args:
         student_logits: (B, C), of p^s, and of p' before the swap.
@@ -55,7 +58,13 @@ def swapped_student_loss(student_logits: Tensor, target: Tensor, *, temperatures
     Returns:
         (), the mean over B.
     """
-    return instance_loss(student_logits, swap(student_logits, target), temperatures=temperatures)
+    predicted = student_logits.argmax(dim=1)
+    gap = of_class(student_logits, predicted) - of_class(student_logits, target)  # (B, 1)
+    total = student_logits.new_zeros(())
+    for temperature in temperatures:
+        probs = F.softmax(student_logits / temperature, dim=1)
+        total = total + temperature * ((of_class(probs, predicted) - of_class(probs, target)) * gap).mean()
+    return total
 
 
 @DISTILLERS.register("sld")
