@@ -1,5 +1,7 @@
 """Maths that two or more methods use. Letters: B batch, C classes."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,10 +25,17 @@ def standardize(logits: Tensor) -> Tensor:
     if logits.shape[1] == 0:
         return logits
     centred = logits - logits.mean(dim=1, keepdim=True)
-    return centred / (1e-7 + _std(centred))
+    return centred / (1e-7 + deviation(centred))
 
 
-def kl_divergence(teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
+def deviation(centred: Tensor) -> Tensor:
+    """Unbiased standard deviation of rows of mean 0, (B, C) -> (B, 1); the root's gradient at 0 is taken as 0."""
+    variance = centred.square().sum(dim=1, keepdim=True) / max(centred.shape[1] - 1, 1)
+    positive = variance > 0
+    return variance.where(positive, variance.new_ones(())).sqrt().where(positive, variance.new_zeros(()))
+
+
+def kl_divergence(teacher_log_probs: Tensor, student_log_probs: Tensor, *, weights: Tensor | None = None) -> Tensor:
     """KL(teacher || student) summed over classes, averaged over the batch.
 
     Log-probabilities in, so that nothing underflows to log(0). A class whose two entries are 0 adds nothing.
@@ -34,10 +43,13 @@ def kl_divergence(teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tenso
     Args:
         teacher_log_probs: (B, C).
         student_log_probs: (B, C).
+        weights: of each sample, (B,), which the mean does not divide by; None for 1.
 
     Returns:
         ().
     """
+    if weights is not None:
+        return (weights * kl_divergence_per_sample(teacher_log_probs, student_log_probs)).mean()
     return F.kl_div(student_log_probs, teacher_log_probs, log_target=True, reduction="batchmean")
 
 
@@ -131,6 +143,23 @@ def uniform(seed: int, epoch: Tensor, index: Tensor, count: int, *, stream: int 
     return _shift(word, 40).to(torch.float32) * 2.0**-24
 
 
+def normal(seed: int, epoch: Tensor, index: Tensor, count: int, *, stream: int = 0) -> Tensor:
+    """``uniform``'s numbers as draws from the standard normal distribution, by its inverse.
+
+    Args:
+        seed: of the run, ``signals.seed``.
+        epoch: () integer, ``signals.epoch``.
+        index: (B,) int64, which training sample, ``signals.index``.
+        count: how many numbers for each sample.
+        stream: tells the draws of one method apart.
+
+    Returns:
+        (B, count) float32, at most 5.4 in size.
+    """
+    centred = 2 * uniform(seed, epoch, index, count, stream=stream) - (1 - 2.0**-24)  # odd multiples of 2^-24: exact
+    return math.sqrt(2) * torch.erfinv(centred)
+
+
 def _step(counter: Tensor) -> Tensor:
     return counter * _signed(GAMMA)  # int64 products and sums wrap around, as the hash asks
 
@@ -158,10 +187,3 @@ def _mix_int(word: int) -> int:
 def _signed(word: int) -> int:
     """The int64 with the bits of an unsigned 64-bit ``word``."""
     return word - 2**64 if word >= 2**63 else word
-
-
-def _std(centred: Tensor) -> Tensor:
-    """Unbiased standard deviation of rows of mean 0, (B, C) -> (B, 1); the root's gradient at 0 is taken as 0."""
-    variance = centred.square().sum(dim=1, keepdim=True) / max(centred.shape[1] - 1, 1)
-    positive = variance > 0
-    return variance.where(positive, variance.new_ones(())).sqrt().where(positive, variance.new_zeros(()))

@@ -14,7 +14,9 @@ from mdistill.distillers.functional import kl_divergence
 from mdistill.registry import NonNegative, Positive
 
 
-def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, weights: Tensor | None = None
+) -> Tensor:
     """T^2 KL(p^t || p^s), both softened: Hinton et al., arXiv:1503.02531v1, Eq. (1), with the T^2 of Sec. 2.
 
     Differs from the paper: KL in place of the cross-entropy with soft targets (the same gradient; 0 at its minimum).
@@ -23,13 +25,14 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
         student_logits: (B, C), z_i.
         teacher_logits: (B, C), v_i.
         temperature: T.
+        weights: of each sample, (B,), which the mean does not divide by; None for 1.
 
     Returns:
         (), the mean over B.
     """
     teacher_log_probs = F.log_softmax(teacher_logits / temperature, dim=1)
     student_log_probs = F.log_softmax(student_logits / temperature, dim=1)
-    return temperature**2 * kl_divergence(teacher_log_probs, student_log_probs)
+    return temperature**2 * kl_divergence(teacher_log_probs, student_log_probs, weights=weights)
 
 
 @DISTILLERS.register("kd")
@@ -57,9 +60,14 @@ class KD(Distiller):
         self.require_a_term(kd_weight=kd_weight)
         self.kd_weight, self.temperature = kd_weight, temperature
 
+    def sample_weights(self, signals: Signals) -> Tensor | None:
+        """Of each sample, (B,); None for 1. For variants of the method."""
+        return None
+
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
         """The one term, ``kd``."""
         if self.kd_weight == 0:
             return {}
-        loss = kd_loss(signals.student_logits, signals.teacher_logits, temperature=self.temperature)
+        logits, weights = (signals.student_logits, signals.teacher_logits), self.sample_weights(signals)
+        loss = kd_loss(*logits, temperature=self.temperature, weights=weights)
         return {"kd": self.kd_weight * loss}

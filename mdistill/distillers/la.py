@@ -26,9 +26,9 @@ def swap(logits: Tensor, target: Tensor) -> Tensor:
     Returns:
         (B, C).
     """
-    largest, predicted = logits.max(dim=1, keepdim=True)  # (B, 1)
-    first, second = (class_mask(classes, logits.shape[1]) for classes in (predicted[:, 0], target))
-    return logits.where(~first, of_class(logits, target)).where(~second, largest)
+    predicted = logits.argmax(dim=1)  # (B,)
+    first, second = (class_mask(classes, logits.shape[1]) for classes in (predicted, target))
+    return logits.where(~first, of_class(logits, target)).where(~second, of_class(logits, predicted))
 
 
 def la_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, temperature: float) -> Tensor:

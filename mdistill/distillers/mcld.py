@@ -20,23 +20,25 @@ from mdistill.errors import UserError
 from mdistill.registry import Positive, PositiveInt
 
 
-def normalize(logits: Tensor) -> Tensor:
-    """z / sqrt(|z|^2 + 1e-6), which has a gradient at z = 0 too: (B, C) -> (B, C)."""
-    return logits * (logits.square().sum(dim=1, keepdim=True) + 1e-6).rsqrt()
+def normalize(logits: Tensor, *, epsilon: float = 1e-6) -> Tensor:
+    """z / sqrt(|z|^2 + epsilon), which has a gradient at z = 0 too: (B, C) -> (B, C)."""
+    return logits * (logits.square().sum(dim=1, keepdim=True) + epsilon).rsqrt()
 
 
-def similarity(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
+def similarity(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, epsilon: float = 1e-6) -> Tensor:
     """S_ij = q_i . k_j / tau, of all pairs: arXiv:2411.10693v1, Eq. (5).
 
     Args:
         student_logits: (B, C), whose normalised rows are q.
         teacher_logits: (B, C), whose normalised rows are k.
         temperature: tau.
+        epsilon: of ``normalize``.
 
     Returns:
         (B, B), student row i against teacher row j.
     """
-    return normalize(student_logits) @ normalize(teacher_logits).T / temperature
+    queries, keys = (normalize(logits, epsilon=epsilon) for logits in (student_logits, teacher_logits))
+    return queries @ keys.T / temperature
 
 
 def instance_loss(

@@ -11,15 +11,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdistill.data.batch import DataInfo
-from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
+from mdistill.distillers.base import DISTILLERS, Needs, Signals
 from mdistill.distillers.kd import kd_loss
+from mdistill.distillers.two_views import TwoViewDistiller
 from mdistill.registry import NonNegative, Positive
 
 OWN_VIEW = 3
 """How many temperatures of the published strong term are for the strong view; the others are for the weak one."""
 
 
-def instance_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperatures: Sequence[float]) -> Tensor:
+def instance_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperatures: Sequence[float],
+    weights: Tensor | None = None,
+) -> Tensor:
     """Instance level: sum over k of T_k^2 KL(p^tea_k || p^stu_k).
 
     Paper: CVPR 2023, instance-level alignment; p_k is the softmax of the logits at T_k.
@@ -30,13 +37,14 @@ def instance_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature
         student_logits: (B, C), of p^stu.
         teacher_logits: (B, C), of p^tea.
         temperatures: T_k.
+        weights: of each sample, (B,), which the mean does not divide by; None for 1.
 
     Returns:
         (), the mean over B.
     """
     total = student_logits.new_zeros(())
     for temperature in temperatures:
-        total = total + kd_loss(student_logits, teacher_logits, temperature=temperature)
+        total = total + kd_loss(student_logits, teacher_logits, temperature=temperature, weights=weights)
     return total
 
 
@@ -110,6 +118,7 @@ def levels(
     raw_teacher_logits: Tensor,
     *,
     temperatures: Sequence[float],
+    weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """``instance``, ``class`` and ``batch`` of one view; the first of standardised logits, where there are any.
 
@@ -119,13 +128,14 @@ def levels(
         raw_student_logits: (B, C).
         raw_teacher_logits: (B, C).
         temperatures: T_k.
+        weights: of each sample at the instance level, (B,); None for 1.
 
     Returns:
         () each.
     """
     raw = raw_student_logits, raw_teacher_logits
     return {
-        "instance": instance_loss(student_logits, teacher_logits, temperatures=temperatures),
+        "instance": instance_loss(student_logits, teacher_logits, temperatures=temperatures, weights=weights),
         "class": class_loss(*raw, temperatures=temperatures),
         "batch": batch_loss(*raw, temperatures=temperatures),
     }
@@ -138,6 +148,7 @@ def weak_view_terms(
     raw_teacher_logits: Tensor,
     *,
     temperatures: Sequence[float],
+    weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """``instance``, ``class`` and ``batch`` of one view, each times its ``uncertain_fractions``, before the weight.
 
@@ -150,13 +161,15 @@ def weak_view_terms(
         raw_student_logits: (B, C).
         raw_teacher_logits: (B, C).
         temperatures: T_k.
+        weights: of each sample at the instance level, (B,); None for 1.
 
     Returns:
         () each.
     """
     samples, classes = uncertain_fractions(raw_teacher_logits)
     fractions = {"instance": samples, "class": classes, "batch": samples}
-    terms = levels(student_logits, teacher_logits, raw_student_logits, raw_teacher_logits, temperatures=temperatures)
+    logits = student_logits, teacher_logits, raw_student_logits, raw_teacher_logits
+    terms = levels(*logits, temperatures=temperatures, weights=weights)
     return {name: fractions[name] * term for name, term in terms.items()}
 
 
@@ -167,6 +180,8 @@ def strong_view_loss(
     strong_teacher_logits: Tensor,
     *,
     temperatures: Sequence[float],
+    weights: Tensor | None = None,
+    strong_weights: Tensor | None = None,
 ) -> Tensor:
     """The instance level of the strong view at the first three temperatures, and of the weak view at the others.
 
@@ -179,21 +194,24 @@ def strong_view_loss(
         strong_student_logits: (B, C), of the strong view.
         strong_teacher_logits: (B, C), of the strong view.
         temperatures: T_k.
+        weights: of each sample in the weak view, (B,); None for 1.
+        strong_weights: of each sample in the strong view, (B,); None for 1.
 
     Returns:
         (), the mean over B.
     """
-    own = instance_loss(strong_student_logits, strong_teacher_logits, temperatures=temperatures[:OWN_VIEW])
-    return own + instance_loss(student_logits, teacher_logits, temperatures=temperatures[OWN_VIEW:])
+    own, others = temperatures[:OWN_VIEW], temperatures[OWN_VIEW:]
+    return instance_loss(
+        strong_student_logits, strong_teacher_logits, temperatures=own, weights=strong_weights
+    ) + instance_loss(student_logits, teacher_logits, temperatures=others, weights=weights)
 
 
 @DISTILLERS.register("mlkd")
-class MLKD(Distiller):
+class MLKD(TwoViewDistiller):
     """``ce_weight`` CE + ``kd_weight`` (instance + class + batch level), of a weak and a strong view of the images.
 
     The strong view is cropped and mirrored, goes through two operations of RandAugment's pool and loses a rectangle.
-    Each network sees the two views one after the other, so that BatchNorm normalises each by itself. Cross-entropy is
-    the sum of both views'. Standardised logits, if asked for, reach the instance level alone.
+    Standardised logits, if asked for, reach the instance level alone.
 
     Differs from the paper: "published" is the effective loss of the published code: ``weak_view_terms`` and
     ``strong_view_loss``. "paper" is our interpretation of the equations, which name no views: every level at every
@@ -207,7 +225,6 @@ class MLKD(Distiller):
     """
 
     needs = Needs(teacher="logits", views=2, labels="none")
-    smooths_labels = True
 
     def __init__(
         self,
@@ -225,11 +242,9 @@ class MLKD(Distiller):
         self.require_a_term(kd_weight=kd_weight)
         self.kd_weight, self.temperatures, self.variant = kd_weight, (temperature, *extra_temperatures), variant
 
-    def task(self, signals: Signals) -> dict[str, Tensor]:
-        """``ce`` and ``ce_strong``, on the raw logits of each view."""
-        assert signals.strong is not None
-        strong = {f"{name}_strong": term for name, term in super().task(signals.strong).items()}
-        return {**super().task(signals), **strong}
+    def sample_weights(self, signals: Signals) -> Tensor | None:
+        """Of each sample, (B,); None for 1. For variants of the method."""
+        return None
 
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
         """Published: ``instance``, ``class``, ``batch`` and ``strong``; of the paper: the first three for each view."""
@@ -242,13 +257,16 @@ class MLKD(Distiller):
             (view.student_logits, view.teacher_logits, view.raw_student_logits, view.raw_teacher_logits)
             for view in (signals, strong)
         )
+        weights, strong_weights = self.sample_weights(signals), self.sample_weights(strong)
         if self.variant == "published":
-            terms = weak_view_terms(*weak_logits, temperatures=self.temperatures)
+            terms = weak_view_terms(*weak_logits, temperatures=self.temperatures, weights=weights)
             instances = *weak_logits[:2], *strong_logits[:2]
-            terms["strong"] = strong_view_loss(*instances, temperatures=self.temperatures)
+            terms["strong"] = strong_view_loss(
+                *instances, temperatures=self.temperatures, weights=weights, strong_weights=strong_weights
+            )
         else:
-            terms = levels(*weak_logits, temperatures=self.temperatures)
-            of_strong = levels(*strong_logits, temperatures=self.temperatures)
+            terms = levels(*weak_logits, temperatures=self.temperatures, weights=weights)
+            of_strong = levels(*strong_logits, temperatures=self.temperatures, weights=strong_weights)
             terms |= {f"{name}_strong": term for name, term in of_strong.items()}
         return {name: self.kd_weight * term for name, term in terms.items()}
 

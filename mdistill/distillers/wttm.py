@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mdistill.data.batch import DataInfo
 from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
-from mdistill.distillers.functional import kl_divergence_per_sample
+from mdistill.distillers.functional import kl_divergence
 from mdistill.registry import NonNegative, Positive
 
 
@@ -34,8 +34,8 @@ def wttm_loss(student_logits: Tensor, teacher_logits: Tensor, *, power: float) -
     """
     powers = power * F.log_softmax(teacher_logits, dim=1)  # (B, C), log p^gamma
     log_sums = powers.logsumexp(dim=1, keepdim=True)  # (B, 1), log U
-    divergences = kl_divergence_per_sample(powers - log_sums, F.log_softmax(student_logits, dim=1))
-    return (log_sums.squeeze(1).exp() * divergences).mean()
+    student_log_probs = F.log_softmax(student_logits, dim=1)
+    return kl_divergence(powers - log_sums, student_log_probs, weights=log_sums.squeeze(1).exp())
 
 
 @DISTILLERS.register("wttm")

@@ -82,20 +82,27 @@ OF_SOME_PAIRS = {
     "pkt": 10,
     "cc": 10,
     "vid": 10,
+    "sld": 12,
+    "gdkd": 11,
+    "ckd": 11,
+    "normkd_dkd": 11,
 }
 WITH_ONE_EXAMPLE = {
     *("mlkd_noaug", "nkd", "dhkd", "sinkd", "pesf_kd", "bd_kd", "taid", "uskd", "ps_kd"),
     *("kd_function_matching", "kd_mixup", "kd_cutmix", "kd_cutmix_pick", "kd_ensemble", "kd_averaged"),
+    *("crld", "normkd", "tekap", "ea_kd", "ea_dkd", "ea_mld", "ea_mld_lskd"),
 }
 
 
 IMAGENET_OF_BOTH_PAIRS = (
     *("kd", "dkd", "rld", "mcld", "mlkd", "ctkd", "la", "rc", "label_revision", "dist", "nkd", "luminet"),
     *("kd_dot", "dkd_lskd"),
+    *("gdkd", "ckd", "normkd", "normkd_dkd"),
 )
 IMAGENET_FILES = {
     "vanilla": {"resnet18", "mobilenet_v1"},
     **{folder: {"res34_res18"} for folder in ("kd_lskd", "ctkd_lskd")},
+    **{folder: {"res34_res18"} for folder in ("crld", "sld", "ea_kd", "ea_dkd", "ea_dkd_lskd")},
     **{folder: {"res34_res18", "res50_mv1"} for folder in IMAGENET_OF_BOTH_PAIRS},
 }
 IMAGENET_SETTINGS: dict[str, dict[str, Any]] = {  # some of them, by hand from what is published
@@ -116,6 +123,16 @@ IMAGENET_SETTINGS: dict[str, dict[str, Any]] = {  # some of them, by hand from w
     "nkd/res34_res18": {"gamma": 1.5, "temperature": 1.0},
     "luminet/res34_res18": {"ce_weight": 0.7, "luminet_weight": 4.0, "temperature": 1.0},
     "luminet/res50_mv1": {"ce_weight": 1.0, "luminet_weight": (2 / 0.7) ** 2, "temperature": 0.7},
+    "crld/res34_res18": {"ce_weight": 2.0, "within_weight": 2.0, "cross_weight": 0.5, "temperature": 1.0},
+    "sld/res34_res18": {"ce_weight": 0.5, "kd_weight": 0.5, "student_after": 150},
+    "gdkd/res34_res18": {"k": 5, "w0": 0.5, "w1": 1.0, "w2": 1.0, "temperature": 1.0, "warmup_epochs": 1},
+    "gdkd/res50_mv1": {"k": 5, "w0": 0.5, "w1": 2.0, "w2": 2.0, "temperature": 1.0, "warmup_epochs": 1},
+    "ckd/res50_mv1": {"ce_weight": 1.0, "ckd_weight": 10.0, "temperature": 1.0},
+    "normkd/res50_mv1": {"ce_weight": 0.5, "kd_weight": 0.5, "temperature_norm": 1.0},
+    "normkd_dkd/res34_res18": {"alpha": 1.0, "beta": 1.0, "temperature_norm": 0.5, "warmup_epochs": 1},
+    "normkd_dkd/res50_mv1": {"alpha": 1.0, "beta": 1.0, "temperature_norm": 0.75, "warmup_epochs": 1},
+    "ea_kd/res34_res18": {"ce_weight": 1.0, "kd_weight": 0.5, "entropy_temperature": 2.0, "bound": None},
+    "ea_dkd_lskd/res34_res18": {"alpha": 2.0, "beta": 1.0, "entropy_temperature": 3.0, "standardize_logits": True},
 }
 IMAGENET_SCHEDULES = {  # images a step, epochs and rate where they are not the recipe's
     "ctkd/res34_res18": (256, 120, 0.1),
@@ -123,6 +140,8 @@ IMAGENET_SCHEDULES = {  # images a step, epochs and rate where they are not the 
     "ctkd_lskd/res34_res18": (256, 120, 0.1),
     "mlkd/res34_res18": (512, 100, 0.1),
     "luminet/res50_mv1": (256, 100, 0.1),
+    **dict.fromkeys(("ckd/res34_res18", "ckd/res50_mv1"), (512, 200, 0.2)),
+    "ea_dkd_lskd/res34_res18": (512, 130, 0.2),
 }
 
 LIGHT = {"mobilenet_v2", "shufflenet_v1", "shufflenet_v2"}
@@ -156,6 +175,34 @@ SCHEDULES: dict[str, tuple[int, float]] = {  # epochs and rate where they are no
     "mlkd_lskd/res110_res32.yaml": (480, 0.025),
     "mlkd_lskd/res110_res20.yaml": (480, 0.025),
     "kd_function_matching/res32x4_res8x4.yaml": (1200, 0.05),
+    **{
+        f"ckd/{pair}.yaml": (480, 0.05)
+        for pair in (
+            "res32x4_res8x4",
+            "vgg13_vgg8",
+            "wrn40_2_wrn16_2",
+            "wrn40_2_wrn40_1",
+            "res56_res20",
+            "res110_res32",
+        )
+    },
+    **{
+        f"ckd/{pair}.yaml": (480, 0.01)
+        for pair in ("res32x4_shuv1", "res32x4_shuv2", "wrn40_2_shuv1", "vgg13_mv2", "res50_mv2")
+    },
+    **{
+        f"sld/{pair}.yaml": (240, 0.025)
+        for pair in ("res32x4_res8x4", "vgg13_vgg8", "wrn40_2_vgg8", "wrn40_2_wrn16_2", "wrn40_2_wrn40_1")
+    },
+    **{f"sld/{pair}.yaml": (240, 0.025) for pair in ("res56_res20", "res110_res32")},
+    **{f"sld/{pair}.yaml": (240, 0.008) for pair in ("res50_mv2", "vgg13_mv2", "res32x4_shuv2")},
+    "sld/res32x4_shuv1.yaml": (240, 0.009),
+    "sld/wrn40_2_shuv1.yaml": (240, 0.01),
+    **{f"{folder}/{EXAMPLE}": (480, 0.025) for folder in ("ea_mld", "ea_mld_lskd")},
+}
+COSINE = {"kd_function_matching", "ckd"}
+BATCH_SIZES = {  # images a step where they are not 64
+    f"ckd/{pair}.yaml": 32 for pair in ("res32x4_shuv1", "wrn40_2_shuv1", "res50_mv2", "vgg13_mv2", "wrn40_2_wrn40_1")
 }
 
 DISTILLER_VALUES: dict[str, dict[str, Any]] = {  # some of them, by hand from what is published
@@ -190,6 +237,15 @@ DISTILLER_VALUES: dict[str, dict[str, Any]] = {  # some of them, by hand from wh
     "simkd/vgg13_vgg8.yaml": {"ce_weight": 0.0, "simkd_weight": 1.0, "factor": 2},
     "reviewkd/res56_res20.yaml": {"ce_weight": 1.0, "reviewkd_weight": 0.6, "max_width": 512, "warmup_epochs": 20},
     "nd/res50_mv2.yaml": {"ce_weight": 1.0, "kd_weight": 3.0, "nd_weight": 0.5, "temperature": 4.0},
+    "crld/res32x4_res8x4.yaml": {"ce_weight": 1.0, "weak_threshold": 0.9, "strong_threshold": 0.2},
+    "sld/res50_mv2.yaml": {"kd_weight": 0.9, "temperatures": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], "student_after": 150},
+    "gdkd/wrn40_2_shuv1.yaml": {"k": 5, "w0": 1.0, "w1": 2.0, "w2": 6.0, "temperature": 4.0, "warmup_epochs": 20},
+    "ckd/wrn40_2_wrn40_1.yaml": {"ce_weight": 1.0, "ckd_weight": 50.0, "temperature": 2.0},
+    "ckd/res110_res32.yaml": {"ce_weight": 1.0, "ckd_weight": 10.0, "temperature": 1.0},
+    "normkd_dkd/res32x4_shuv1.yaml": {"alpha": 0.5, "beta": 8.5, "temperature_norm": 2.0, "warmup_epochs": 20},
+    "tekap/res32x4_res8x4.yaml": {"teachers": 3, "noise_weight": 0.1, "augmented_weight": 0.8, "temperature": 4.0},
+    "ea_dkd/res32x4_res8x4.yaml": {"alpha": 1.0, "beta": 8.0, "entropy_temperature": 3.0, "bound": 100.0},
+    "ea_mld_lskd/res32x4_res8x4.yaml": {"ce_weight": 0.1, "kd_weight": 4.0, "temperature": 2.0, "bound": None},
 }
 
 PUBLISHED = {  # some figures of results/published.csv, by hand: value, source, table
@@ -267,7 +323,7 @@ def test_finds_all_files() -> None:
     for folder in WITH_ONE_EXAMPLE:
         assert names[folder] == {"resnet8x4.yaml" if folder in {"uskd", "ps_kd"} else EXAMPLE}
     assert set(names) == {*OF_ALL_PAIRS, *OF_SOME_PAIRS, *WITH_ONE_EXAMPLE, "vanilla"}
-    assert len(CIFAR100) == 14 * len(OF_ALL_PAIRS) + sum(OF_SOME_PAIRS.values()) + 15 + 26 == 417
+    assert len(CIFAR100) == 14 * len(OF_ALL_PAIRS) + sum(OF_SOME_PAIRS.values()) + 22 + 26 == 469
     assert len(FILES) - len(CIFAR100) - len(IMAGENET) == 6
     imagenet = {folder.name: {path.stem for path in IMAGENET if path.parent == folder} for folder in imagenet_folders()}
     assert imagenet == IMAGENET_FILES
@@ -338,7 +394,9 @@ def test_imagenet_recipe(path: Path) -> None:
     solver = config.solver
     name = f"{path.parent.name}/{path.stem}"
     assert (config.data.batch_size, solver.epochs, solver.lr) == IMAGENET_SCHEDULES.get(name, (512, 100, 0.2))
-    assert (solver.milestones, solver.gamma, solver.schedule) == ((30, 60, 90), 0.1, "step")
+    cosine = path.parent.name in COSINE
+    assert (solver.schedule, solver.milestones) == (("cosine", ()) if cosine else ("step", (30, 60, 90)))
+    assert solver.gamma == 0.1
     sgd = {"momentum": 0.9, "weight_decay": 1e-4, "clip_grad_norm": None}
     own = {"delta": 0.09} if config.variant == "dot" else {"nesterov": False}
     assert (solver.name, solver.arguments) == ("dot" if config.variant == "dot" else "sgd", {**sgd, **own})
@@ -421,8 +479,8 @@ def test_cifar100_recipe(path: Path) -> None:
     config = load(path)
     usual = (240, 0.01 if config.student.name in LIGHT else 0.05)
     assert (config.solver.epochs, config.solver.lr) == SCHEDULES.get(place(path), usual)
-    assert (config.data.batch_size, config.solver.gamma) == (64, 0.1)
-    cosine = path.parent.name == "kd_function_matching"
+    assert (config.data.batch_size, config.solver.gamma) == (BATCH_SIZES.get(place(path), 64), 0.1)
+    cosine = path.parent.name in COSINE
     assert (config.solver.schedule, config.solver.milestones) == (
         ("cosine", ()) if cosine else ("step", (150, 180, 210))
     )

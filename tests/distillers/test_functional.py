@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mdistill.distillers import functional
-from mdistill.distillers.functional import standardize, uniform
+from mdistill.distillers.functional import kl_divergence, kl_divergence_per_sample, normal, standardize, uniform
 
 from ..host_reads import NoHostReads
 from . import examples
@@ -117,6 +117,42 @@ def test_a_sample_s_numbers_do_not_depend_on_its_batch():
     for part in order.split([8, 1, 31]):
         assert torch.equal(uniform(0, torch.tensor(1), part, 3), whole[part])
     assert torch.equal(draw(1, samples=40), whole[:, :1])
+
+
+def test_normal_has_the_moments_and_the_tails_of_the_normal_distribution():
+    """2^18 numbers: mean, variance and fourth moment within four standard errors, and as many beyond 2 as there are."""
+    numbers = normal(3, torch.tensor(2), torch.arange(2**16), 4).double()
+    assert numbers.shape == (2**16, 4)
+    error = 4 / math.sqrt(numbers.numel())
+    assert abs(numbers.mean()) < error
+    assert abs(numbers.square().mean() - 1) < error * math.sqrt(2)
+    assert abs(numbers.pow(4).mean() - 3) < error * math.sqrt(96)
+    beyond = math.erfc(2 / math.sqrt(2))
+    assert abs((numbers.abs() > 2).double().mean() - beyond) < error * math.sqrt(beyond * (1 - beyond))
+
+
+def test_normal_is_the_inverse_of_the_distribution_at_uniform_s_numbers():
+    """At the middle of each number's interval of 2^-24, so that the ends are finite and alike."""
+    key = 0, torch.tensor(1), torch.arange(64)
+    numbers = normal(*key, 3, stream=2).double()
+    shares = 0.5 * (1 + torch.erf(numbers / math.sqrt(2)))
+    torch.testing.assert_close(shares, uniform(*key, 3, stream=2).double() + 2**-25, rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize(("number", "sign"), [(0, -1), (2**24 - 1, 1)])
+def test_normal_is_finite_at_uniform_s_ends(monkeypatch, number, sign):
+    end = torch.full((1, 1), number * 2.0**-24)
+    monkeypatch.setattr(functional, "uniform", lambda *key, **stream: end)
+    assert normal(0, torch.tensor(1), torch.arange(1), 1).item() == pytest.approx(sign * 5.4, abs=0.1)
+
+
+def test_a_divergence_with_weights_is_the_mean_of_weighted_samples():
+    student, teacher = (examples.logits(seed, 6, 5).log_softmax(dim=1) for seed in (0, 1))
+    weights = torch.tensor([0.0, 1, 2, 0.5, 3, 1]).double()
+    expected = sum(weights[i] * kl_divergence(teacher[i : i + 1], student[i : i + 1]) for i in range(6)) / 6
+    torch.testing.assert_close(kl_divergence(teacher, student, weights=weights), expected)
+    per_sample = kl_divergence_per_sample(teacher, student)
+    torch.testing.assert_close(kl_divergence(teacher, student, weights=torch.ones(6)), per_sample.mean())
 
 
 def test_uniform_draws_without_a_generator_or_a_read_on_the_host():

@@ -2,18 +2,20 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from mdistill.distillers.bd_kd import bd_kd_loss
+from mdistill.distillers.ckd import ckd_loss
 from mdistill.distillers.ctkd import ctkd_loss
 from mdistill.distillers.dhkd import binary_kl_norm_loss
 from mdistill.distillers.dist import dist_loss
 from mdistill.distillers.dkd import dkd_loss, nckd_loss, tckd_loss
 from mdistill.distillers.functional import standardize
+from mdistill.distillers.gdkd import gdkd_loss
 from mdistill.distillers.kd import kd_loss
 from mdistill.distillers.la import la_loss
 from mdistill.distillers.label_revision import label_revision_loss
@@ -21,8 +23,11 @@ from mdistill.distillers.luminet import luminet_loss
 from mdistill.distillers.mcld import category_loss, instance_loss, normalize, sample_loss
 from mdistill.distillers.mlkd import weak_view_terms
 from mdistill.distillers.nkd import nkd_loss
+from mdistill.distillers.normkd import normkd_dkd_loss, normkd_loss
 from mdistill.distillers.rld import masked_correlation_loss, rld_loss, sample_confidence_loss
 from mdistill.distillers.sinkd import sinkhorn_loss
+from mdistill.distillers.sld import swapped_student_loss, swapped_teacher_loss
+from mdistill.distillers.tekap import tekap_loss
 from mdistill.distillers.ttm import ttm_loss
 from mdistill.distillers.wttm import wttm_loss
 
@@ -44,6 +49,17 @@ def mlkd(student: Tensor, teacher: Tensor) -> Tensor:
     """Three levels at two temperatures, instances standardised."""
     inputs = standardize(student), standardize(teacher), student, teacher
     return torch.stack(list(weak_view_terms(*inputs, temperatures=(4.0, 0.5)).values())).sum()
+
+
+def tekap(student: Tensor, teacher: Tensor) -> Tensor:
+    """The same noise for every sample, whatever its place."""
+    noise = examples.logits(6, 3, teacher.shape[1], 1.0).to(teacher.dtype)[:, None].expand(-1, *teacher.shape)
+    return tekap_loss(student, teacher, noise, temperature=4.0, noise_weight=0.1, augmented_weight=0.8)
+
+
+def gdkd(student: Tensor, teacher: Tensor, divergence: Literal["forward", "both"] = "forward") -> Tensor:
+    """A class on top."""
+    return gdkd_loss(student, teacher, k=1, w0=1.0, w1=2.0, w2=8.0, temperature=4.0, divergence=divergence)
 
 
 ON_PROBABILITIES: dict[str, Loss] = {
@@ -68,6 +84,13 @@ ON_PROBABILITIES: dict[str, Loss] = {
     "nkd-soft": lambda s, t, y: nkd_loss(s, t, y, gamma=3.5, temperature=3.0),
     "mlkd": lambda s, t, y: mlkd(s, t),
     "ctkd": lambda s, t, y: ctkd_loss(s, t, torch.tensor(2.5, dtype=s.dtype)),
+    "gdkd": lambda s, t, y: gdkd(s, t),
+    "gdkd-both": lambda s, t, y: gdkd(s, t, "both"),
+    "sld-teacher": lambda s, t, y: swapped_teacher_loss(s, t, y, temperatures=(1.0, 4.0)),
+    "sld-student": lambda s, t, y: swapped_student_loss(s, y, temperatures=(1.0, 4.0)),
+    "tekap": lambda s, t, y: tekap(s, t),
+    "normkd": lambda s, t, y: normkd_loss(s, t, temperature_norm=2.0),
+    "normkd-dkd": lambda s, t, y: normkd_dkd_loss(s, t, y, alpha=4.0, beta=5.0, temperature_norm=2.0),
 }
 LOSSES: dict[str, Loss] = {
     **ON_PROBABILITIES,
@@ -83,6 +106,7 @@ LOSSES: dict[str, Loss] = {
     "category": lambda s, t, y: category_loss(s, t, y, temperature=0.2),
     "luminet": lambda s, t, y: luminet_loss(s, t, temperature=4.0),
     "luminet-cold": lambda s, t, y: luminet_loss(s, t, temperature=0.5),
+    "ckd": lambda s, t, y: ckd_loss(s, t, temperature=1.0),
     "label-revision": lambda s, t, y: label_revision_loss(s, t, y, lambda1=4.0, lambda2=1.0, eta=0.8),
 }
 

@@ -1,7 +1,6 @@
 """The maths of multi-level logit distillation: a case worked by hand, plain loops, the published total, properties."""
 
 import json
-from dataclasses import replace
 from math import exp, log
 
 import numpy as np
@@ -9,13 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mdistill.distillers.base import Signals
-from mdistill.distillers.functional import standardize
 from mdistill.distillers.kd import kd_loss
 from mdistill.distillers.mlkd import batch_loss, class_loss, instance_loss, uncertain_fractions, weak_view_terms
 from mdistill.errors import UserError
 
-from . import examples, golden
+from . import examples, golden, two_views
 
 LEVELS = {"instance": instance_loss, "batch": batch_loss, "class": class_loss}
 every_level = pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
@@ -177,22 +174,11 @@ def test_a_teacher_that_is_certain_gives_finite_terms(scale):
 
 
 def total(settings, views, target):
-    """The method's loss over given logits: for each view the student's and the teacher's."""
-    distiller = examples.build("mlkd", **settings).eval()
-    weak, strong = (
-        Signals(
-            student_logits=standardize(student) if distiller.standardize_logits else student,
-            teacher_logits=standardize(teacher) if distiller.standardize_logits else teacher,
-            raw_student_logits=student,
-            raw_teacher_logits=teacher,
-            target=target,
-            index=torch.arange(len(target)),
-            epoch=examples.epoch(),
-        )
-        for student, teacher in views
-    )
-    signals = replace(weak, strong=strong)
-    return {**distiller.task(signals), **distiller.distillation(signals)}
+    """The method's terms over given logits: for each view the student's and the teacher's."""
+    (student, teacher), (strong_student, strong_teacher) = views
+    given = {"student": student, "teacher": teacher, "target": target}
+    given |= {"student_strong": strong_student, "teacher_strong": strong_teacher}
+    return two_views.terms("mlkd", settings, given)
 
 
 @pytest.mark.parametrize("inputs", ["8x100", "5x10"])

@@ -24,7 +24,7 @@ def test_every_method_has_a_paper_a_loss_and_published_settings(name):
     assert method.settings
     if name != "vanilla":
         assert method.paper is not None
-        assert method.paper.reference.startswith(("arXiv:", "doi:", "CVPR"))
+        assert method.paper.reference.startswith(("arXiv:", "doi:", "CVPR", "ICLR"))
         assert 2014 <= int(method.paper.year) <= 2026
         assert method.differences or name in {"rld"}
 
