@@ -170,19 +170,21 @@ def test_imports_run_downwards(name: str) -> None:
 @pytest.mark.parametrize("path", NEUTRAL, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_method_is_named_outside_its_file(path: Path) -> None:
     """Neither a string that is a method's name nor an import of a method's module; help texts may show an example."""
-    methods = {name for name in DISTILLERS.names() if DISTILLERS.get(name).__module__.startswith("mdistill.")}
-    assert methods
+    modules = {name: DISTILLERS.get(name).__module__ for name in DISTILLERS.names()}
+    methods = {name for name, module in modules.items() if module.startswith("mdistill.")}
+    files = {modules[name].rpartition(".")[2] for name in methods}
+    assert files
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             assert node.value not in methods, f"{path}:{node.lineno} names the method {node.value!r}"
-        modules: list[str] = []
+        imported: list[str] = []
         if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
+            imported = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            modules = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module or ""]
-        for module in modules:
+            imported = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module or ""]
+        for module in imported:
             tail = re.match(r"mdistill\.distillers\.(\w+)", module)
-            assert tail is None or tail[1] not in methods, f"{path}:{node.lineno} imports the method module {module}"
+            assert tail is None or tail[1] not in files, f"{path}:{node.lineno} imports the method module {module}"
 
 
 def test_train_step_is_short_and_never_waits() -> None:

@@ -1,4 +1,4 @@
-"""Distillation methods, one a file: every module of this package is imported here and registers itself."""
+"""Distillation methods, one file a paper: every module of this package is imported here and registers itself."""
 
 from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals, StepOutput
 from mdistill.registry import import_submodules

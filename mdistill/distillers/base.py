@@ -1,7 +1,7 @@
 """The contract of a distillation method. Letters: B batch, C classes; H, W height and width.
 
-A method is one file with one class: it says what it ``needs`` and writes ``distillation(signals)``. The forward pass of
-both networks, the task loss, logit standardisation and the loss warm-up are written here, once.
+A method is one class, in a file of its paper: it says what it ``needs`` and writes ``distillation(signals)``. The
+forward pass of both networks, the task loss, logit standardisation and the loss warm-up are written here, once.
 """
 
 from abc import ABC, abstractmethod

@@ -1,5 +1,6 @@
 """What is known of each method, read off its code and its published configuration."""
 
+import ast
 import inspect
 import re
 import sys
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 PAPER = re.compile(r'\w+: (?P<authors>.+?), "(?P<title>.+)", (?P<reference>(?:arXiv:|doi:)?\S+(?: \d{4})?)')
 FIRST = ("res32x4_res8x4.yaml", "resnet8x4.yaml")
 """Whose settings are shown, where there is such a configuration."""
+
+DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 
 COLUMNS = ("method", "paper", "year", "loss", "settings", "needs", "cache")
 
@@ -189,14 +192,41 @@ def _value(value: Any) -> str:
 
 
 def _differences(builder: "type[Distiller]") -> Iterator[tuple[str, str]]:
-    """The paragraphs that begin with "Differs from the" of everything public in a method's module, in order."""
+    """The paragraphs that begin with "Differs from the" of everything public in a method's module, in order.
+
+    What only other methods of that module use is theirs.
+    """
     module = sys.modules[builder.__module__]
     members = [member for member in vars(module).values() if inspect.isfunction(member) or inspect.isclass(member)]
     members = [member for member in members if member.__module__ == module.__name__ and member.__name__[0] != "_"]
+    theirs = _used_by_others(builder)
+    members = [member for member in members if member.__name__ not in theirs]
     for member in sorted(members, key=lambda member: inspect.getsourcelines(member)[1]):
         for paragraph in _paragraphs(member):
             if paragraph.startswith("Differs from the"):
                 yield member.__name__, _markdown(f"d{paragraph[1:]}")
+
+
+def _used_by_others(builder: "type[Distiller]") -> set[str]:
+    """The names of what the other methods of a method's module use, and it does not."""
+    from mdistill.distillers import DISTILLERS
+
+    module = sys.modules[builder.__module__]
+    methods = [DISTILLERS.get(name) for name in DISTILLERS.names()]
+    variants = {method.__name__ for method in methods if method.__module__ == module.__name__}
+    definitions = [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, DEFINITIONS)]
+    mentions = {
+        node.name: {below.id for below in ast.walk(node) if isinstance(below, ast.Name)} for node in definitions
+    }
+
+    def used(names: set[str]) -> set[str]:
+        found: set[str] = set()
+        while names - found:
+            found |= names
+            names = {mentioned for name in names for mentioned in mentions.get(name, ())}
+        return found
+
+    return used(variants - {builder.__name__}) - used({builder.__name__})
 
 
 def _paragraphs(member: Any) -> list[str]:
