@@ -13,7 +13,9 @@ from mdistill.distillers.ikl import IKL, difference_per_sample, soft_target_loss
 from mdistill.registry import Fraction
 
 
-def smoothed_difference_loss(student_logits: Tensor, teacher_logits: Tensor, weights: Tensor, *, gamma: float) -> Tensor:
+def smoothed_difference_loss(
+    student_logits: Tensor, teacher_logits: Tensor, weights: Tensor, *, gamma: float
+) -> Tensor:
     """The wMSE of IKL under q^gamma, divided by the squared sum of q^gamma, both summed over the batch first.
 
     Paper: arXiv:2503.08038, the smoother weights; with gamma = 0 every two classes weigh the same.

@@ -180,6 +180,6 @@ class IKL(Distiller):
 
 
 def _prior_of(prior: Tensor, sums: Tensor, counts: Tensor, begins: Tensor) -> Tensor:
-    """Rows of the prior (R, C): those that hold, or, where an epoch ``begins``, the means (R, C) of what was counted."""
+    """Rows (R, C) of the prior: those that hold or, where an epoch ``begins``, the means of what was counted."""
     means = sums / counts.clamp(min=1)[:, None]
     return torch.where(begins & (counts > 0)[:, None], means, prior)

@@ -27,7 +27,11 @@ def test_the_difference_is_the_sum_over_pairs_of_classes():
     q = q.softmax(dim=1) * 2
     difference = teacher - student
     expected = [
-        sum(float(q[b, j] * q[b, k] * (difference[b, j] - difference[b, k]) ** 2) / 4 for j in range(5) for k in range(5))
+        sum(
+            float(q[b, j] * q[b, k] * (difference[b, j] - difference[b, k]) ** 2) / 4
+            for j in range(5)
+            for k in range(5)
+        )
         for b in range(3)
     ]
     found = difference_per_sample(student, teacher, q)
