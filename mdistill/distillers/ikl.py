@@ -157,8 +157,9 @@ class IKL(Distiller):
         """q of each sample, (B, C)."""
         if not self.keeps_prior:
             return self._predictions(signals)
-        rows = [table.index_select(0, signals.target) for table in (self.prior, self.prior_sums, self.prior_counts)]
-        return _prior_of(*rows, signals.epoch > self.epoch_counted).to(signals.teacher_logits.dtype)
+        tables = self.prior, self.prior_sums, self.prior_counts
+        prior, sums, counts = (table.index_select(0, signals.target) for table in tables)
+        return _prior_of(prior, sums, counts, signals.epoch > self.epoch_counted).to(signals.teacher_logits.dtype)
 
     def after_step(self, signals: Signals) -> None:
         """The predictions of the batch, of all processes, are counted for the epoch to come."""

@@ -107,8 +107,7 @@ def nkd_per_sample(
 def sdd_kd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, temperature: float) -> Tensor:
     """KD of every region, the complementary ones twice: arXiv:2403.13512, SD-KD.
 
-    Differs from the paper: the mean over the regions, as in the published code, where the paper sums; and
-    ``complementary``.
+    Differs from the paper: the mean over the regions, as in the published code, where the paper sums.
 
     Args:
         student_logits: (B, N, C), of the regions, the whole map first.
@@ -128,8 +127,7 @@ def sdd_dkd_loss(
 ) -> Tensor:
     """DKD of every region, the complementary ones twice: arXiv:2403.13512, SD-DKD.
 
-    Differs from the paper: the mean over the regions, as in the published code, where the paper sums; and
-    ``complementary``.
+    Differs from the paper: the mean over the regions, as in the published code, where the paper sums.
 
     Args:
         student_logits: (B, N, C), of the regions, the whole map first.
@@ -152,8 +150,8 @@ def sdd_nkd_loss(
 ) -> Tensor:
     """NKD of every region, the complementary ones twice: arXiv:2403.13512, SD-NKD.
 
-    Differs from the paper: the mean over the regions, as in the published code, where the paper sums; and
-    ``complementary``. As in that code the non-target term of NKD includes the true class.
+    Differs from the paper: the mean over the regions, as in the published code, where the paper sums. As in that code
+    the non-target term of NKD includes the true class.
 
     Args:
         student_logits: (B, N, C), of the regions, the whole map first.
@@ -232,9 +230,6 @@ class SDD(Distiller):
 class SDDKD(SDD):
     """``ce_weight`` CE + ``kd_weight`` KD of regions of the image, those that contradict the whole image twice.
 
-    Differs from the paper: the mean over the regions, as in the published code, where the paper sums; a region counts
-    twice only where either it or the whole image is classified rightly by the teacher.
-
     Args:
         kd_weight: weight of the distillation term.
         temperature: T, which softens both networks.
@@ -261,9 +256,6 @@ class SDDKD(SDD):
 @DISTILLERS.register("sdd_dkd")
 class SDDDKD(SDD):
     """``ce_weight`` CE + DKD of regions of the image, those that contradict the whole image twice.
-
-    Differs from the paper: the mean over the regions, as in the published code, where the paper sums; a region counts
-    twice only where either it or the whole image is classified rightly by the teacher.
 
     Args:
         alpha: weight of the target-class term; 0 leaves it out.
@@ -296,10 +288,6 @@ class SDDDKD(SDD):
 @DISTILLERS.register("sdd_nkd")
 class SDDNKD(SDD):
     """``ce_weight`` CE + NKD of regions of the image, those that contradict the whole image twice.
-
-    Differs from the paper: the mean over the regions, as in the published code, where the paper sums; a region counts
-    twice only where either it or the whole image is classified rightly by the teacher. As in that code the non-target
-    term includes the true class.
 
     Args:
         gamma: weight of the non-target term; 0 leaves it out.

@@ -1,6 +1,7 @@
-"""WKDL: Lv, Yang, Li, "Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation".
+"""WKDL: Lv, Yang, Li, "Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation",
+arXiv:2412.08139.
 
-WKD-L of arXiv:2412.08139, on the logits. Letters: B batch, C classes (at least 2). t: the true class.
+WKD-L, its method on the logits. Letters: B batch, C classes (at least 2). t: the true class.
 """
 
 import math
