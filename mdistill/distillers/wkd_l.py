@@ -146,7 +146,8 @@ class WKDL(Distiller):
     Moving mass between two classes costs the more, the less the teacher's features of them are alike: 1 - CKA, computed
     before the first step from the training images as they are evaluated.
 
-    Differs from the paper: nothing known. Its WKD-F, which is on features, is not here.
+    Differs from the paper: nothing known where classes have equally many images. Else each is compared by as many as
+    the smallest has; how the rows of two classes are paired there is not published. WKD-F, on features, is not here.
 
     Args:
         wkd_weight: weight of the Wasserstein term.
