@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mdistill.cli.cache import main as cache_main
 from mdistill.data import DATASETS, Dataset, InMemoryDataset
-from mdistill.engine import class_distances
+from mdistill.engine import class_distances, trainer
 from mdistill.engine.class_distances import ClassDistances, cka_distances
 from mdistill.engine.teacher import FrozenTeacher
 from mdistill.errors import RunFailed, Stopped, UserError
@@ -147,6 +147,12 @@ def test_groups_of_classes_give_the_same(monkeypatch):
     whole = of_a_network(None)[0].provide()
     monkeypatch.setattr(class_distances, "BYTES", 200_000)  # three classes at a time
     torch.testing.assert_close(of_a_network(None)[0].provide(), whole)
+
+
+def test_a_dry_run_says_that_it_does_without_them(tmp_path):
+    cfg = runs.write_config(tmp_path, METHOD, distiller=SETTINGS)
+    text = trainer.dry_run(runs.experiment(cfg, cache=False))
+    assert "wasserstein 1e-07); distances between classes were left at 0 and nothing was written" in text
 
 
 def test_a_resumed_run_goes_on_with_the_distances_of_its_checkpoint(tmp_path, capsys):
