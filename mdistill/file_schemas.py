@@ -2,7 +2,7 @@
 
 ``EpochLine``: a line of ``metrics.jsonl``. ``Environment``: ``env.json``. ``Teachers``: ``teachers.json``.
 ``Checkpoint``: the plain part of ``last.pt``; its tensors are compared with those that they go into. ``ChunkHeader``:
-the header of a file of cached logits.
+the header of a file of cached logits, or of distances between classes.
 """
 
 import re

@@ -102,6 +102,15 @@ class Dataset(ABC):
             stride: take every ``stride``-th image from there on, as processes do that share a split.
         """
 
+    def plain_batches(self, index: npt.NDArray[np.int64], batch_size: int) -> Iterator[Tensor]:
+        """Training images as images are evaluated, without augmentation: (B, 3, S, S) float32, in the order given.
+
+        Args:
+            index: (n,) int64, on the host, which training samples.
+            batch_size: B; the last batch is perhaps smaller.
+        """
+        raise NotImplementedError(f"{type(self).__name__} gives no training image without augmentation")
+
     @abstractmethod
     def size(self, split: str) -> int:
         """The number of images in a split that is evaluated."""
@@ -273,6 +282,12 @@ class InMemoryDataset(Dataset):
         images, labels = (values[first::stride] for values in self._split(split))
         for start in range(0, len(labels), batch_size):
             yield self._normalize(images[start : start + batch_size]), labels[start : start + batch_size]
+
+    def plain_batches(self, index: npt.NDArray[np.int64], batch_size: int) -> Iterator[Tensor]:
+        size = self.image_size
+        for start in range(0, len(index), batch_size):
+            rows = torch.from_numpy(index[start : start + batch_size]).to(self._train.device)
+            yield self._normalize(self._train.index_select(0, rows)[:, :size, :size])
 
     def size(self, split: str) -> int:
         return len(self._split(split)[1])

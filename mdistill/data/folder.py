@@ -155,7 +155,15 @@ class FolderDataset(StreamedDataset):
         self, split: str, batch_size: int, *, first: int = 0, stride: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
         files, numbers = self._eval[split]
-        numbers = numbers[first::stride]
+        for part, image in self._centres(files, numbers[first::stride], batch_size):
+            yield image, upload(torch.from_numpy(files.labels[part]), self._device)
+
+    def plain_batches(self, index: Indices, batch_size: int) -> Iterator[Tensor]:
+        for _, image in self._centres(self._train, self._kept[index], batch_size):
+            yield image
+
+    def _centres(self, files: Split, numbers: Indices, batch_size: int) -> Iterator[tuple[Indices, Tensor]]:
+        """The centres (B, 3, S, S) of these images in order, with the numbers (B,) of each batch."""
 
         def begin(start: int) -> tuple[Indices, Tensor, list[Future[None]]]:
             part = numbers[start : start + batch_size]
@@ -174,8 +182,7 @@ class FolderDataset(StreamedDataset):
             part, pixels, pending = ahead
             self._all(pending)
             ahead = begin(start + batch_size)  # decoded while the device is at work
-            target = torch.from_numpy(files.labels[part])
-            yield self._normalize(pixels.to(self._device, non_blocking=True)), upload(target, self._device)
+            yield part, self._normalize(pixels.to(self._device, non_blocking=True))
 
     def size(self, split: str) -> int:
         return len(self._eval[split][1])

@@ -41,6 +41,7 @@ class Needs:
     labels: Literal["none", "hard", "soft"] = "hard"  # its own terms': none, a class, or class probabilities too
     sparse_logits: tuple[str, ...] | None = None  # settings that have to be 1 to read them; None: never
     teacher_batch_statistics: bool = False  # the teacher's BatchNorm normalises by the batch; its statistics stay
+    class_distances: str | None = None  # the setting that says by what, "last_map" or "logits"; None: needs none
 
     @property
     def student_features(self) -> bool:
@@ -109,6 +110,7 @@ class Distiller(nn.Module, ABC):
     smooths_labels: ClassVar[bool] = False  # whether a ``task`` of the method's own heeds label_smoothing
     student: nn.Module
     teacher: nn.Module | None
+    class_distances: Tensor  # (C, C), 1 - CKA of the teacher's outputs for two classes, where ``needs`` asks for them
 
     def __init__(
         self,
@@ -141,6 +143,8 @@ class Distiller(nn.Module, ABC):
         self.student = student
         self.teacher = teacher
         self._classes = data.num_classes
+        if self.needs.class_distances is not None:  # the engine writes them before the first step
+            self.register_buffer("class_distances", torch.zeros(data.num_classes, data.num_classes))
         if teacher is not None:
             teacher.requires_grad_(False)
             self._set_teacher_mode(teacher)

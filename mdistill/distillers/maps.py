@@ -34,7 +34,8 @@ def unit(vectors: Tensor, dim: int) -> Tensor:
 def pooled_to(maps: Tensor, height: int, width: int) -> Tensor:
     """Adaptive average pooling: (B, C, H, W) -> (B, C, height, width).
 
-    By windows of one size where they fit: the gradient of torch's adaptive pooling has no deterministic CUDA kernel.
+    By windows of one size, or by repeating, where these fit: the gradient of torch's adaptive pooling has no
+    deterministic CUDA kernel.
 
     Args:
         maps: (B, C, H, W).
@@ -46,6 +47,8 @@ def pooled_to(maps: Tensor, height: int, width: int) -> Tensor:
         return maps
     if own_height % height == 0 and own_width % width == 0:
         return F.avg_pool2d(maps, (own_height // height, own_width // width))
+    if height % own_height == 0 and width % own_width == 0:  # each cell of the result lies in a single one
+        return maps.repeat_interleave(height // own_height, dim=2).repeat_interleave(width // own_width, dim=3)
     return F.adaptive_avg_pool2d(maps, (height, width))
 
 

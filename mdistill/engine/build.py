@@ -16,6 +16,7 @@ from mdistill.config import Config, MemberConfig
 from mdistill.data import DATASETS, Batch, DataInfo, Dataset, StreamedDataset
 from mdistill.data.sampling import derive_seed
 from mdistill.distillers import DISTILLERS, Distiller, Needs
+from mdistill.engine.class_distances import ClassDistances
 from mdistill.engine.cuda_graph import choose_engine
 from mdistill.engine.evaluate import evaluate
 from mdistill.engine.logit_cache import LogitCache
@@ -82,6 +83,7 @@ class Experiment:
     logit_format: LogitFormat | None = None  # what they are stored as; there with ``teacher``
     cache: LogitCache | None = None  # of its logits, shared between runs
     teacher_note: str = ""  # which of these it is, and why
+    class_distances: ClassDistances | None = None  # where the method asks for them
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -209,7 +211,8 @@ def build_distiller(
             f"data.mixing: images are mixed in one view and the method {method!r} needs two;"
             " remove data.mixing or take another method"
         )
-    if needs.teacher == "features" and isinstance(teacher, Ensemble):
+    compares_maps = distances_by(config) == "last_map"
+    if (needs.teacher == "features" or compares_maps) and isinstance(teacher, Ensemble):
         raise UserError(
             f"teacher.ensemble: the method {method!r} reads the teacher's features, and several networks"
             " share none; remove teacher.ensemble or take another method"
@@ -217,7 +220,7 @@ def build_distiller(
     student = build_network("student", config.student.name, config.student.arguments, info, seed=config.seed)
     for section, network, features in (
         ("student", student, needs.student_features),
-        ("teacher", teacher, needs.teacher == "features"),
+        ("teacher", teacher, needs.teacher == "features" or compares_maps),
     ):
         why = getattr(network, "no_features", None) if hasattr(network, "forward_features") else "no forward_features"
         if features and network is not None and why:
@@ -233,6 +236,12 @@ def build_distiller(
     distiller.seed = config.seed
     _check_students(distiller.students(), method)
     return distiller
+
+
+def distances_by(config: Config) -> Any:
+    """What of the teacher the method compares classes by; None where it does not."""
+    needs: Needs = DISTILLERS.get(config.distiller.name).needs  # type: ignore[attr-defined]
+    return None if needs.class_distances is None else config.distiller.arguments[needs.class_distances]
 
 
 def _check_students(students: Any, method: str) -> None:
@@ -335,7 +344,7 @@ def build(
 
     Args:
         configs: one for each trial; they differ in ``seed`` alone.
-        cache_root: folder of the logit caches; None caches none.
+        cache_root: folder of the logit caches and class distances; None keeps none.
         check_teacher: compare the teacher's accuracy with ``teacher.expected_top1``; what was measured once is
             remembered under ``output_root``.
 
@@ -372,6 +381,11 @@ def build(
             metadata["teacher"]["top1"] = measured[0] if len(measured) == 1 else measured
         with distributed.together():
             _place_teacher(experiment, teacher, cache_root)
+            if (by := distances_by(config)) is not None:
+                frozen = experiment.teacher or _frozen(experiment, teacher)
+                experiment.class_distances = ClassDistances(
+                    frozen, experiment.dataset, by, fingerprints=experiment.fingerprints, root=cache_root
+                )
     return experiment
 
 
@@ -531,7 +545,7 @@ def _place_teacher(experiment: Experiment, teacher: nn.Module, cache_root: Path 
     if in_every_step is not None:
         experiment.teacher_note = f"runs in every step: {in_every_step}"
         return
-    experiment.teacher = FrozenTeacher(teacher, experiment.device, run.teacher_precision or run.precision)
+    experiment.teacher = _frozen(experiment, teacher)
     experiment.logit_format = form = format_of(run, dataset.num_classes)
     again = "; images are read a second time for that" if streamed else ""
     if dataset.num_views is None:
@@ -550,6 +564,11 @@ def _place_teacher(experiment: Experiment, teacher: nn.Module, cache_root: Path 
         f" {100 * cache.filled / cache.entries:.1f} % of {cache.entries:,} entries); missing ones are"
         f" computed{again}{strong}"
     )
+
+
+def _frozen(experiment: Experiment, teacher: nn.Module) -> FrozenTeacher:
+    run = experiment.trials[0].config.run
+    return FrozenTeacher(teacher, experiment.device, run.teacher_precision or run.precision)
 
 
 def _why_in_every_step(config: Config, needs: Needs, dataset: Dataset) -> str | None:

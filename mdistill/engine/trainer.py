@@ -14,6 +14,7 @@ import torch
 from mdistill import distributed
 from mdistill.engine.active_trial import ActiveTrial, raise_errors
 from mdistill.engine.build import Experiment
+from mdistill.engine.class_distances import ClassDistances
 from mdistill.engine.console import StepBar, StopRequest, peak_memory_line, print_line
 from mdistill.engine.cuda_graph import Engine
 from mdistill.engine.run_folder import RunFolder, read_metrics
@@ -80,6 +81,28 @@ def end_epoch(trial: ActiveTrial, epoch: int, stop: StopRequest) -> None:
         raise Stopped(f"{name}: stopped {when} {done}, saved to {trial.folder.checkpoint}; continue with --resume")
 
 
+def provide_class_distances(source: ClassDistances, trials: Sequence[ActiveTrial], stop: StopRequest) -> None:
+    """Write the distances of the teacher's classes to the methods of all trials that begin; others resumed with them.
+
+    Raises:
+        Stopped: a stop was asked for before they were there.
+    """
+
+    def stopped() -> None:
+        if stop.signal is not None:
+            raise Stopped(f"{stop.signal}: stopped before the first step, while class distances were computed")
+
+    beginning = [trial for trial in trials if (trial.progress.epoch, trial.progress.step) == (1, 0)]
+    if not beginning:
+        return
+    with distributed.together():
+        distances = source.provide(stopped=stopped)
+    for trial in beginning:
+        with trial.stream, torch.no_grad():
+            trial.distiller.class_distances.copy_(distances)
+            distributed.broadcast_([trial.distiller.class_distances])
+
+
 def fit(experiment: Experiment, folders: Sequence[RunFolder]) -> list[list[dict[str, Any]]]:
     """Run (or continue) every trial and return its metrics, one dictionary per epoch; one may fail alone.
 
@@ -108,6 +131,8 @@ def fit(experiment: Experiment, folders: Sequence[RunFolder]) -> list[list[dict[
             print_line(f"teacher: {experiment.teacher_note}")
         layout = experiment.metadata.get("memory_format", "as built")
         print_line(f"engine: {trials[0].engine}; precision {trials[0].config.run.precision}; memory format {layout}")
+        if experiment.class_distances is not None:
+            provide_class_distances(experiment.class_distances, trials, stop)
         for trial in trials:
             trial.print_start()
         epochs = trials[0].config.solver.epochs
@@ -142,7 +167,8 @@ def dry_run(experiment: Experiment) -> str:
     result = trial.metrics.read(epoch=1)
     trial.loader.close()
     terms = ", ".join(f"{name} {value:.4g}" for name, value in result.terms.items())
+    left_out = "" if experiment.class_distances is None else "distances between classes were left at 0 and "
     return (
         f"dry run: one step of {result.images} images on {experiment.device}, loss {result.loss:.4g} ({terms});"
-        " nothing was written"
+        f" {left_out}nothing was written"
     )

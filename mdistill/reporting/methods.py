@@ -157,6 +157,8 @@ def _needs(needs: "Needs") -> Iterator[str]:
         yield "features of the student"
     if needs.views > 1:
         yield "two views"
+    if needs.class_distances is not None:
+        yield "distances between classes"
     if needs.labels == "hard":
         yield "classes"
 

@@ -86,6 +86,12 @@ OF_SOME_PAIRS = {
     "gdkd": 11,
     "ckd": 11,
     "normkd_dkd": 11,
+    "ikl": 11,
+    "gkl": 11,
+    "sdd_kd": 11,
+    "sdd_dkd": 11,
+    "sdd_nkd": 11,
+    "wkd_l": 2,
 }
 WITH_ONE_EXAMPLE = {
     *("mlkd_noaug", "nkd", "dhkd", "sinkd", "pesf_kd", "bd_kd", "taid", "uskd", "ps_kd"),
@@ -98,6 +104,7 @@ IMAGENET_OF_BOTH_PAIRS = (
     *("kd", "dkd", "rld", "mcld", "mlkd", "ctkd", "la", "rc", "label_revision", "dist", "nkd", "luminet"),
     *("kd_dot", "dkd_lskd"),
     *("gdkd", "ckd", "normkd", "normkd_dkd"),
+    *("ikl", "gkl", "wkd_l"),
 )
 IMAGENET_FILES = {
     "vanilla": {"resnet18", "mobilenet_v1"},
@@ -133,6 +140,15 @@ IMAGENET_SETTINGS: dict[str, dict[str, Any]] = {  # some of them, by hand from w
     "normkd_dkd/res50_mv1": {"alpha": 1.0, "beta": 1.0, "temperature_norm": 0.75, "warmup_epochs": 1},
     "ea_kd/res34_res18": {"ce_weight": 1.0, "kd_weight": 0.5, "entropy_temperature": 2.0, "bound": None},
     "ea_dkd_lskd/res34_res18": {"alpha": 2.0, "beta": 1.0, "entropy_temperature": 3.0, "standardize_logits": True},
+    "ikl/res34_res18": {"alpha": 1.0, "beta": 0.5, "temperature": 1.0, "weight_temperature": 1.0, "class_prior": True},
+    "gkl/res50_mv1": {"alpha": 4.0, "beta": 1.0, "gamma": 0.5, "temperature": 1.0, "warmup_epochs": 5},
+    "wkd_l/res50_mv1": {
+        "wkd_weight": 25.0,
+        "sharpen": 2.0,
+        "temperature": 2.0,
+        "distances": "logits",
+        "decay_epoch": 0,
+    },
 }
 IMAGENET_SCHEDULES = {  # images a step, epochs and rate where they are not the recipe's
     "ctkd/res34_res18": (256, 120, 0.1),
@@ -246,6 +262,17 @@ DISTILLER_VALUES: dict[str, dict[str, Any]] = {  # some of them, by hand from wh
     "tekap/res32x4_res8x4.yaml": {"teachers": 3, "noise_weight": 0.1, "augmented_weight": 0.8, "temperature": 4.0},
     "ea_dkd/res32x4_res8x4.yaml": {"alpha": 1.0, "beta": 8.0, "entropy_temperature": 3.0, "bound": 100.0},
     "ea_mld_lskd/res32x4_res8x4.yaml": {"ce_weight": 0.1, "kd_weight": 4.0, "temperature": 2.0, "bound": None},
+    "ikl/vgg13_mv2.yaml": {"alpha": 4.0, "beta": 12.0, "weight_temperature": 100.0, "class_prior": False},
+    "gkl/res32x4_res8x4.yaml": {"alpha": 1.0, "beta": 16.0, "gamma": 0.05, "temperature": 4.0, "class_prior": True},
+    "gkl/wrn40_2_wrn16_2.yaml": {"alpha": 3.0, "beta": 20.0, "gamma": 0.3, "class_prior": False},
+    "sdd_kd/res32x4_shuv1.yaml": {"ce_weight": 0.1, "kd_weight": 0.9, "scales": [1, 2, 4], "warmup_epochs": 0},
+    "sdd_dkd/vgg13_vgg8.yaml": {"alpha": 1.0, "beta": 6.0, "scales": [1, 2], "warmup_epochs": 20},
+    "sdd_nkd/wrn40_2_vgg8.yaml": {"gamma": 8.0, "temperature": 4.0, "scales": [1, 2, 4], "warmup_epochs": 20},
+    "wkd_l/wrn40_2_shuv1.yaml": {"wkd_weight": 200.0, "temperature": 6.0, "sharpen": 1.0, "distances": "last_map"},
+}
+SOLVERS_OF_METHODS: dict[str, dict[str, Any]] = {  # what is not the recipe's
+    **{name: {"clip_grad_norm": 40.0} for name in ("sdd_kd", "sdd_dkd", "sdd_nkd")},
+    "wkd_l": {"nesterov": True},
 }
 
 PUBLISHED = {  # some figures of results/published.csv, by hand: value, source, table
@@ -278,6 +305,9 @@ PUBLISHED = {  # some figures of results/published.csv, by hand: value, source, 
         ("78.28", "README of sunshangquan/logit-standardization-KD", ""),
     ],
     "mlkd_lskd/res32x4_shuv2": [("78.76", "README of sunshangquan/logit-standardization-KD", "")],
+    "ikl/wrn40_2_shuv1": [("77.19", "IKL paper", "13 and 14")],
+    "sdd_dkd/res50_vgg8": [("75.86", "SDD paper", "2")],
+    "wkd_l/res32x4_res8x4": [("76.53", "README of JiamingLv/WKD", "")],
     "vanilla/wrn_28_2": [("75.45", "MCLD paper", "10")],
 }
 
@@ -323,7 +353,7 @@ def test_finds_all_files() -> None:
     for folder in WITH_ONE_EXAMPLE:
         assert names[folder] == {"resnet8x4.yaml" if folder in {"uskd", "ps_kd"} else EXAMPLE}
     assert set(names) == {*OF_ALL_PAIRS, *OF_SOME_PAIRS, *WITH_ONE_EXAMPLE, "vanilla"}
-    assert len(CIFAR100) == 14 * len(OF_ALL_PAIRS) + sum(OF_SOME_PAIRS.values()) + 22 + 26 == 469
+    assert len(CIFAR100) == 14 * len(OF_ALL_PAIRS) + sum(OF_SOME_PAIRS.values()) + 22 + 26 == 526
     assert len(FILES) - len(CIFAR100) - len(IMAGENET) == 6
     imagenet = {folder.name: {path.stem for path in IMAGENET if path.parent == folder} for folder in imagenet_folders()}
     assert imagenet == IMAGENET_FILES
@@ -488,7 +518,8 @@ def test_cifar100_recipe(path: Path) -> None:
     if config.variant == "dot":
         assert (config.solver.name, config.solver.arguments) == ("dot", {**sgd, "delta": 0.075})
     else:
-        assert (config.solver.name, config.solver.arguments) == ("sgd", {**sgd, "nesterov": False})
+        own = SOLVERS_OF_METHODS.get(config.distiller.name, {})
+        assert (config.solver.name, config.solver.arguments) == ("sgd", {**sgd, "nesterov": False, **own})
     assert config.distiller.arguments["standardize_logits"] == (config.variant == "lskd")
     if config.distiller.name == "mcld":
         assert config.teacher is not None

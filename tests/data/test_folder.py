@@ -101,6 +101,18 @@ def test_evaluates_the_centre_of_the_resized_image_in_order(root: Path) -> None:
     assert torch.equal(batches[1][0], wanted)
 
 
+def test_plain_training_images_are_the_centres_too(root: Path) -> None:
+    data = build(root)
+    index = np.array([7, 0, 3])
+    images = torch.cat([*data.plain_batches(index, 2)])
+    pixels = np.stack([centre_crop(data._train.read(number), SIZE) for number in index])
+    assert torch.equal(images, data._normalize(torch.from_numpy(pixels)))
+    other = data.hold_out(4)
+    (held,) = other.plain_batches(np.array([1]), 2)
+    (same,) = data.plain_batches(other._kept[1:2], 2)
+    assert torch.equal(held, same)
+
+
 @pytest.mark.parametrize("shape", [(468, 400), (400, 468), (300, 300), (40, 7), (7, 40), (1, 1)])
 def test_the_centre_crop_is_that_of_the_short_side_resized(shape: tuple[int, int]) -> None:
     """The short side becomes 256 / 224 of the crop, the long one in proportion, as torchvision rounds it."""

@@ -109,6 +109,46 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "extra_temperatures": [3.0, 5.0, 2.0, 6.0],
         "variant": "published",
     },
+    "wkd_l": {
+        "ce_weight": 1.0,
+        "wkd_weight": 10.0,
+        "temperature": 4.0,
+        "sharpen": 1.0,
+        "regularization": 0.05,
+        "iterations": 10,
+        "distances": "last_map",
+        "decay_epoch": 2,
+        "epochs": 10,
+    },
+    "sdd_kd": {"ce_weight": 0.1, "kd_weight": 0.9, "temperature": 4.0, "scales": [1, 2, 4]},
+    "sdd_dkd": {
+        "ce_weight": 1.0,
+        "alpha": 1.0,
+        "beta": 8.0,
+        "temperature": 4.0,
+        "scales": [1, 2, 4],
+        "warmup_epochs": 20,
+    },
+    "sdd_nkd": {"ce_weight": 1.0, "gamma": 8.0, "temperature": 4.0, "scales": [1, 2], "warmup_epochs": 20},
+    "ikl": {
+        "ce_weight": 1.0,
+        "alpha": 1.0,
+        "beta": 8.0,
+        "temperature": 4.0,
+        "weight_temperature": 4.0,
+        "class_prior": True,
+        "warmup_epochs": 20,
+    },
+    "gkl": {
+        "ce_weight": 1.0,
+        "alpha": 1.0,
+        "beta": 8.0,
+        "gamma": 0.1,
+        "temperature": 4.0,
+        "weight_temperature": 4.0,
+        "class_prior": True,
+        "warmup_epochs": 20,
+    },
     "mlkd_noaug": {
         "ce_weight": 0.1,
         "kd_weight": 0.9,
@@ -213,7 +253,16 @@ def build(name: str, *, data: DataInfo | None = None, **changes: Any) -> Distill
     teacher = None if builder.needs.teacher == "none" else network(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        return DISTILLERS.build(name, network(0), teacher, data or data_info(), **{**SETTINGS[name], **changes})
+        built = DISTILLERS.build(name, network(0), teacher, data or data_info(), **{**SETTINGS[name], **changes})
+    if built.needs.class_distances is not None:
+        built.class_distances.copy_(class_distances())
+    return built
+
+
+def class_distances(classes: int = CLASSES) -> Tensor:
+    """Symmetric, 0 for a class and itself, from 0 to 1 for two of them: (classes, classes)."""
+    distances = torch.rand(classes, classes, generator=torch.Generator().manual_seed(3))
+    return ((distances + distances.T) / 2).fill_diagonal_(0.0)
 
 
 def batch(seed: int = 0, size: int = BATCH, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Batch:

@@ -29,6 +29,7 @@ from mdistill.data import cifar100
 from mdistill.data.loader import BatchLoader
 from mdistill.models import MODELS
 from tests import runs
+from tests.distillers.examples import SETTINGS
 from tests.faults import damage, forked, hostile
 from tests.same import assert_same
 
@@ -49,6 +50,7 @@ _TRAIN = ["train", "--cfg", "kd.yaml", "--checkpoint-root", ".", "--device", "cp
 RESUME = (*_TRAIN, "--output", "out", "--resume")
 FRESH = (*_TRAIN, "--output", "new", "solver.epochs=1")
 SPARSE = (*_TRAIN, "--cfg", "sparse.yaml", "--output", "sparse", "--overwrite", "solver.epochs=1")
+DISTANCES = (*_TRAIN, "--cfg", "distances.yaml", "--output", "distances", "--overwrite", "solver.epochs=1")
 EVAL = ("eval", "--device", "cpu", "--json")
 CIFAR = (*EVAL, "--model", "resnet8", "--data", "cifar100", "--data-root", ".", "--weights", "resnet8.pt")
 LONE = (*EVAL, "--model", "tiny_net", "--data", "tiny", "--weights")
@@ -59,7 +61,7 @@ LONE = (*EVAL, "--model", "tiny_net", "--data", "tiny", "--weights")
 
 @functools.cache
 def files() -> Path:
-    """A user's folder: a run in ``out`` that was stopped in its second epoch, whole ones in ``done`` and ``sparse``."""
+    """A user's folder: a run in ``out`` that was stopped in its second epoch, whole ones in further folders."""
     holder = tempfile.TemporaryDirectory(prefix="mdistill-files-")
     files.holder = holder  # until this process ends
     folder = Path(holder.name)
@@ -75,7 +77,10 @@ def files() -> Path:
     settings["distiller"]["temperature"] = 1.0
     settings["run"] = {"teacher_logits": "sparse", "teacher_top_k": 3}
     (folder / "sparse.yaml").write_text(yaml.safe_dump(settings))
-    for arguments in ([*_TRAIN, "--output", "done", "solver.epochs=1"], SPARSE):
+    del settings["run"]
+    settings["distiller"] = {"name": "wkd_l", **SETTINGS["wkd_l"], "epochs": 1}
+    (folder / "distances.yaml").write_text(yaml.safe_dump(settings))
+    for arguments in ([*_TRAIN, "--output", "done", "solver.epochs=1"], SPARSE, DISTANCES):
         ended = command(folder, arguments)
         assert ended.code == 0, ended
     ended = command(folder, RESUME, stop_at=8)
@@ -128,7 +133,7 @@ def result(folder: Path, arguments: Sequence[str], out: str) -> Any:
     if arguments[0] == "eval":
         line = json.loads(out)
         return {key: line[key] for key in ("model", "top1", "top5", "loss", "images")}
-    run = folder / arguments[arguments.index("--output") + 1] / RUN
+    run = next((folder / arguments[arguments.index("--output") + 1]).rglob("seed0"))
     states = {name: damage.load_torch(run / f"{name}.pt") for name in ("last", "student")}
     return {"metrics": runs.read_metrics(run), **states}
 
@@ -289,7 +294,7 @@ _PICKLE = (damage.load_pickle, damage.save_pickle)
 _NESTED = damage.NESTS | damage.STATES | damage.VALUES | damage.IMAGES
 _VALUES = frozenset({*_NESTED, *(f"tensor_{how}" for how in damage.TENSORS)})
 _ANY = _VALUES | set(damage.BYTES)  # of files without checksums
-_CHUNK = "the first chunk"
+_CHUNK, _DISTANCES = "*.safetensors", "class_distances/*.safetensors"  # the first such file of a run
 
 TARGETS = [
     Target("last", f"out/{RUN}/last.pt", RESUME, *_TORCH, _VALUES),
@@ -299,6 +304,7 @@ TARGETS = [
     Target("teachers", "out/teachers.json", RESUME, *_JSON),
     Target("chunk", _CHUNK, RESUME, damage.load_safetensors, damage.save_safetensors),
     Target("sparse_chunk", _CHUNK, SPARSE, damage.load_safetensors, damage.save_safetensors),
+    Target("distances", _DISTANCES, DISTANCES, damage.load_safetensors, damage.save_safetensors),
     Target("teacher_zip", "teacher.pt", FRESH, *_TORCH, _VALUES),
     Target("teacher_legacy", "teacher.pth", (*FRESH, "teacher.checkpoint=teacher.pth"), *_LEGACY, _ANY),
     Target(
@@ -323,9 +329,9 @@ TARGETS = [
 def damaged(folder: Path, target: Target, how: str, seed: str) -> str | None:
     """One command on one damaged file."""
     here = Path(shutil.copytree(files(), folder / "files"))
-    if target.path == _CHUNK:
+    if target.path in {_CHUNK, _DISTANCES}:
         output = target.arguments[target.arguments.index("--output") + 1]
-        chunk = next((here / output).rglob("*.safetensors")).relative_to(here)
+        chunk = next((here / output).rglob(target.path)).relative_to(here)
         target = Target(**(vars(target) | {"path": str(chunk)}))
     for attempt in range(9):
         with contextlib.suppress(Exception):  # such damage as no file of the kind can hold: another of its kind

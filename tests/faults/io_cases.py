@@ -99,6 +99,7 @@ JOBS = (
     Job("repeat", flags=("--overwrite",), before="the same run"),  # what is half cleared must not be resumed
     Job("cache", command="cache", again=()),
     Job("sparse", sections=SPARSE),
+    Job("distances", "wkd_l"),
 )
 
 

@@ -1,7 +1,7 @@
 """The I/O of a command below one folder as a numbered list of points, and a fault at one of them.
 
 A point is an opening, a write, flush, fsync or close of a written file, a rename, a deletion, a folder made or deleted,
-a listing, the mapping of a chunk. They are counted from 0, in all threads together.
+a listing, the mapping of a cached file. They are counted from 0, in all threads together.
 
 forked.command(arguments, before=functools.partial(plant, folder, log))                   # writes the points to ``log``
 forked.command(arguments, before=functools.partial(plant, folder, log, fault="EIO", at=7))   # ``log``: the one it met
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mdistill.engine import logit_cache
+from mdistill.engine import class_distances, logit_cache
 
 from .. import conftest
 
@@ -71,7 +71,8 @@ class _Planted:
         kinds = {"fsync": "fsync", "replace": "replace", "rename": "replace", "unlink": "unlink", "remove": "unlink"}
         for name, kind in {**kinds, "mkdir": "mkdir", "rmdir": "rmdir", "scandir": "list", "listdir": "list"}.items():
             setattr(os, name, self._counted(kind, getattr(os, name)))
-        logit_cache.safe_open = self._counted("mmap", logit_cache.safe_open)
+        for module in (logit_cache, class_distances):
+            module.safe_open = self._counted("mmap", module.safe_open)
         if accessor := getattr(pathlib, "_NormalAccessor", None):  # Python 3.10 holds the functions of the beginning
             accessor.open, names = staticmethod(opened), ("replace", "rename", "unlink", "mkdir", "rmdir")
             for name in (*names, "scandir", "listdir"):
