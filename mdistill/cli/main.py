@@ -14,7 +14,7 @@ COMMANDS = {
     "eval": "evaluate a run folder or a checkpoint",
     "cache": "compute a teacher's logits ahead of training",
     "data": "look through a folder of images, or make a smaller copy",
-    "methods": "list the methods: paper, loss, needs, published settings",
+    "methods": "list the methods: paper, loss, needs, settings and their sources",
     "quickstart": "the main job on the embedded data set, in minutes on a CPU",
 }
 

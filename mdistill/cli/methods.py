@@ -1,4 +1,4 @@
-"""``mdistill methods``: every method with its paper, loss, what it needs and its published settings."""
+"""``mdistill methods``: every method with its paper, loss, what it needs, its settings and where they come from."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from mdistill.errors import RunFailed, UserError
 from mdistill.files import write_text
 from mdistill.reporting.methods import Method, describe, markdown_section, markdown_table, replaced, text
 
-DESCRIPTION = """List every method: paper, year, loss, what it needs, whether the teacher's logits can be cached, and
-its settings as published.
+DESCRIPTION = """List every method: paper, year, loss, what it needs, whether the teacher's logits can be cached, its
+settings, and whether these are certainly the published ones, inferred, or ours.
 
 The same is written into docs/methods.md; a test sees to it that it is up to date."""
 

@@ -105,6 +105,8 @@ def load(
 def sources(path: Path) -> dict[str, str]:
     """Where the settings of ``path`` come from, as ``sources:`` of it and its bases say.
 
+    A line of a later file takes the place of what earlier ones say of its key or of keys in its section.
+
     Returns:
         for each dotted key or section that is told of, in the order of the files: "certain: ", "inferred: " or
         "ours: ", and from where.
@@ -114,8 +116,16 @@ def sources(path: Path) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for _, _, told in _with_bases(path):
+        found = {key: text for key, text in found.items() if not any(key.startswith(f"{line}.") for line in told)}
         found |= told
     return found
+
+
+def source_of(key: str, told: Mapping[str, str]) -> str | None:
+    """Where ``key``, such as ``distiller.beta``, comes from: its own line in ``told``, else its section's."""
+    while key not in told and "." in key:
+        key = key.rpartition(".")[0]
+    return told.get(key)
 
 
 def for_pair(cfg: Path, pair: str) -> tuple[list[Path], str]:

@@ -221,6 +221,15 @@ COMPONENTS: dict[str, tuple[Registry[Any], type[_Component]]] = {
 
 # ---- identity ------------------------------------------------------------------------------------------------------
 
+ADDED: dict[str, Any] = {
+    "mcld.queue_start": "empty",
+    "mcld.category_mean": "positives",
+    "mcld.category_denominator": "others",
+}
+"""Settings of methods that earlier versions did not have, with the value that says what the method did then. A
+configuration without one means that value, and no identity holds it, so that runs of earlier versions remain trials of
+the same cell, are evaluated and resumed."""
+
 _NO_RESULT = {
     "imports",
     "seed",
@@ -263,11 +272,17 @@ def without_defaults(config: Config) -> dict[str, Any]:
     for section, (registry, model) in COMPONENTS.items():
         given = settings.get(section)
         for component in [given, *given.get("ensemble", ())] if given else ():
-            parameters = registry.arguments(component["name"])
+            usual = {key: each.default for key, each in registry.arguments(component["name"]).items()}
+            usual |= _added(component["name"])
             for key in component.keys() - model.model_fields.keys():
-                if key in parameters and component[key] == parameters[key].default:
+                if key in usual and component[key] == usual[key]:
                     del component[key]
     return settings
+
+
+def _added(name: str) -> dict[str, Any]:
+    """``ADDED`` of one method."""
+    return {setting.split(".")[1]: value for setting, value in ADDED.items() if setting.split(".")[0] == name}
 
 
 def results_only(tree: Any, place: str = "") -> Any:
@@ -346,6 +361,8 @@ def _filled(place: str, given: Any, registry: Registry[Any], model: type[_Compon
     except UserError as error:
         problems.append(f"{place}.name: {error}")
         return own
+    if registry is DISTILLERS:
+        rest = _added(own["name"]) | rest
     arguments, mistakes = registry.check(own["name"], rest, where=f"{place}.", beside=tuple(model.model_fields))
     problems += mistakes
     return {**own, **arguments}

@@ -7,7 +7,7 @@ settings the paper takes over.
 Letters: B batch, C classes, K positions of the queue.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,10 @@ from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
 from mdistill.distillers.functional import masked_log_softmax
 from mdistill.errors import UserError
 from mdistill.registry import Positive, PositiveInt
+
+Mean = Literal["positives", "batch"]
+Denominator = Literal["others", "negatives"]
+QueueStart = Literal["empty", "random"]
 
 
 def normalize(logits: Tensor, *, epsilon: float = 1e-6) -> Tensor:
@@ -100,32 +104,49 @@ def sample_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: 
     return F.cross_entropy(sim_BB, torch.arange(len(sim_BB), device=sim_BB.device))
 
 
-def category_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, temperature: float) -> Tensor:
+def category_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float,
+    mean: Mean = "positives",
+    denominator: Denominator = "others",
+) -> Tensor:
     """Category-wise term: which other rows of the batch are of my class? arXiv:2411.10693v1, Eqs. (7) and (8).
 
     The supervised contrastive loss on S without its diagonal: for each i that has other samples of its class, minus the
-    mean over those j of log(exp S_ij / sum over a != i of exp S_ia); the mean over such i, 0 when there is none.
+    mean over those j of log(exp S_ij / sum over a of exp S_ia), where a runs over every other row, or over j and the
+    rows of other classes; 0 for an i that has none.
 
-    Differs from the paper: our interpretation of v1, not checked against its authors' code: Khosla et al.,
-    arXiv:2004.11362, Eq. (2), whose denominator holds positives and negatives alike. One with that positive and the
-    negatives alone is equally possible.
+    Differs from the paper: our interpretation of v1, whose formulas name a positive, the negatives and how many there
+    are of each, not checked against its authors' code. By default as in Khosla et al., arXiv:2004.11362, Eq. (2):
+    positives and negatives alike in the denominator, averaged over the samples that have a positive. ``mean`` and
+    ``denominator`` choose otherwise.
 
     Args:
         student_logits: (B, C), whose normalised rows are q.
         teacher_logits: (B, C), whose normalised rows are k.
         target: (B,) int64, the true class.
         temperature: tau.
+        mean: over the samples that have a positive, or over the whole batch.
+        denominator: every other row, or the positive itself and the rows of other classes.
 
     Returns:
         ().
     """
     sim_BB = similarity(student_logits, teacher_logits, temperature=temperature)
     others_BB = ~torch.eye(len(target), dtype=torch.bool, device=target.device)
-    positives_BB = (target == target[:, None]) & others_BB
-    log_probs_BB = masked_log_softmax(sim_BB, others_BB)
-    positives = positives_BB.sum(dim=1)  # (B,), how many
-    per_sample = log_probs_BB.where(positives_BB, 0.0).sum(dim=1) / positives.clamp(min=1)
-    return -per_sample.sum() / (positives > 0).sum().clamp(min=1)
+    same_BB = target == target[:, None]
+    positives_BB = same_BB & others_BB
+    if denominator == "others":
+        log_probs_BB = masked_log_softmax(sim_BB, others_BB)
+    else:  # a row without negatives keeps a finite number, which exp takes to 0
+        negatives = sim_BB.masked_fill(same_BB, torch.finfo(sim_BB.dtype).min).logsumexp(dim=1, keepdim=True)
+        log_probs_BB = sim_BB - torch.logaddexp(sim_BB, negatives)
+    count = positives_BB.sum(dim=1)  # (B,), how many
+    per_sample = log_probs_BB.where(positives_BB, 0.0).sum(dim=1) / count.clamp(min=1)
+    return -per_sample.mean() if mean == "batch" else -per_sample.sum() / (count > 0).sum().clamp(min=1)
 
 
 def mcld_loss(
@@ -138,6 +159,8 @@ def mcld_loss(
     queue_filled: Tensor,
     *,
     temperature: float,
+    mean: Mean = "positives",
+    denominator: Denominator = "others",
 ) -> Tensor:
     """Instance-wise + sample-wise + category-wise, each with weight 1: arXiv:2411.10693v1, Eq. (9).
 
@@ -152,31 +175,44 @@ def mcld_loss(
         queue_index: (K,) int64, which sample each key belongs to.
         queue_filled: (), how many positions, from the first, count.
         temperature: tau of all three.
+        mean: of ``category_loss``.
+        denominator: of ``category_loss``.
 
     Returns:
         ().
     """
-    return (
-        instance_loss(student_logits, teacher_logits, index, queue, queue_index, queue_filled, temperature=temperature)
-        + sample_loss(student_logits, teacher_logits, temperature=temperature)
-        + category_loss(student_logits, teacher_logits, target, temperature=temperature)
+    instance = instance_loss(
+        student_logits, teacher_logits, index, queue, queue_index, queue_filled, temperature=temperature
     )
+    category = category_loss(
+        student_logits, teacher_logits, target, temperature=temperature, mean=mean, denominator=denominator
+    )
+    return instance + sample_loss(student_logits, teacher_logits, temperature=temperature) + category
 
 
 class Queue(nn.Module):
-    """The K most recent normalised teacher rows, first in, first out: a ring that is written in place."""
+    """The K most recent normalised teacher rows, first in, first out: a ring that is written in place.
+
+    Args:
+        size: K.
+        num_classes: C.
+        start: with no key, or full of random directions, which belong to no sample and go as batches come.
+    """
 
     keys: Tensor
     index: Tensor
     pointer: Tensor
     filled: Tensor
 
-    def __init__(self, size: int, num_classes: int) -> None:
+    def __init__(self, size: int, num_classes: int, start: QueueStart = "empty") -> None:
         super().__init__()
-        self.register_buffer("keys", torch.zeros(size, num_classes))  # (K, C)
+        full = start == "random"
+        keys = normalize(torch.randn(size, num_classes)) if full else torch.zeros(size, num_classes)
+        self.register_buffer("keys", keys)  # (K, C)
         self.register_buffer("index", torch.full((size,), -1))  # (K,) int64, of which sample; -1: of none
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))  # the position to write next
-        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))  # how many positions hold a key
+        filled = torch.full((), size if full else 0, dtype=torch.int64)
+        self.register_buffer("filled", filled)  # how many positions hold a key
 
     def push(self, keys: Tensor, index: Tensor) -> None:
         """Write ``keys`` (B, C) and their samples ``index`` (B,) over the oldest positions; B is at most K."""
@@ -194,9 +230,16 @@ class MCLD(Distiller):
 
     Without cross-entropy the scale of the student's logits is free: its test loss and calibration mean nothing.
 
+    Differs from the paper: it leaves three things open, and each is a setting: over which samples the category-wise
+    term is averaged, what stands in its denominator, and what the queue holds before it is full.
+
     Args:
         temperature: tau of the three similarities.
         queue_size: K, positions of the queue, at least the batch size; None for the number of training samples.
+        queue_start: ``"empty"``: positions count once they are filled; ``"random"``: random directions, as in momentum
+            contrast, until then.
+        category_mean: ``mean`` of ``category_loss``: the samples that have a positive, or the whole batch.
+        category_denominator: ``denominator`` of ``category_loss``: every other row, or a positive and the negatives.
         instance: False switches the instance-wise term, and its queue, off.
         sample: False switches the sample-wise term off.
         category: False switches the category-wise term off.
@@ -212,6 +255,9 @@ class MCLD(Distiller):
         *,
         temperature: Positive,
         queue_size: PositiveInt | None,
+        queue_start: QueueStart,
+        category_mean: Mean,
+        category_denominator: Denominator,
         instance: bool,
         sample: bool,
         category: bool,
@@ -220,7 +266,8 @@ class MCLD(Distiller):
         super().__init__(student, teacher, data, **shared)
         self.require_a_term(instance=instance, sample=sample, category=category)
         self.temperature, self.sample, self.category = temperature, sample, category
-        self.queue = Queue(_checked_size(queue_size, data), data.num_classes) if instance else None
+        self.mean, self.denominator = category_mean, category_denominator
+        self.queue = Queue(_checked_size(queue_size, data), data.num_classes, queue_start) if instance else None
 
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
         """``instance``, ``sample`` and ``category``, whichever is on."""
@@ -233,7 +280,9 @@ class MCLD(Distiller):
         if self.sample:
             terms["sample"] = sample_loss(*logits, temperature=tau)
         if self.category:
-            terms["category"] = category_loss(*logits, signals.target, temperature=tau)
+            terms["category"] = category_loss(
+                *logits, signals.target, temperature=tau, mean=self.mean, denominator=self.denominator
+            )
         return terms
 
     def after_step(self, signals: Signals) -> None:

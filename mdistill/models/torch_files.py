@@ -198,11 +198,12 @@ def _why_unreadable(file: Path, head: bytes, error: str) -> str:
         if damage:
             return f"is damaged: {damage}"
         with zipfile.ZipFile(file) as archive:
-            members = archive.namelist()
+            members = [name for name in archive.namelist() if not name.endswith("/")]
         if any(member.endswith("constants.pkl") for member in members):
             return "is a TorchScript program, not a state dict"
         if not any(member.endswith("data.pkl") for member in members):
-            return f"is a zip archive, not a torch checkpoint (it holds: {', '.join(map(printable, members[:4]))})"
+            inside = ", ".join(map(printable, members[:4])) or "nothing"
+            return f"is a zip archive, not a torch checkpoint: unpack it and name a file in it (it holds: {inside})"
         return f"cannot be read: {printable((error.splitlines() or ['it holds no state'])[0])}"
     if head.startswith(_LEGACY_MAGIC):
         return f"is truncated or damaged ({size})"

@@ -21,7 +21,7 @@ FIRST = ("res32x4_res8x4.yaml", "resnet8x4.yaml")
 
 DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 
-COLUMNS = ("method", "paper", "year", "loss", "settings", "needs", "cache")
+COLUMNS = ("method", "paper", "year", "loss", "settings", "source", "needs", "cache")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,9 @@ class Method:
     cache: str  # whether the teacher's logits can be cached
     settings: Mapping[str, Any]  # of ``config``; what every method takes is left out where it is off
     config: str  # path of the configuration that they are from, or ""
+    sources: Mapping[
+        str, str
+    ]  # of each of them that it tells of: "certain: ", "inferred: " or "ours: ", and from where
     differences: Sequence[tuple[str, str]]  # a name in its code, and how that differs from the paper; one sentence
 
     @property
@@ -68,10 +71,22 @@ class Method:
         return ", ".join(f"{key} {_value(value)}" for key, value in self.settings.items())
 
     @property
+    def certainty(self) -> str:
+        """How sure it is that its settings are the published ones, in one line: of most of them, and of the others."""
+        words: dict[str, list[str]] = {}
+        for key in self.settings:
+            words.setdefault(self.sources.get(key, "not said").partition(":")[0], []).append(key)
+        if not words:
+            return ""
+        usual = max(words, key=lambda word: len(words[word]))
+        others = "; ".join(f"{', '.join(keys)} {word}" for word, keys in words.items() if word != usual)
+        return f"{usual}; {others}" if others else usual
+
+    @property
     def cells(self) -> list[str]:
         """Its row under ``COLUMNS``, Markdown."""
         link, year = (self.paper.link, self.paper.year) if self.paper else ("", "")
-        return [f"`{self.name}`", link, year, self.loss, self.published, self.needs, self.cache]
+        return [f"`{self.name}`", link, year, self.loss, self.published, self.certainty, self.needs, self.cache]
 
 
 def describe(name: str, configs: Path) -> Method:
@@ -80,21 +95,24 @@ def describe(name: str, configs: Path) -> Method:
     Raises:
         UserError: there is no such method.
     """
+    from mdistill.config import source_of
     from mdistill.distillers import DISTILLERS, Distiller
 
     builder = DISTILLERS.get(name)
     assert inspect.isclass(builder)
     assert issubclass(builder, Distiller)
     needs = builder.needs
-    path, config = _configuration(configs / name)
+    path, config, told = _configuration(configs / name)
+    settings = {} if config is None else _settings(name, config)
     return Method(
         name=name,
         paper=_paper(sys.modules[builder.__module__].__doc__ or ""),
         loss=_markdown(_paragraphs(builder)[0].split(". ")[0].rstrip(".")),
         needs="; ".join(_needs(needs)),
         cache=_cache(needs.teacher, needs.views),
-        settings={} if config is None else _settings(name, config),
+        settings=settings,
         config=path,
+        sources={key: text for key in settings if (text := source_of(f"distiller.{key}", told))},
         differences=tuple(_differences(builder)),
     )
 
@@ -112,21 +130,23 @@ def text(method: Method, *, in_full: bool = False) -> str:
         lines.append(f"  paper     {method.paper.title}, {method.paper.reference}, {method.paper.year}")
     lines.append(f"  needs     {method.needs}   cache: {method.cache}")
     if method.settings:
-        lines.append(f"  settings  {method.published}")
+        lines += [f"  settings  {method.published}", f"  source    {method.certainty}"]
     if in_full:
         lines += [f"  from      {method.config}"] if method.config else []
+        lines += [f"  {', '.join(keys)} {text}" for text, keys in _by_source(method)]
         lines += [f"  {place} {difference}" for place, difference in method.differences]
     return "\n".join(lines).replace("`", "")
 
 
 def markdown_section(method: Method) -> str:
-    """Paper, settings and differences from the paper of a method."""
+    """Paper, settings and where they come from, and differences from the paper of a method."""
     lines = [f"### `{method.name}`", ""]
     if method.paper is not None:
         lines += [f"{method.paper.authors}, *{method.paper.title}*, {method.paper.link}.", ""]
     lines += [f"{method.loss}.", ""]
     if method.settings:
         lines += [f"Settings of `{method.config}`: {method.published}.", ""]
+    lines += [f"- {', '.join(f'`{key}`' for key in keys)} {_markdown(text)}" for text, keys in _by_source(method)]
     lines += [f"- `{place}` {difference}" for place, difference in method.differences]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -171,13 +191,21 @@ def _cache(teacher: str, views: int) -> str:
     return "yes" if views == 1 else "weak view"
 
 
-def _configuration(folder: Path) -> "tuple[str, Config | None]":
-    from mdistill.config import load
+def _by_source(method: Method) -> list[tuple[str, list[str]]]:
+    """Each source of its settings, and which come from there."""
+    keys: dict[str, list[str]] = {}
+    for key, source in method.sources.items():
+        keys.setdefault(source, []).append(key)
+    return [*keys.items()]
+
+
+def _configuration(folder: Path) -> "tuple[str, Config | None, dict[str, str]]":
+    from mdistill.config import load, sources
 
     paths = sorted(folder.glob("[!_]*.yaml"), key=lambda path: (path.name not in FIRST, path.name))
     if not paths:
-        return "", None
-    return "/".join(paths[0].parts[-4:]), load(paths[0])
+        return "", None, {}
+    return "/".join(paths[0].parts[-4:]), load(paths[0]), sources(paths[0])
 
 
 def _settings(name: str, config: "Config") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mdistill.data import DataInfo
+from mdistill.data import DATASETS, DataInfo
 from mdistill.distillers import DISTILLERS, Distiller, Needs, Signals
 from mdistill.models import MODELS
 
@@ -74,6 +75,38 @@ def test_evaluates_a_published_checkpoint(
     assert "resnet8  test (60 images)" in capsys.readouterr().out
     data = "{name: tiny, images: 20}"
     assert evaluate_tool(["--model", "resnet8", "--weights", str(path), "--data", data, "--device", "cpu"]) == 0
+
+
+@pytest.mark.slow
+def test_evaluates_a_released_student_of_rld(
+    capsys: pytest.CaptureFixture[str],
+    evaluate_tool: Evaluate,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As its trainer writes ``student_best``: the bare student's state under "model", saved from a GPU; then zipped."""
+    student = MODELS.build("resnet8x4", 10)
+    file = tmp_path / "student_best"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+        torch.save({"model": student.state_dict()}, file)
+    archive = tmp_path / "RLD_student.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as zipped:
+        zipped.write(file, "RLD_student/resnet32x4_resnet8x4")
+    options = ["--model", "resnet8x4", "--data", "tiny", "--device", "cpu", "--weights"]
+    assert evaluate_tool([*options, str(archive)]) == 2
+    told = capsys.readouterr().err
+    assert (
+        "is a zip archive, not a torch checkpoint: unpack it and name a file in it (it holds: RLD_student/res" in told
+    )
+    with zipfile.ZipFile(archive) as zipped:
+        zipped.extractall(tmp_path)
+    assert evaluate_tool([*options, str(tmp_path / "RLD_student/resnet32x4_resnet8x4"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    ((images, target),) = DATASETS.build("tiny", tmp_path, False).eval_batches("test", 60)
+    with torch.no_grad():
+        top1 = (student.eval()(images).argmax(dim=1) == target).double().mean().item()
+    assert result["top1"] == pytest.approx(100 * top1)
 
 
 def test_code_that_a_run_folder_names_runs_only_when_it_is_asked_for(

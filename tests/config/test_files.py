@@ -543,6 +543,18 @@ class TestSources:
         assert config.sources(student_cfg) == {"solver": "certain: a table", "student": "inferred: its text"}
         assert config.load(student_cfg) == plain
 
+    def test_a_later_line_for_a_section_takes_the_place_of_those_for_its_keys(
+        self, student_cfg: Path, recipe: Path
+    ) -> None:
+        recipe.write_text(recipe.read_text() + 'sources: {solver: "ours: a", solver.lr: "ours: b", data: "ours: c"}\n')
+        student_cfg.write_text(student_cfg.read_text() + 'sources: {solver: "ours: d", solver.gamma: "ours: e"}\n')
+        told = config.sources(student_cfg)
+        assert told == {"data": "ours: c", "solver": "ours: d", "solver.gamma": "ours: e"}
+        assert config.source_of("solver.lr", told) == "ours: d"
+        assert config.source_of("solver.gamma", told) == "ours: e"
+        assert config.source_of("data.mixing.alpha", told) == "ours: c"
+        assert config.source_of("student.name", told) is None
+
     @pytest.mark.parametrize(
         ("text", "pattern"),
         [

@@ -1,15 +1,19 @@
 """What a run is, and by what its cell in a table is known."""
 
 import itertools
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from mdistill.config import Config, cell_identity, load
+from mdistill.config.schema import ADDED
 from mdistill.data import DATASETS, InMemoryDataset
+from mdistill.distillers import DISTILLERS
 
 from ..conftest import tiny_arrays
+from ..distillers.examples import SETTINGS
 
 PRINTS = {"data": "d" * 64, "teacher": "t" * 64}
 
@@ -98,6 +102,22 @@ def test_differs_with_each_setting_that_changes_results(kd_cfg: Path) -> None:
     identities = {override: identity(kd_cfg, override) for override in ("seed=0", *CHANGES)}
     same = [pair for pair in itertools.combinations(identities, 2) if identities[pair[0]] == identities[pair[1]]]
     assert same == []
+
+
+@pytest.mark.parametrize("setting", ADDED)
+def test_a_setting_that_came_later_is_in_no_identity_at_what_the_method_did_before(kd_cfg: Path, setting: str) -> None:
+    method, key = setting.split(".")
+    settings = {**SETTINGS[method], key: ADDED[setting]}
+    other = next(value for value in get_args(DISTILLERS.arguments(method)[key].annotation) if value != ADDED[setting])
+    earlier = {name: value for name, value in settings.items() if name != key}
+    written, left_out, changed = (
+        load(kd_cfg, [f"distiller={json.dumps({'name': method, **given})}"])
+        for given in (settings, earlier, {**settings, key: other})
+    )
+    assert left_out.distiller == written.distiller
+    assert left_out.distiller.arguments[key] == ADDED[setting]
+    identities = [cell_identity(each, PRINTS) for each in (written, left_out, changed)]
+    assert identities[0] == identities[1] != identities[2]
 
 
 def test_differs_with_the_weights_of_the_teacher_and_the_data(kd_cfg: Path) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import yaml
 from torch import nn
 
-from mdistill.config import Config, cell_identity, for_pair, load
+from mdistill.config import Config, cell_identity, for_pair, load, source_of
 from mdistill.data import DataInfo
 from mdistill.data.folder import IMAGENET_MEAN, IMAGENET_STD
 from mdistill.distillers import DISTILLERS
@@ -215,11 +216,18 @@ SCHEDULES: dict[str, tuple[int, float]] = {  # epochs and rate where they are no
     "sld/res32x4_shuv1.yaml": (240, 0.009),
     "sld/wrn40_2_shuv1.yaml": (240, 0.01),
     **{f"{folder}/{EXAMPLE}": (480, 0.025) for folder in ("ea_mld", "ea_mld_lskd")},
+    "ps_kd/resnet8x4.yaml": (300, 0.1),
 }
 COSINE = {"kd_function_matching", "ckd"}
 BATCH_SIZES = {  # images a step where they are not 64
     f"ckd/{pair}.yaml": 32 for pair in ("res32x4_shuv1", "wrn40_2_shuv1", "res50_mv2", "vgg13_mv2", "wrn40_2_wrn40_1")
 }
+SOURCES_TO_COME = {  # folders whose settings are told of in their comments alone
+    *("uskd", "pesf_kd", "nd", "dhkd", "sinkd", "taid", "kd_averaged", "kd_cutmix_pick", "kd_function_matching"),
+}
+RELEASED = re.compile(
+    r"\b[\w-]+/[\w.-]+|\bpaper, (Table|Section|appendix|Eq\.|Algorithm)s? "
+)  # owner/repository or paper
 
 DISTILLER_VALUES: dict[str, dict[str, Any]] = {  # some of them, by hand from what is published
     "dkd/wrn40_2_mv2.yaml": {"alpha": 1.0, "beta": 6.0, "temperature": 4.0, "warmup_epochs": 20},
@@ -231,7 +239,9 @@ DISTILLER_VALUES: dict[str, dict[str, Any]] = {  # some of them, by hand from wh
     "kd_lskd/res32x4_res8x4.yaml": {"ce_weight": 0.1, "kd_weight": 9.0, "temperature": 2.0},
     "kd_lskd/res110_res20.yaml": {"ce_weight": 0.1, "kd_weight": 12.0, "temperature": 4.0},
     "kd_lskd/res50_mv2.yaml": {"ce_weight": 0.1, "kd_weight": 1.0, "temperature": 3.0},
-    "ctkd_lskd/res110_res20.yaml": {"ce_weight": 0.1, "kd_weight": 9.0, "temperature_init": 1.0},
+    "ctkd_lskd/res110_res20.yaml": {"kd_weight": 9.0, "temperature_init": 2.0, "temperature_range": 40.0},
+    "dist/wrn40_2_wrn40_1.yaml": {"ce_weight": 1.0, "beta": 2.0, "gamma": 2.0, "temperature": 4.0},
+    "ps_kd/resnet8x4.yaml": {"ce_weight": 1.0, "alpha": 0.8, "epochs": 300},
     "dkd_lskd/res32x4_res8x4.yaml": {"alpha": 9.0, "beta": 9.0 * 8.0, "temperature": 2.0, "warmup_epochs": 20},
     "dkd_lskd/vgg13_vgg8.yaml": {"alpha": 15.0, "beta": 15.0 * 2.0, "temperature": 2.0, "warmup_epochs": 20},
     "dkd_lskd/res56_res20.yaml": {"alpha": 18.0, "beta": 18.0 * 2.0, "temperature": 3.0, "ce_weight": 1.0},
@@ -381,13 +391,37 @@ def test_only_bases_are_longer_than_15_lines() -> None:
 @pytest.mark.parametrize("path", [*CIFAR100, *IMAGENET], ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_holds_something_published_or_is_an_example(path: Path) -> None:
     """A file beside a method's one example has a figure in results/published.csv or settings of its own."""
-    own = set(yaml.safe_load(path.read_text())) - {"base"}
+    own = set(yaml.safe_load(path.read_text())) - {"base", "sources"}
     siblings = [other for other in FILES if other.parent == path.parent]
     an_example = path == next((other for other in siblings if other.name == EXAMPLE), siblings[0])
     assert an_example or own or figures(path.parent.name, path.stem, path.parent.parent.name)
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert len(head) <= 2
     assert len(own) <= 5
+
+
+def test_what_a_file_sets_it_tells_the_source_of() -> None:
+    """So that every setting of a configuration has one, and none of a base is taken for that of a value set later."""
+    untold = []
+    for path in EVERY:
+        tree = yaml.safe_load(path.read_text())
+        keys = [
+            f"{section}.{key}"
+            for section in ("data", "teacher", "solver", "distiller")
+            for key in tree.get(section, ())
+        ]
+        keys = [key for key in keys if not key.endswith(".name") and not source_of(key, tree.get("sources", {}))]
+        if keys and path.parent.name not in SOURCES_TO_COME:
+            untold.append((str(path.relative_to(CONFIGS)), keys))
+    assert untold == []
+
+
+def test_what_is_certain_names_released_code_or_a_place_in_a_paper() -> None:
+    vague = []
+    for path in EVERY:
+        told = yaml.safe_load(path.read_text()).get("sources", {})
+        vague += [(path, text) for text in told.values() if text.startswith("certain: ") and not RELEASED.search(text)]
+    assert vague == []
 
 
 def test_every_base_is_used() -> None:
@@ -509,16 +543,17 @@ def test_cifar100_recipe(path: Path) -> None:
     config = load(path)
     usual = (240, 0.01 if config.student.name in LIGHT else 0.05)
     assert (config.solver.epochs, config.solver.lr) == SCHEDULES.get(place(path), usual)
-    assert (config.data.batch_size, config.solver.gamma) == (BATCH_SIZES.get(place(path), 64), 0.1)
+    alone = path.parent.name == "ps_kd"
+    batch_size = 128 if alone else BATCH_SIZES.get(place(path), 64)
+    assert (config.data.batch_size, config.solver.gamma) == (batch_size, 0.1)
     cosine = path.parent.name in COSINE
-    assert (config.solver.schedule, config.solver.milestones) == (
-        ("cosine", ()) if cosine else ("step", (150, 180, 210))
-    )
+    milestones = (150, 225) if alone else () if cosine else (150, 180, 210)
+    assert (config.solver.schedule, config.solver.milestones) == ("cosine" if cosine else "step", milestones)
     sgd = {"momentum": 0.9, "weight_decay": 5e-4, "clip_grad_norm": None}
     if config.variant == "dot":
         assert (config.solver.name, config.solver.arguments) == ("dot", {**sgd, "delta": 0.075})
     else:
-        own = SOLVERS_OF_METHODS.get(config.distiller.name, {})
+        own = SOLVERS_OF_METHODS.get(config.distiller.name, {"nesterov": alone})
         assert (config.solver.name, config.solver.arguments) == ("sgd", {**sgd, "nesterov": False, **own})
     assert config.distiller.arguments["standardize_logits"] == (config.variant == "lskd")
     if config.distiller.name == "mcld":

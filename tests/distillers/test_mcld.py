@@ -19,8 +19,9 @@ Row = list[float]
 class Loops:
     """The method written with lists and numbers alone: the reference of these tests."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, mean: str = "positives", denominator: str = "others") -> None:
         self.queue: deque[tuple[int, Row]] = deque(maxlen=size)
+        self.mean, self.denominator = mean, denominator
 
     def __call__(self, student: Tensor, teacher: Tensor, target: Tensor, index: Tensor) -> dict[str, float]:
         queries, keys = ([self.unit(row) for row in rows.tolist()] for rows in (student, teacher))
@@ -51,16 +52,18 @@ class Loops:
         losses = []
         for i, query in enumerate(queries):
             others = [j for j in range(len(keys)) if j != i]
+            against = [a for a in others if self.denominator == "others" or target[a] != target[i]]
             logs = [
                 self.log_share(
-                    self.similarity(query, keys[j]), [self.similarity(query, keys[a]) for a in others if a != j]
+                    self.similarity(query, keys[j]), [self.similarity(query, keys[a]) for a in against if a != j]
                 )
                 for j in others
                 if target[j] == target[i]
             ]
             if logs:
                 losses.append(-sum(logs) / len(logs))
-        return sum(losses) / len(losses) if losses else 0.0
+        divisor = len(target) if self.mean == "batch" else len(losses)
+        return sum(losses) / divisor if losses else 0.0
 
     @staticmethod
     def unit(row: Row) -> Row:
@@ -170,6 +173,45 @@ def test_loss_is_the_sum_of_the_three():
     torch.testing.assert_close(total, sum(parts))
 
 
+@pytest.mark.parametrize("denominator", ["others", "negatives"])
+@pytest.mark.parametrize("mean", ["positives", "batch"])
+class TestCategoryChoices:
+    @pytest.mark.parametrize(
+        "target", [[0, 0, 1, 0, 2, 1], [0] * 6, [*range(6)], [4, 4, 5, 6, 0, 1]], ids=["mixed", "one", "none", "few"]
+    )
+    def test_equals_plain_loops(self, mean, denominator, target):
+        student, teacher = examples.logits(0, 6, 3, 1.0).requires_grad_(), examples.logits(1, 6, 3, 1.0)
+        queries, keys = ([Loops.unit(row) for row in rows.tolist()] for rows in (student, teacher))
+        expected = Loops(1, mean, denominator).category(queries, keys, target)
+
+        def loss(z: Tensor) -> Tensor:
+            given = {"temperature": TAU, "mean": mean, "denominator": denominator}
+            return category_loss(z, teacher, torch.tensor(target), **given)
+
+        assert loss(student).item() == pytest.approx(expected, rel=1e-12, abs=1e-15)
+        assert torch.autograd.gradcheck(loss, (student,))
+
+    def test_is_what_the_method_trains_with(self, mean, denominator):
+        chosen = {"category_mean": mean, "category_denominator": denominator}
+        distiller = examples.build("mcld", instance=False, sample=False, **chosen).train()
+        batch = examples.batch()
+        output = distiller(batch, examples.epoch())
+        expected = category_loss(
+            output.logits, distiller.teacher(batch.image), batch.target, temperature=TAU, mean=mean,
+            denominator=denominator,
+        )  # fmt: skip
+        torch.testing.assert_close(output.terms["category"], expected)
+
+    def test_is_finite_for_large_logits(self, mean, denominator):
+        student = examples.logits(0, 6, 3, 1e4).float().requires_grad_()
+        target = torch.tensor([0, 0, 0, 0, 0, 1])
+        given = {"temperature": 1e-3, "mean": mean, "denominator": denominator}
+        loss = category_loss(student, examples.logits(1, 6, 3, 1e4).float(), target, **given)
+        loss.backward()
+        assert loss.isfinite()
+        assert student.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("filled", [0, 3, 5])
 def test_gradient_equals_finite_differences(filled):
     student, teacher = examples.logits(0, 4, 3, 1.0).requires_grad_(), examples.logits(1, 4, 3, 1.0)
@@ -236,6 +278,17 @@ class TestQueue:
         }
         assert state["index"].tolist() == [-1] * 5
         assert state["keys"].abs().max() == 0
+
+    def test_may_start_full_of_random_directions(self):
+        torch.manual_seed(0)
+        queue = Queue(500, 3, "random")
+        assert queue.filled == 500
+        assert set(queue.index.tolist()) == {-1}
+        torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(500), rtol=0, atol=1e-3)
+        assert queue.keys.mean(dim=0).abs().max() < 0.1
+        queue.push(torch.ones(4, 3), torch.arange(4))
+        assert queue.filled == 500
+        assert queue.index[:5].tolist() == [0, 1, 2, 3, -1]
 
     def test_is_first_in_first_out(self):
         queue = Queue(5, 1)
@@ -331,6 +384,22 @@ def test_refuses_a_queue_smaller_than_a_batch():
 
 def test_queue_size_null_is_the_number_of_training_samples():
     assert examples.build("mcld").queue.keys.shape == (examples.SAMPLES, examples.CLASSES)
+
+
+def test_random_keys_are_negatives_from_the_first_step_until_batches_replace_them():
+    distiller = examples.build("mcld", queue_size=12, queue_start="random").double().train()
+    loops = Loops(12)
+    loops.queue.extend((-1, row) for row in distiller.queue.keys.tolist())
+    for number, index in enumerate(torch.arange(24).split(8)):
+        batch = examples.batch(number, 8, dtype=torch.float64, index=index)
+        teacher = distiller.teacher(batch.image)
+        output = distiller(batch, examples.epoch())
+        expected = loops(output.logits.detach(), teacher, batch.target, index)["instance"]
+        assert output.terms["instance"].item() == pytest.approx(expected, rel=1e-6)
+        assert expected > 0
+        loops.push(teacher, index)
+        with torch.no_grad():
+            distiller.after_step(output.signals)
 
 
 def test_an_unfilled_queue_gives_an_instance_term_of_0():

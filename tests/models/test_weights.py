@@ -302,7 +302,10 @@ def test_archives_are_refused(tmp_path: Path) -> None:
     assert "is a tar archive: unpack it" in refusal(archive)
     arrays = tmp_path / "a.npz"
     np.savez(arrays, logits=np.zeros(3))
-    assert "is a zip archive, not a torch checkpoint (it holds: logits.npy)" in refusal(arrays)
+    assert (
+        "is a zip archive, not a torch checkpoint: unpack it and name a file in it (it holds: logits.npy)"
+        in refusal(arrays)
+    )
 
 
 @pytest.mark.parametrize(
@@ -521,7 +524,9 @@ def test_compressed_and_ambiguous_archives_are_refused(tmp_path: Path) -> None:
     path = archive_of(tmp_path / "a.pth", [("a/data.pkl", bytes(1 << 20))], zipfile.ZIP_DEFLATED)
     assert "is compressed, which torch.save never does" in refusal(path)
     path = archive_of(tmp_path / "c.pth", [("notes.txt", bytes(1 << 20))], zipfile.ZIP_DEFLATED)
-    assert "is a zip archive, not a torch checkpoint (it holds: notes.txt)" in refusal(path)
+    assert "is a zip archive, not a torch checkpoint: unpack it and name a file in it (it holds: notes.txt)" in refusal(
+        path
+    )
     path = archive_of(tmp_path / "b.pth", [("a/data.pkl", b"N."), ("a/data.pkl", b"I1\n.")])
     assert "holds two members of one name" in refusal(path)
 

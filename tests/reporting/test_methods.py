@@ -42,9 +42,34 @@ def test_what_is_known_of_some_methods():
     assert rc.paper.year == "2023"
 
 
+def test_how_sure_the_settings_of_some_methods_are():
+    kd, mcld, ctkd = (describe(name, CONFIGS) for name in ("kd", "mcld", "ctkd"))
+    assert kd.certainty == ctkd.certainty == "certain"
+    assert mcld.certainty == (
+        "certain; temperature, queue_size inferred; queue_start, category_mean, category_denominator ours"
+    )
+    assert "\n- `kd_weight`, `temperature`, `ce_weight` certain: megvii-research/mdistiller" in markdown_section(kd)
+    assert "  source    certain; temperature, queue_size inferred; queue_start" in text(mcld)
+    assert "  queue_start ours: the paper does not say" in text(mcld, in_full=True)
+
+
+def test_settings_that_nothing_is_said_of(tmp_path):
+    (tmp_path / "kd").mkdir()
+    (tmp_path / "kd" / "own.yaml").write_text(
+        "data: {name: cifar100, batch_size: 64}\n"
+        "solver: {name: sgd, epochs: 3, lr: 0.1, milestones: [], gamma: 0.1, momentum: 0.9, weight_decay: 0}\n"
+        "teacher: {name: resnet8, checkpoint: a.pt}\nstudent: {name: resnet8}\n"
+        "distiller: {name: kd, ce_weight: 1, kd_weight: 1, temperature: 4}\n"
+        "sources: {distiller.temperature: 'ours: a guess'}\n"
+    )
+    method = describe("kd", tmp_path)
+    assert method.certainty == "not said; temperature ours"
+    assert method.sources == {"temperature": "ours: a guess"}
+
+
 def test_a_method_without_paper_and_configuration_is_listed_too(tmp_path):
     method = describe("vanilla", tmp_path)
-    assert (method.paper, method.settings, method.config) == (None, {}, "")
+    assert (method.paper, method.settings, method.config, method.certainty) == (None, {}, "", "")
     assert text(method).splitlines()[0].startswith("vanilla: ")
     assert markdown_section(method).startswith("### `vanilla`\n")
 
