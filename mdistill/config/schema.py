@@ -15,6 +15,7 @@ from mdistill.distillers import DISTILLERS
 from mdistill.errors import UserError, shown, suggestion
 from mdistill.models import MODELS
 from mdistill.optim import SOLVERS
+from mdistill.optim.averaging import Statistics
 from mdistill.optim.schedules import Schedule, learning_rate
 from mdistill.precision import Precision
 from mdistill.registry import NonNegativeInt, Positive, PositiveInt, Registry, problem_lines
@@ -127,6 +128,7 @@ class SolverConfig(_Component):
     decay_norms: bool = True  # false: no weight decay of norms and biases, the weights of fewer than 2 dimensions
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # of a moving average of the student's weights
     average_from: PositiveInt | None = None  # first epoch of a plain average of the student's weights
+    average_statistics: Statistics = "averaged"  # its BatchNorm's: averaged too, or those of its first step
 
     def rate(self, epoch: int, progress: float = 1.0) -> float:
         """The learning rate in ``epoch``, counted from 1; of a warm-up, where ``progress`` of its steps are done."""
@@ -394,6 +396,12 @@ def _cross_checks(config: Config) -> list[str]:
         problems.append(
             f"run.teacher_top_k: counts the classes of run.teacher_logits 'sparse', found {run.teacher_top_k} with"
             f" {run.teacher_logits!r}"
+        )
+    solver = config.solver
+    if solver.average_statistics != "averaged" and solver.average_from is None:
+        problems.append(
+            f"solver.average_statistics: {solver.average_statistics!r} is of the average that solver.average_from"
+            " begins, which is null"
         )
     mixing = config.data.mixing
     if mixing is not None and (mixing.name == "cutmix_pick") != (mixing.candidates is not None):

@@ -312,11 +312,13 @@ def large_state(distillers: Sequence[Distiller], device: torch.device) -> str | 
 
 def averages_of(config: Config, network: nn.Module) -> dict[str, AveragedNetwork]:
     """The averages of the weights of ``network`` that ``config`` asks for."""
-    averages = {}
-    if config.solver.ema_decay is not None:
-        averages["ema"] = AveragedNetwork(network, decay=config.solver.ema_decay)
-    if config.solver.average_from is not None:
-        averages["average"] = AveragedNetwork(network, first_epoch=config.solver.average_from)
+    solver, averages = config.solver, {}
+    if solver.ema_decay is not None:
+        averages["ema"] = AveragedNetwork(network, decay=solver.ema_decay)
+    if solver.average_from is not None:
+        averages["average"] = AveragedNetwork(
+            network, first_epoch=solver.average_from, statistics=solver.average_statistics
+        )
     return averages
 
 

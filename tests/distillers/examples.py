@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "end": 1.0,
         "alpha": 0.1,
         "beta": 0.9,
+        "variant": "released",
     },
     "dkd": {"ce_weight": 1.0, "alpha": 1.0, "beta": 8.0, "temperature": 4.0, "warmup_epochs": 20},
     "rld": {
