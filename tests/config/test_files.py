@@ -547,7 +547,7 @@ class TestSources:
         ("text", "pattern"),
         [
             ("sources: paper", r"sources: should hold `key: where it comes from` lines, found 'paper'"),
-            ("sources: {distiler.beta: 'ours: x'}", r"sources\.distiler\.beta: no section 'distiler' .*distiller"),
+            ("sources: {distiler.beta: 'ours: x'}", r"sources\.distiler\.beta: no section 'distiler'.*'distiller'"),
             ("sources: {solver: a paper}", r"sources\.solver: should begin with one of certain: .*found 'a paper'"),
             ("sources: {solver: [1]}", r"sources\.solver: should begin with one of certain: .*found \[1\]"),
         ],
