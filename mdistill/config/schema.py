@@ -10,6 +10,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from mdistill.data import DATASETS
+from mdistill.data.batch import Pick
 from mdistill.data.mixing import Mixing
 from mdistill.distillers import DISTILLERS
 from mdistill.errors import UserError, shown, suggestion
@@ -57,6 +58,11 @@ class MixingConfig(_Section):
     alpha: Positive  # of Beta(alpha, alpha), the distribution of lam; 1 is uniform
     probability: Annotated[float, Field(gt=0, le=1)] = 1.0  # that an image is mixed at all
     candidates: Annotated[int, Field(ge=2)] | None = None  # cutmix_pick: mixed images for each one trained on
+    pick: Pick = "teacher"  # cutmix_pick: trained on are those of which it is least certain
+    mode: Literal["replace", "beside"] = "replace"  # the plain images, with soft labels; or trained on beside them
+    share: Literal["image", "batch"] = "image"  # what draws lam, and a box, of its own
+    partner: Literal["epoch", "batch", "next"] = "epoch"  # any image, another one of the batch, the next one there
+    larger_share: bool = False  # whether an image keeps the larger share of itself: max(lam, 1 - lam)
 
 
 class DataConfig(_Component):
@@ -70,8 +76,10 @@ class DataConfig(_Component):
     @property
     def mixing_settings(self) -> Mixing | None:
         """``mixing`` as the data code takes it."""
-        mixing = self.mixing
-        return None if mixing is None else Mixing(mixing.name, mixing.alpha, mixing.probability, mixing.candidates or 1)
+        if self.mixing is None:
+            return None
+        settings = self.mixing.model_dump()
+        return Mixing(**{**settings, "candidates": self.mixing.candidates or 1})
 
 
 class ModelConfig(_Component):
@@ -409,6 +417,8 @@ def _cross_checks(config: Config) -> list[str]:
             f"data.mixing.candidates: cutmix_pick needs a number of 2 or more and the others take none,"
             f" found {mixing.candidates} with {mixing.name!r}"
         )
-    if mixing is not None and mixing.name == "cutmix_pick" and config.teacher is None:
+    if mixing is not None and mixing.name != "cutmix_pick" and mixing.pick != "teacher":
+        problems.append(f"data.mixing.pick: cutmix_pick alone picks, found {mixing.pick!r} with {mixing.name!r}")
+    if mixing is not None and mixing.name == "cutmix_pick" and mixing.pick == "teacher" and config.teacher is None:
         problems.append("data.mixing.name: cutmix_pick lets the teacher pick, and the configuration has no teacher")
     return problems

@@ -65,6 +65,7 @@ def test_is_the_same_where_results_are(kd_cfg: Path, override: str) -> None:
     assert identity(kd_cfg, override) == identity(kd_cfg)
 
 
+MIXED = ["", ", pick: student", ", mode: beside", ", share: batch", ", partner: batch", ", larger_share: true"]
 CHANGES = [
     "solver.epochs=4",
     "solver.milestones=[1]",
@@ -87,6 +88,7 @@ CHANGES = [
     "data.images=100",
     "data.holdout=10",
     "data.mixing={name: mixup, alpha: 1}",
+    *(f"data.mixing={{name: cutmix_pick, alpha: 1, candidates: 2{more}}}" for more in MIXED),
     "run.precision=bf16",
     "run.teacher_precision=fp32",
     "run.teacher_logits=float32",
@@ -98,6 +100,12 @@ def test_differs_with_each_setting_that_changes_results(kd_cfg: Path) -> None:
     identities = {override: identity(kd_cfg, override) for override in ("seed=0", *CHANGES)}
     same = [pair for pair in itertools.combinations(identities, 2) if identities[pair[0]] == identities[pair[1]]]
     assert same == []
+
+
+def test_differs_with_the_statistics_of_an_average(kd_cfg: Path) -> None:
+    average = "solver.average_from=1"
+    assert identity(kd_cfg, average, "solver.average_statistics=first") != identity(kd_cfg, average)
+    assert identity(kd_cfg, average, "solver.average_statistics=averaged") == identity(kd_cfg, average)
 
 
 def test_differs_with_the_weights_of_the_teacher_and_the_data(kd_cfg: Path) -> None:
