@@ -1,7 +1,7 @@
 """The batches of an epoch: which images, from which step on, read how far ahead, and in which process."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -358,6 +358,14 @@ def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return set_rank
 
 
+def assert_together(whole: Batch, parts: Sequence[Batch | None], *, candidates: int) -> None:
+    """The images of ``parts``, candidate by candidate, are those of ``whole``."""
+    for name, value in vars(whole).items():
+        if isinstance(value, Tensor):
+            chunks = [getattr(part, name).chunk(candidates) for part in parts]
+            assert_same(torch.cat([torch.cat(each) for each in zip(*chunks, strict=True)]), value, name)
+
+
 @kinds
 def test_the_batches_of_all_processes_are_those_of_one(kind: str, as_rank: Callable[[int, int], None]) -> None:
     source = loader_of(kind)
@@ -371,9 +379,6 @@ def test_the_batches_of_all_processes_are_those_of_one(kind: str, as_rank: Calla
         parts.append(batches(source, epoch=1))
         source.close()
     for one, pair in zip(whole, zip(*parts, strict=True), strict=True):
-        candidates = 2 if kind == "cutmix_pick" else 1
-        for name, value in vars(one).items():
-            if isinstance(value, Tensor):
-                chunks = [getattr(part, name).chunk(candidates) for part in pair]
-                together = torch.cat([torch.cat(each) for each in zip(*chunks, strict=True)])
-                assert_same(together, value, name)
+        assert_together(one, pair, candidates=2 if kind == "cutmix_pick" else 1)
+        if one.mixed is not None:
+            assert_together(one.mixed, [part.mixed for part in pair], candidates=2)

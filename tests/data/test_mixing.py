@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mdistill.data import InMemoryDataset
-from mdistill.data.loader import BatchLoader, shard
+from mdistill.data.loader import BatchLoader
 from mdistill.data.mixing import COLUMNS, Mixing, concatenate, labels, least_certain, mix, plan, symmetric_beta, uniform
 from mdistill.data.sampling import epoch_plan, random_words
 
@@ -219,17 +219,6 @@ def test_beside_plain_images_mixed_ones_have_no_label_of_their_own(data):
         assert torch.equal(getattr(found.mixed, name), getattr(mixed, name)), name
     assert torch.equal(found.mixed.target, plain.target)
     assert found.partner is found.keep is None
-
-
-def test_two_processes_mix_the_images_of_one(data):
-    """Partners are of the whole step's batch, in whichever process they are."""
-    columns = torch.from_numpy(plan_of(SHARED, 0, 1, size=SIZE, batch=16))
-    whole = data.to("cpu").train_batch(columns[0], columns[1]).image
-    for rank in range(2):
-        own = shard(N, 16, rank, 2)
-        part = columns[:, own]
-        assert torch.equal(data.to("cpu").train_batch(part[0], part[1]).image, whole[own])
-        assert not set(columns[0, own].tolist()) <= set(epoch_plan(0, 1, N, 162).index[own].tolist())
 
 
 def test_the_least_certain_are_picked():
