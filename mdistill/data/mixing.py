@@ -33,6 +33,8 @@ class Mixing:
 
     In mode "replace" mixed images take the place of the plain ones and have soft labels; in mode "beside" a batch holds
     both, and the mixed ones have no label of their own.
+
+    Differs from the papers: by default lam, box and partner are drawn image by image, see above.
     """
 
     name: Literal["mixup", "cutmix", "cutmix_pick"]
@@ -83,7 +85,9 @@ def _partners(
 ) -> tuple[Columns, Columns]:
     """Who each image is mixed with, and in which view: (N,), (N,).
 
-    Within a batch partners form a random cycle, so that none is its own, but where a batch has a single image.
+    Within a batch partners form a cycle, so that none is its own, but where a batch has a single image.
+
+    Differs from the released code of CutMixPick: a random cycle in the place of any permutation without a fixed point.
     """
     if mixing.partner == "epoch":
         view = words[1] % np.uint64(num_views) if num_views is not None else words[1] >> np.uint64(1)
