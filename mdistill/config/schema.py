@@ -10,11 +10,13 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from mdistill.data import DATASETS
+from mdistill.data.batch import Pick
 from mdistill.data.mixing import Mixing
 from mdistill.distillers import DISTILLERS
 from mdistill.errors import UserError, shown, suggestion
 from mdistill.models import MODELS
 from mdistill.optim import SOLVERS
+from mdistill.optim.averaging import Statistics
 from mdistill.optim.schedules import Schedule, learning_rate
 from mdistill.precision import Precision
 from mdistill.registry import NonNegativeInt, Positive, PositiveInt, Registry, problem_lines
@@ -56,6 +58,11 @@ class MixingConfig(_Section):
     alpha: Positive  # of Beta(alpha, alpha), the distribution of lam; 1 is uniform
     probability: Annotated[float, Field(gt=0, le=1)] = 1.0  # that an image is mixed at all
     candidates: Annotated[int, Field(ge=2)] | None = None  # cutmix_pick: mixed images for each one trained on
+    pick: Pick = "teacher"  # cutmix_pick: trained on are those of which it is least certain
+    mode: Literal["replace", "beside"] = "replace"  # the plain images, with soft labels; or trained on beside them
+    share: Literal["image", "batch"] = "image"  # what draws lam, and a box, of its own
+    partner: Literal["epoch", "batch", "next"] = "epoch"  # any image, another one of the batch, the next one there
+    larger_share: bool = False  # whether an image keeps the larger share of itself: max(lam, 1 - lam)
 
 
 class DataConfig(_Component):
@@ -69,8 +76,10 @@ class DataConfig(_Component):
     @property
     def mixing_settings(self) -> Mixing | None:
         """``mixing`` as the data code takes it."""
-        mixing = self.mixing
-        return None if mixing is None else Mixing(mixing.name, mixing.alpha, mixing.probability, mixing.candidates or 1)
+        if self.mixing is None:
+            return None
+        settings = self.mixing.model_dump()
+        return Mixing(**{**settings, "candidates": self.mixing.candidates or 1})
 
 
 class ModelConfig(_Component):
@@ -127,6 +136,7 @@ class SolverConfig(_Component):
     decay_norms: bool = True  # false: no weight decay of norms and biases, the weights of fewer than 2 dimensions
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # of a moving average of the student's weights
     average_from: PositiveInt | None = None  # first epoch of a plain average of the student's weights
+    average_statistics: Statistics = "averaged"  # its BatchNorm's: averaged too, or those of its first step
 
     def rate(self, epoch: int, progress: float = 1.0) -> float:
         """The learning rate in ``epoch``, counted from 1; of a warm-up, where ``progress`` of its steps are done."""
@@ -412,12 +422,20 @@ def _cross_checks(config: Config) -> list[str]:
             f"run.teacher_top_k: counts the classes of run.teacher_logits 'sparse', found {run.teacher_top_k} with"
             f" {run.teacher_logits!r}"
         )
+    solver = config.solver
+    if solver.average_statistics != "averaged" and solver.average_from is None:
+        problems.append(
+            f"solver.average_statistics: {solver.average_statistics!r} is of the average that solver.average_from"
+            " begins, which is null"
+        )
     mixing = config.data.mixing
     if mixing is not None and (mixing.name == "cutmix_pick") != (mixing.candidates is not None):
         problems.append(
             f"data.mixing.candidates: cutmix_pick needs a number of 2 or more and the others take none,"
             f" found {mixing.candidates} with {mixing.name!r}"
         )
-    if mixing is not None and mixing.name == "cutmix_pick" and config.teacher is None:
+    if mixing is not None and mixing.name != "cutmix_pick" and mixing.pick != "teacher":
+        problems.append(f"data.mixing.pick: cutmix_pick alone picks, found {mixing.pick!r} with {mixing.name!r}")
+    if mixing is not None and mixing.name == "cutmix_pick" and mixing.pick == "teacher" and config.teacher is None:
         problems.append("data.mixing.name: cutmix_pick lets the teacher pick, and the configuration has no teacher")
     return problems

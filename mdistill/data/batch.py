@@ -1,8 +1,12 @@
 """What a batch is. Letters: B batch, C classes, H and W height and width, N training samples."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 from torch import Tensor
+
+Pick = Literal["teacher", "student"]
+"""Whose entropy decides which of several mixed images are trained on."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,13 @@ class Batch:
     strong_view: Tensor | None = None  # (B,) int64, which one
     partner: Tensor | None = None  # (B,) int64, the sample that each image is mixed with
     lam: Tensor | None = None  # (B,) float32, the share of ``index`` in a mixed image; ``partner`` has the rest
-    keep: int | None = None  # train on this many images, those of which the teacher is least certain; None: on all
+    keep: int | None = None  # train on this many images, those of which ``pick`` is least certain; None: on all
+    pick: Pick = "teacher"
+    mixed: "Batch | None" = None  # as many mixed images beside these; their target is the class of ``index`` alone
     rank_counts: tuple[int, ...] = ()  # of processes that train together, each one's images in this step; () for one
 
-    def select(self, rows: Tensor, *, teacher_logits: Tensor) -> "Batch":
-        """Only the images ``rows`` (K,) int64, with their ``teacher_logits`` (K, C)."""
+    def select(self, rows: Tensor, *, teacher_logits: Tensor | None) -> "Batch":
+        """Only the images ``rows`` (K,) int64, with their ``teacher_logits`` (K, C) where they are known."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         chosen = {name: value.index_select(0, rows) for name, value in values.items() if isinstance(value, Tensor)}
         selected = Batch(**chosen)  # type: ignore[arg-type]

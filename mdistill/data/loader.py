@@ -121,7 +121,15 @@ class BatchLoader:
         if self._strong:
             extra = strong_views(self.seed, epoch, data.num_samples)[None]
         elif self._mixing is not None:
-            extra = mixed_images.plan(self._mixing, self.seed, epoch, data.num_samples, data.num_views, data.image_size)
+            extra = mixed_images.plan(
+                self._mixing,
+                self.seed,
+                epoch,
+                plan,
+                num_views=data.num_views,
+                image_size=data.image_size,
+                batch_size=self.batch_size,
+            )
         plan = EpochPlan(index=plan.index[own], view=plan.view[own])
         first = step * self.own_batch_size
         logits = self._teacher.look_up(plan.index, plan.view, first=first) if self._teacher is not None else None
@@ -207,9 +215,10 @@ class BatchLoader:
         for each in columns.chunk(self._mixing.candidates):
             partner = self.dataset.train_batch(each[0], each[1])
             candidates.append(mixed_images.mix(self._mixing, batch, partner, each, self.dataset.num_classes))
-        if len(candidates) == 1:
-            return candidates[0]
-        return mixed_images.concatenate(candidates, keep=len(batch.index))
+        mixed = candidates[0]
+        if len(candidates) > 1:
+            mixed = mixed_images.concatenate(candidates, keep=len(batch.index), pick=self._mixing.pick)
+        return dataclasses.replace(batch, mixed=mixed) if self._mixing.mode == "beside" else mixed
 
 
 class Reader:

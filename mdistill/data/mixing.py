@@ -6,9 +6,9 @@ arXiv:1905.04899.
 CutMixPick: Wang, Lohit, Jones, Fu, "What Makes a 'Good' Data Augmentation in Knowledge Distillation", arXiv:2012.02909.
 
 Who is mixed with whom, and how, is drawn on the host from (seed, epoch) like order and views, so a mixed image too is a
-pure function of what a batch says of it. Each image has a share (lam) and a box of its own, where the published code
-draws one for a whole batch; the partner is any sample of the epoch, each of them once, where that code shuffles the
-batch.
+pure function of what a batch says of it. By default each image has a share (lam) and a box of its own and any sample of
+the epoch as its partner, each of them once; the published codes draw one share and box for a batch and take partners
+from it, which ``Mixing.share`` and ``Mixing.partner`` give.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mdistill.data.batch import Batch
-from mdistill.data.sampling import random_words
+from mdistill.data.batch import Batch, Pick
+from mdistill.data.sampling import EpochPlan, random_words
 
 Columns = npt.NDArray[np.int64]
 DRAWS = 7  # words for each image and candidate: partner, its view, two for lam, place of the box (2), whether
@@ -29,12 +29,23 @@ DRAWS = 7  # words for each image and candidate: partner, its view, two for lam,
 
 @dataclass(frozen=True)
 class Mixing:
-    """How images are mixed."""
+    """How images are mixed.
+
+    In mode "replace" mixed images take the place of the plain ones and have soft labels; in mode "beside" a batch holds
+    both, and the mixed ones have no label of their own.
+
+    Differs from the papers: by default lam, box and partner are drawn image by image, see above.
+    """
 
     name: Literal["mixup", "cutmix", "cutmix_pick"]
     alpha: float  # of Beta(alpha, alpha), which lam is drawn from; 1 is uniform
     probability: float = 1.0  # that an image is mixed at all
-    candidates: int = 1  # mixed images for each that is trained on: those that the teacher is least certain of
+    candidates: int = 1  # mixed images for each that is trained on: those that ``pick`` is least certain of
+    pick: Pick = "teacher"
+    mode: Literal["replace", "beside"] = "replace"
+    share: Literal["image", "batch"] = "image"  # what has lam and a box of its own
+    partner: Literal["epoch", "batch", "next"] = "epoch"  # any sample, one of the batch but itself, the next one there
+    larger_share: bool = False  # max(lam, 1 - lam) in the place of lam
 
     @property
     def num_columns(self) -> int:
@@ -46,17 +57,53 @@ COLUMNS = ("partner", "view", "lam", "top", "bottom", "left", "right")
 """What is planned for each candidate: partner and its view, lam's bits, the box (pixel rows top to bottom - 1)."""
 
 
-def plan(mixing: Mixing, seed: int, epoch: int, num_samples: int, num_views: int | None, image_size: int) -> Columns:
+def plan(
+    mixing: Mixing,
+    seed: int,
+    epoch: int,
+    order: EpochPlan,
+    *,
+    num_views: int | None,
+    image_size: int,
+    batch_size: int,
+) -> Columns:
     """The mixing of an epoch, for its images in order: (candidates * 7, N) int64, the ``COLUMNS`` of each candidate."""
-    words = random_words(seed, "mixing", epoch, mixing.candidates * DRAWS * num_samples)
-    drawn = words.reshape(mixing.candidates, DRAWS, num_samples)
-    return np.concatenate([_plan_one(mixing, each, num_views, image_size) for each in drawn])
+    samples = len(order.index)
+    words = random_words(seed, "mixing", epoch, mixing.candidates * DRAWS * samples)
+    drawn = words.reshape(mixing.candidates, DRAWS, samples)
+    first = np.arange(samples) // batch_size * batch_size  # of each position, where its batch begins
+    planned = []
+    for each in drawn:
+        partner, view = _partners(mixing, each, order, num_views, first)
+        shared = each if mixing.share == "image" else each[:, first]
+        planned.append(np.concatenate([[partner, view], _shares(mixing, shared, image_size)]))
+    return np.concatenate(planned)
 
 
-def _plan_one(mixing: Mixing, words: npt.NDArray[np.uint64], num_views: int | None, size: int) -> Columns:
-    partner = np.argsort(words[0], kind="stable")
-    view = words[1] % np.uint64(num_views) if num_views is not None else words[1] >> np.uint64(1)
+def _partners(
+    mixing: Mixing, words: npt.NDArray[np.uint64], order: EpochPlan, num_views: int | None, first: Columns
+) -> tuple[Columns, Columns]:
+    """Who each image is mixed with, and in which view: (N,), (N,).
+
+    Within a batch partners form a cycle, so that none is its own, but where a batch has a single image.
+
+    Differs from the released code of CutMixPick: a random cycle in the place of any permutation without a fixed point.
+    """
+    if mixing.partner == "epoch":
+        view = words[1] % np.uint64(num_views) if num_views is not None else words[1] >> np.uint64(1)
+        return np.argsort(words[0], kind="stable"), view.astype(np.int64)
+    places = np.arange(len(first))
+    cycle = places if mixing.partner == "next" else np.lexsort((words[0], first))  # batch by batch
+    last = np.append(first[1:] != first[:-1], True)
+    partner = np.empty_like(places)
+    partner[cycle] = cycle[np.where(last, first, places + 1)]
+    return order.index[partner], order.view[partner]
+
+
+def _shares(mixing: Mixing, words: npt.NDArray[np.uint64], size: int) -> Columns:
+    """lam's bits and the box, the last five of ``COLUMNS``: (5, N)."""
     lam = symmetric_beta(mixing.alpha, uniform(words[2]), uniform(words[3]))  # (N,)
+    lam = np.maximum(lam, 1 - lam) if mixing.larger_share else lam
     mixed = uniform(words[6]) < mixing.probability
     if mixing.name == "mixup":
         lam = np.where(mixed, lam, 1.0)
@@ -67,7 +114,7 @@ def _plan_one(mixing: Mixing, words: npt.NDArray[np.uint64], num_views: int | No
         low, high = np.clip(middle - side // 2, 0, size), np.clip(middle + side // 2, 0, size)
         lam = 1 - (high - low).prod(axis=0) / size**2
         box = np.stack([low[0], high[0], low[1], high[1]])
-    return np.concatenate([np.stack([partner, view.astype(np.int64), lam.view(np.int64)]), box])
+    return np.concatenate([lam.view(np.int64)[None], box])
 
 
 def uniform(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
@@ -98,7 +145,7 @@ def labels(target: Tensor, partner_target: Tensor, lam: Tensor, num_classes: int
 
 
 def mix(mixing: Mixing, batch: Batch, partner: Batch, columns: Tensor, num_classes: int) -> Batch:
-    """``batch`` mixed with ``partner``, image by image.
+    """``batch`` mixed with ``partner``, image by image; beside plain images with the classes of ``batch``.
 
     Shapes: columns (7, B) int64, the ``COLUMNS`` of one candidate; the images (B, 3, S, S).
     """
@@ -108,7 +155,8 @@ def mix(mixing: Mixing, batch: Batch, partner: Batch, columns: Tensor, num_class
         image = weight * batch.image + (1 - weight) * partner.image
     else:
         image = torch.where(inside(columns[3:], batch.image.shape[-1]), partner.image, batch.image)
-    target = labels(batch.target, partner.target, lam, num_classes)
+    beside = mixing.mode == "beside"
+    target = batch.target if beside else labels(batch.target, partner.target, lam, num_classes)
     return Batch(image, target, batch.index, batch.view, partner=partner.index, lam=lam)
 
 
@@ -120,25 +168,19 @@ def inside(box: Tensor, size: int) -> Tensor:
     return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
-def concatenate(candidates: list[Batch], keep: int) -> Batch:
-    """Several batches as one, of which the ``keep`` images that the teacher is least certain of are trained on."""
+def concatenate(candidates: list[Batch], keep: int, pick: Pick) -> Batch:
+    """Several batches as one, of which the ``keep`` images that ``pick`` is least certain of are trained on."""
 
     def joined(field: str) -> Tensor:
         return torch.cat([getattr(each, field) for each in candidates])
 
     names = ("image", "target", "index", "view", "partner", "lam")
     columns: dict[str, Any] = {name: joined(name) for name in names}
-    return Batch(**columns, keep=keep)
+    return Batch(**columns, keep=keep, pick=pick)
 
 
-def least_certain(batch: Batch, teacher_logits: Tensor) -> Batch:
-    """The ``batch.keep`` images whose prediction by the teacher has the highest entropy, in their order.
-
-    Args:
-        teacher_logits: (B, C), of all images of ``batch``; those of the chosen images join the result.
-    """
-    assert batch.keep is not None
-    log_probs = F.log_softmax(teacher_logits, dim=1)
+def least_certain(logits: Tensor, keep: int) -> Tensor:
+    """The ``keep`` rows of ``logits`` (B, C) whose probabilities have the highest entropy, in their order: (keep,)."""
+    log_probs = F.log_softmax(logits, dim=1)
     entropy = -(log_probs.exp() * log_probs).sum(dim=1)
-    chosen = entropy.topk(batch.keep).indices.sort().values
-    return batch.select(chosen, teacher_logits=teacher_logits.index_select(0, chosen))
+    return entropy.topk(keep).indices.sort().values

@@ -57,7 +57,7 @@ class Signals:
     teacher_logits: Tensor  # (B, C), the same; of zero width for a method that needs no teacher
     raw_student_logits: Tensor  # (B, C)
     raw_teacher_logits: Tensor  # (B, C)
-    target: Tensor  # (B,) int64; of mixed images, where ``needs.labels`` is not "hard", (B, C)
+    target: Tensor  # (B,) int64; of mixed images in the place of plain ones (``needs.labels`` is not "hard") (B, C)
     index: Tensor  # (B,) int64, which training sample
     epoch: Tensor  # (), counted from 1
     seed: int = 0  # of the run, for draws within a step: ``functional.uniform``
@@ -194,39 +194,22 @@ class Distiller(nn.Module, ABC):
     def forward(self, batch: Batch, epoch: Tensor) -> StepOutput:
         """Both networks on ``batch``, then the weighted losses; ``epoch`` is a () tensor counted from 1.
 
+        Where mixed images lie beside the plain ones, ``distillation`` is asked for both, and its terms on the mixed
+        ones are named ``<term>_mixed``; ``task`` and ``after_step`` see the plain ones alone.
+
         Raises:
             UserError: a network or the method returned something else than it should.
         """
         self._rank_counts = batch.rank_counts
-        if batch.keep is not None:
-            batch = least_certain(batch, self._run_teacher(batch.image)[0])
-        views: list[Signals] = []
-        for image, known_logits in self._views(batch):  # one after the other, so that BatchNorm sees one at a time
-            student_logits, student_features = self._run_student(image)
-            count_batches(self.student)
-            if known_logits is not None and self.needs.teacher != "features":
-                teacher_logits, teacher_features = widen(known_logits), None
-            elif self.teacher is not None:
-                teacher_logits, teacher_features = self._run_teacher(image)
-            else:
-                teacher_logits, teacher_features = student_logits.new_zeros(len(student_logits), 0), None
-            views.append(
-                Signals(
-                    student_logits=standardize(student_logits) if self.standardize_logits else student_logits,
-                    teacher_logits=standardize(teacher_logits) if self.standardize_logits else teacher_logits,
-                    raw_student_logits=student_logits,
-                    raw_teacher_logits=teacher_logits,
-                    target=batch.target if batch.target.ndim == 1 else batch.target.to(student_logits.dtype),
-                    index=batch.index,
-                    epoch=epoch,
-                    seed=self.seed,
-                    student_features=student_features,
-                    teacher_features=teacher_features,
-                )
-            )
-        signals = views[0] if len(views) == 1 else replace(views[0], strong=views[1])
+        batch = self._picked(batch)
+        signals = self._signals(batch, epoch)
+        mixed = None if batch.mixed is None else self._signals(self._picked(batch.mixed), epoch)
         with torch.autocast(batch.image.device.type, enabled=False):  # float32, also under a caller's autocast
             distillation = self._checked_terms("distillation", self.distillation(signals))
+            if mixed is not None:
+                beside = self._checked_terms("distillation", self.distillation(mixed))
+                beside = {f"{name}_mixed": term for name, term in beside.items()}
+                distillation = {**distillation, **self._checked_terms("distillation", beside, distillation)}
             task = self._checked_terms("task", self.task(signals), distillation)
         if self.warmup_epochs:
             ramp = (epoch / self.warmup_epochs).clamp(max=1.0)
@@ -295,6 +278,50 @@ class Distiller(nn.Module, ABC):
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.track_running_stats = False  # in training mode nothing is then written
                     module.train()
+
+    def _picked(self, batch: Batch) -> Batch:
+        """``batch``, or those of its images of which the teacher or the student is least certain.
+
+        The student looks in training mode, as in the released code, so that its BatchNorm statistics move.
+        """
+        if batch.keep is None:
+            return batch
+        if batch.pick == "student":
+            with torch.no_grad():
+                logits, _ = self._run_student(batch.image)
+            count_batches(self.student)
+            return batch.select(least_certain(logits, batch.keep), teacher_logits=None)
+        logits, _ = self._run_teacher(batch.image)
+        rows = least_certain(logits, batch.keep)
+        return batch.select(rows, teacher_logits=logits.index_select(0, rows))
+
+    def _signals(self, batch: Batch, epoch: Tensor) -> Signals:
+        """What both networks make of ``batch``."""
+        views: list[Signals] = []
+        for image, known_logits in self._views(batch):  # one after the other, so that BatchNorm sees one at a time
+            student_logits, student_features = self._run_student(image)
+            count_batches(self.student)
+            if known_logits is not None and self.needs.teacher != "features":
+                teacher_logits, teacher_features = widen(known_logits), None
+            elif self.teacher is not None:
+                teacher_logits, teacher_features = self._run_teacher(image)
+            else:
+                teacher_logits, teacher_features = student_logits.new_zeros(len(student_logits), 0), None
+            views.append(
+                Signals(
+                    student_logits=standardize(student_logits) if self.standardize_logits else student_logits,
+                    teacher_logits=standardize(teacher_logits) if self.standardize_logits else teacher_logits,
+                    raw_student_logits=student_logits,
+                    raw_teacher_logits=teacher_logits,
+                    target=batch.target if batch.target.ndim == 1 else batch.target.to(student_logits.dtype),
+                    index=batch.index,
+                    epoch=epoch,
+                    seed=self.seed,
+                    student_features=student_features,
+                    teacher_features=teacher_features,
+                )
+            )
+        return views[0] if len(views) == 1 else replace(views[0], strong=views[1])
 
     def _views(self, batch: Batch) -> Iterable[tuple[Tensor, Tensor | None]]:
         """The images (B, 3, H, W) of each view that the method needs, with the teacher's logits where known."""

@@ -17,13 +17,17 @@ from mdistill.distillers.functional import kl_divergence_per_sample
 from mdistill.errors import UserError
 from mdistill.registry import NonNegative, Positive, PositiveInt
 
+EPSILON = 1e-7  # added to every probability of the teacher where each sample has its temperature, as published
+
 
 def ctkd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Tensor) -> Tensor:
     """tau^2 KL(p^t || p^s) at one temperature for all samples or one for each: arXiv:2211.16231, Eq. (1).
 
     The gradient reaches tau too.
 
-    Differs from the paper: the mean over the samples in place of their sum, as in the published code.
+    Differs from the paper: the mean over the samples in place of their sum, as in the released code; and with one
+    temperature a sample each probability of the teacher is larger by 1e-7, as in that code, so that they do not sum
+    to 1.
 
     Args:
         student_logits: (B, C), q^s.
@@ -35,6 +39,8 @@ def ctkd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Tenso
     """
     tau = temperature.reshape(-1, 1)  # (1, 1) or (B, 1)
     teacher_log_probs = F.log_softmax(teacher_logits / tau, dim=1)
+    if temperature.ndim:
+        teacher_log_probs = (teacher_log_probs.exp() + EPSILON).log()
     student_log_probs = F.log_softmax(student_logits / tau, dim=1)
     return (tau.squeeze(1).square() * kl_divergence_per_sample(teacher_log_probs, student_log_probs)).mean()
 

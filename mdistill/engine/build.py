@@ -201,6 +201,12 @@ def build_distiller(
             f"distiller.name: {method!r} needs a second, strongly augmented view of each image and the"
             f" data set {config.data.name!r} gives one view"
         )
+    if mixing is not None and mixing.mode == "beside" and needs.labels != "none":
+        remedy = "set it to replace" if needs.labels == "soft" else "remove data.mixing"
+        raise UserError(
+            f"data.mixing.mode: 'beside' computes a method's own terms on mixed images, which have no label there, and"
+            f" the method {method!r} reads labels; {remedy} or take another method"
+        )
     if mixing is not None and needs.labels == "hard":
         raise UserError(
             f"data.mixing: {mixing.name!r} makes soft labels and the method {method!r} needs one class per image;"
@@ -321,11 +327,13 @@ def large_state(distillers: Sequence[Distiller], device: torch.device) -> str | 
 
 def averages_of(config: Config, network: nn.Module) -> dict[str, AveragedNetwork]:
     """The averages of the weights of ``network`` that ``config`` asks for."""
-    averages = {}
-    if config.solver.ema_decay is not None:
-        averages["ema"] = AveragedNetwork(network, decay=config.solver.ema_decay)
-    if config.solver.average_from is not None:
-        averages["average"] = AveragedNetwork(network, first_epoch=config.solver.average_from)
+    solver, averages = config.solver, {}
+    if solver.ema_decay is not None:
+        averages["ema"] = AveragedNetwork(network, decay=solver.ema_decay)
+    if solver.average_from is not None:
+        averages["average"] = AveragedNetwork(
+            network, first_epoch=solver.average_from, statistics=solver.average_statistics
+        )
     return averages
 
 
@@ -454,7 +462,7 @@ def _assemble(
                 "run.engine: what is compiled allows one backward pass a step and the solver"
                 f" {each.solver.name!r} takes {solver.backward_passes}; use auto, eager or graph"
             )
-        trials.append(Trial(each, distiller, solver, averages, _try_step(solver, distiller, info)))
+        trials.append(Trial(each, distiller, solver, averages, _try_step(solver, distiller, info, each)))
     experiment = Experiment(trials, dataset, device, fingerprints, metadata)
     return experiment, teacher, loaded
 
@@ -516,16 +524,20 @@ def _top1(network: nn.Module, dataset: Dataset, batch_size: int | None, precisio
     return evaluate(network, dataset, "test", batch_size=batch_size, precision=precision).top1
 
 
-def _try_step(solver: Solver, distiller: Distiller, info: DataInfo) -> tuple[str, ...]:
+def _try_step(solver: Solver, distiller: Distiller, info: DataInfo, config: Config) -> tuple[str, ...]:
     """The names of the loss terms of a training step on two blank images, after which all is as it was.
 
     Raises:
-        UserError: a network or the method returns what it should not, or the solver cannot take such steps.
+        UserError: a network or the method returns what it should not, or the solver cannot take such steps; or mixed
+            images have no term.
     """
     device = next(distiller.student.parameters()).device
     image = torch.zeros(2, 3, info.image_size, info.image_size, device=device)
     number = torch.arange(2, device=device)
     batch = Batch(image, number, number, number, strong_image=image if distiller.needs.views > 1 else None)
+    beside = config.data.mixing is not None and config.data.mixing.mode == "beside"
+    if beside:
+        batch = replace(batch, mixed=batch)
     before = {name: value.clone() for name, value in distiller.named_buffers() if not name.startswith("teacher.")}
     with torch.random.fork_rng(devices=[]):
         output = distiller.train()(batch, torch.ones((), device=device))
@@ -533,6 +545,11 @@ def _try_step(solver: Solver, distiller: Distiller, info: DataInfo) -> tuple[str
         for name, value in distiller.named_buffers():
             if name in before and value.shape == before[name].shape:
                 value.copy_(before[name])
+    if beside and not output.distillation:
+        raise UserError(
+            "data.mixing.mode: 'beside' computes a method's own terms on mixed images, and the method"
+            f" {config.distiller.name!r} has none; set it to replace or take another method"
+        )
     solver.check(output)
     return tuple(output.terms)
 
@@ -558,11 +575,12 @@ def _place_teacher(experiment: Experiment, teacher: nn.Module, cache_root: Path 
         experiment.teacher, dataset, cache_root, fingerprints=experiment.fingerprints, form=form
     )
     experiment.metadata["teacher"]["cache"] = str(cache.path)
-    strong = "; those of the strong views in every step" if needs.views > 1 else ""
+    others = "strong views" if needs.views > 1 else "mixed images" if config.data.mixing is not None else None
+    apart = f"; those of the {others} in every step" if others else ""
     experiment.teacher_note = (
         f"logits come from the cache {cache.path} ({run.teacher_logits},"
         f" {100 * cache.filled / cache.entries:.1f} % of {cache.entries:,} entries); missing ones are"
-        f" computed{again}{strong}"
+        f" computed{again}{apart}"
     )
 
 
@@ -577,7 +595,7 @@ def _why_in_every_step(config: Config, needs: Needs, dataset: Dataset) -> str | 
         return "its BatchNorm uses batch statistics"
     if needs.teacher != "logits":
         return "this method reads more of it than its logits"
-    if config.data.mixing is not None:
+    if config.data.mixing is not None and config.data.mixing.mode == "replace":
         return "images are mixed"
     if isinstance(dataset, StreamedDataset) and dataset.num_views is None:
         advice = "; data.views sets a number of them" if "views" in config.data.arguments else ""

@@ -31,9 +31,10 @@ class DOT(Solver):
     Symbols: mu = ``momentum``, Delta = ``delta``, gamma = the learning rate, theta = the weights, g = gradients, v = 0
     at first. With Delta = 0 this is ``SGD``, at the price of a second backward pass.
 
-    Differs from these equations, as the published code does: weight decay joins g_task, and a weight that only one of
-    the two losses reaches (the same one in every step) has one v, with momentum mu and weight decay. That code leaves
-    weight decay out of the first step of a weight that only the distillation reaches; here it is in.
+    Differs from these equations, as the released code does: weight decay joins g_task, and a weight that only one of
+    the two losses reaches (the same one in every step) has one v, with momentum mu and weight decay.
+
+    Differs from the released code: there a weight that only the distillation reaches is not decayed in its first step.
 
     Args:
         clip_grad_norm: the longest g_task + g_distill, of all weights together and without weight decay; where it is

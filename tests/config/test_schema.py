@@ -69,6 +69,7 @@ def test_is_the_same_where_results_are(kd_cfg: Path, override: str) -> None:
     assert identity(kd_cfg, override) == identity(kd_cfg)
 
 
+MIXED = ["", ", pick: student", ", mode: beside", ", share: batch", ", partner: batch", ", larger_share: true"]
 CHANGES = [
     "solver.epochs=4",
     "solver.milestones=[1]",
@@ -91,6 +92,7 @@ CHANGES = [
     "data.images=100",
     "data.holdout=10",
     "data.mixing={name: mixup, alpha: 1}",
+    *(f"data.mixing={{name: cutmix_pick, alpha: 1, candidates: 2{more}}}" for more in MIXED),
     "run.precision=bf16",
     "run.teacher_precision=fp32",
     "run.teacher_logits=float32",
@@ -118,6 +120,12 @@ def test_a_setting_that_came_later_is_in_no_identity_at_what_the_method_did_befo
     assert left_out.distiller.arguments[key] == ADDED[setting]
     identities = [cell_identity(each, PRINTS) for each in (written, left_out, changed)]
     assert identities[0] == identities[1] != identities[2]
+
+
+def test_differs_with_the_statistics_of_an_average(kd_cfg: Path) -> None:
+    average = "solver.average_from=1"
+    assert identity(kd_cfg, average, "solver.average_statistics=first") != identity(kd_cfg, average)
+    assert identity(kd_cfg, average, "solver.average_statistics=averaged") == identity(kd_cfg, average)
 
 
 def test_differs_with_the_weights_of_the_teacher_and_the_data(kd_cfg: Path) -> None:

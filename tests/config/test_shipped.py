@@ -4,6 +4,7 @@ import functools
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from mdistill.config import Config, cell_identity, for_pair, load, source_of
 from mdistill.data import DataInfo
 from mdistill.data.folder import IMAGENET_MEAN, IMAGENET_STD
+from mdistill.data.mixing import Mixing
 from mdistill.distillers import DISTILLERS
 from mdistill.engine import build
 from mdistill.errors import UserError
@@ -191,7 +193,6 @@ SCHEDULES: dict[str, tuple[int, float]] = {  # epochs and rate where they are no
     "mlkd_lskd/res56_res20.yaml": (480, 0.025),
     "mlkd_lskd/res110_res32.yaml": (480, 0.025),
     "mlkd_lskd/res110_res20.yaml": (480, 0.025),
-    "kd_function_matching/res32x4_res8x4.yaml": (1200, 0.05),
     **{
         f"ckd/{pair}.yaml": (480, 0.05)
         for pair in (
@@ -218,12 +219,11 @@ SCHEDULES: dict[str, tuple[int, float]] = {  # epochs and rate where they are no
     **{f"{folder}/{EXAMPLE}": (480, 0.025) for folder in ("ea_mld", "ea_mld_lskd")},
     "ps_kd/resnet8x4.yaml": (300, 0.1),
 }
-COSINE = {"kd_function_matching", "ckd"}
 BATCH_SIZES = {  # images a step where they are not 64
     f"ckd/{pair}.yaml": 32 for pair in ("res32x4_shuv1", "wrn40_2_shuv1", "res50_mv2", "vgg13_mv2", "wrn40_2_wrn40_1")
 }
 SOURCES_TO_COME = {  # folders whose settings are told of in their comments alone
-    *("uskd", "pesf_kd", "nd", "dhkd", "sinkd", "taid", "kd_averaged", "kd_cutmix_pick", "kd_function_matching"),
+    *("uskd", "pesf_kd", "nd", "dhkd", "sinkd"),
 }
 RELEASED = re.compile(
     r"\b[\w-]+/[\w.-]+|\bpaper, (Table|Section|appendix|Eq\.|Algorithm)s? "
@@ -458,7 +458,7 @@ def test_imagenet_recipe(path: Path) -> None:
     solver = config.solver
     name = f"{path.parent.name}/{path.stem}"
     assert (config.data.batch_size, solver.epochs, solver.lr) == IMAGENET_SCHEDULES.get(name, (512, 100, 0.2))
-    cosine = path.parent.name in COSINE
+    cosine = path.parent.name == "ckd"
     assert (solver.schedule, solver.milestones) == (("cosine", ()) if cosine else ("step", (30, 60, 90)))
     assert solver.gamma == 0.1
     sgd = {"momentum": 0.9, "weight_decay": 1e-4, "clip_grad_norm": None}
@@ -541,12 +541,14 @@ def test_identities_last() -> None:
 def test_cifar100_recipe(path: Path) -> None:
     """64 images a step, 240 epochs, drops after 150, 180 and 210; 0.01 for light students; but for ``SCHEDULES``."""
     config = load(path)
+    if path.parent.name == "kd_function_matching":  # a recipe of its own
+        return
     usual = (240, 0.01 if config.student.name in LIGHT else 0.05)
     assert (config.solver.epochs, config.solver.lr) == SCHEDULES.get(place(path), usual)
     alone = path.parent.name == "ps_kd"
     batch_size = 128 if alone else BATCH_SIZES.get(place(path), 64)
     assert (config.data.batch_size, config.solver.gamma) == (batch_size, 0.1)
-    cosine = path.parent.name in COSINE
+    cosine = path.parent.name == "ckd"
     milestones = (150, 225) if alone else () if cosine else (150, 180, 210)
     assert (config.solver.schedule, config.solver.milestones) == ("cosine" if cosine else "step", milestones)
     sgd = {"momentum": 0.9, "weight_decay": 5e-4, "clip_grad_norm": None}
@@ -578,21 +580,26 @@ def test_recipes_set_what_they_are_named_after() -> None:
     def recipe(folder: str) -> Config:
         return load(CONFIGS / "cifar100" / folder / "res32x4_res8x4.yaml")
 
-    for folder in ("kd_mixup", "kd_cutmix", "kd_cutmix_pick"):
-        mixing = recipe(folder).data.mixing
-        assert mixing is not None
-        assert (f"kd_{mixing.name}", mixing.alpha, mixing.probability) == (folder, 1.0, 1.0)
+    replaced, beside = Mixing("mixup", 1.0), Mixing("cutmix_pick", 1.0, candidates=2, pick="student", mode="beside")
+    of_a_batch = {"share": "batch", "partner": "batch"}
+    assert recipe("kd_mixup").data.mixing_settings == replaced
+    assert recipe("kd_cutmix").data.mixing_settings == replace(replaced, name="cutmix")
+    assert recipe("kd_cutmix_pick").data.mixing_settings == replace(beside, **of_a_batch)
     matching = recipe("kd_function_matching")
-    assert matching.data.mixing is not None
-    assert (matching.data.mixing.name, matching.distiller.arguments["ce_weight"]) == ("mixup", 0.0)
+    assert matching.data.mixing_settings == replace(replaced, share="batch", partner="next", larger_share=True)
+    assert (matching.distiller.arguments["ce_weight"], matching.distiller.arguments["temperature"]) == (0.0, 1.0)
+    solver = matching.solver
+    assert (solver.name, solver.schedule, solver.epochs, solver.lr_warmup_epochs) == ("adamw", "cosine", 1200, 15)
+    assert solver.arguments["weight_decay"] * solver.lr == pytest.approx(3e-4)
     ensemble = recipe("kd_ensemble").teacher
     assert ensemble is not None
     assert [(member.name, member.expected_top1) for member in ensemble.members] == [
         ("resnet32x4", 79.42),
         ("wrn_40_2", 75.61),
     ]
-    averaged = recipe("kd_averaged").solver
-    assert (averaged.ema_decay, averaged.average_from) == (0.999, 1)
+    averaged = recipe("kd_averaged")
+    assert (averaged.solver.ema_decay, averaged.solver.average_from) == (0.999, 25)
+    assert [averaged.distiller.arguments[key] for key in ("ce_weight", "kd_weight", "temperature")] == [0.0, 1.0, 5.0]
     chain = CONFIGS / "cifar100" / "kd_assistant"
     first, second = load(chain / "res110_res56.yaml"), load(chain / "res56_res20.yaml")
     assert second.teacher is not None

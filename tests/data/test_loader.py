@@ -1,7 +1,7 @@
 """The batches of an epoch: which images, from which step on, read how far ahead, and in which process."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "mixup": {"mixing": Mixing("mixup", alpha=1.0)},
     "cutmix": {"mixing": Mixing("cutmix", alpha=1.0, probability=0.5)},
     "cutmix_pick": {"mixing": Mixing("cutmix_pick", alpha=1.0, candidates=2)},
+    "cutmix_pick beside": {
+        "mixing": Mixing("cutmix_pick", 1.0, candidates=2, mode="beside", share="batch", partner="batch")
+    },
     "streamed": {},
     "streamed, two views": {"strong": True},
 }
@@ -54,7 +57,7 @@ def batches(source: BatchLoader, epoch: int, first: int = 0, last: int | None = 
 
 
 def values(parts: list[Batch]) -> list[dict[str, Any]]:
-    return [vars(part) for part in parts]
+    return [{**vars(part), "mixed": part.mixed and vars(part.mixed)} for part in parts]
 
 
 def joined(parts: list[Batch], name: str) -> Tensor:
@@ -188,7 +191,7 @@ def test_a_batch_reads_nothing_on_the_host(kind: str) -> None:
         size = source.fetch(step)
         with NoHostReads():
             part = source.batch(size)
-        assert_same(vars(part), expected[step])
+        assert_same(values([part]), expected[step : step + 1])
     source.close()
 
 
@@ -237,6 +240,14 @@ def test_teacher_logits_are_required_before_a_batch_reads_them() -> None:
         ("look_up", SAMPLES, 16), ("begin",), ("require", 32), ("require", 38), ("flush",), ("close",)
     ]  # fmt: skip
     assert joined(parts, "teacher_logits")[:, 0].tolist() == list(range(16, 38))
+
+
+def test_plain_images_bring_their_logits_where_mixed_ones_lie_beside_them() -> None:
+    part = batches(loader_of("cutmix_pick beside", teacher_logits=CountedLogits), epoch=1)[1]
+    assert part.teacher_logits is not None
+    assert part.teacher_logits[:, 0].tolist() == list(range(16, 32))
+    assert part.mixed is not None
+    assert (part.mixed.teacher_logits, part.mixed.keep, len(part.mixed.image)) == (None, 16, 32)
 
 
 def test_without_a_source_a_batch_brings_no_teacher_logits() -> None:
@@ -347,6 +358,14 @@ def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return set_rank
 
 
+def assert_together(whole: Batch, parts: Sequence[Batch | None], *, candidates: int) -> None:
+    """The images of ``parts``, candidate by candidate, are those of ``whole``."""
+    for name, value in vars(whole).items():
+        if isinstance(value, Tensor):
+            chunks = [getattr(part, name).chunk(candidates) for part in parts]
+            assert_same(torch.cat([torch.cat(each) for each in zip(*chunks, strict=True)]), value, name)
+
+
 @kinds
 def test_the_batches_of_all_processes_are_those_of_one(kind: str, as_rank: Callable[[int, int], None]) -> None:
     source = loader_of(kind)
@@ -360,9 +379,6 @@ def test_the_batches_of_all_processes_are_those_of_one(kind: str, as_rank: Calla
         parts.append(batches(source, epoch=1))
         source.close()
     for one, pair in zip(whole, zip(*parts, strict=True), strict=True):
-        candidates = 2 if kind == "cutmix_pick" else 1
-        for name, value in vars(one).items():
-            if isinstance(value, Tensor):
-                chunks = [getattr(part, name).chunk(candidates) for part in pair]
-                together = torch.cat([torch.cat(each) for each in zip(*chunks, strict=True)])
-                assert_same(together, value, name)
+        assert_together(one, pair, candidates=2 if kind == "cutmix_pick" else 1)
+        if one.mixed is not None:
+            assert_together(one.mixed, [part.mixed for part in pair], candidates=2)

@@ -1,5 +1,6 @@
 """Mixed images: the plan against plain arithmetic, the pixels against a loop, and which images a teacher picks."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -16,6 +17,8 @@ from ..host_reads import NoHostReads
 N, SIZE, CLASSES = 40, 8, 5
 MIXUP, CUTMIX = Mixing("mixup", 1.0), Mixing("cutmix", 1.0)
 PICK = Mixing("cutmix_pick", 1.0, candidates=3)
+SHARED = Mixing("cutmix_pick", 1.0, candidates=2, mode="beside", share="batch", partner="batch")
+NEXT = Mixing("mixup", 1.0, share="batch", partner="next", larger_share=True)
 
 
 @pytest.fixture
@@ -26,9 +29,14 @@ def data() -> InMemoryDataset:
     return InMemoryDataset(split, split, num_classes=CLASSES, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
-def planned(mixing: Mixing, epoch: int = 1, seed: int = 0, count: int = N) -> dict[str, np.ndarray]:
+def plan_of(mixing: Mixing, seed: int, epoch: int, *, count: int = N, size: int = 32, batch: int = N) -> np.ndarray:
+    order = epoch_plan(seed, epoch, count, 162)
+    return plan(mixing, seed, epoch, order, num_views=162, image_size=size, batch_size=batch)
+
+
+def planned(mixing: Mixing, epoch: int = 1, seed: int = 0, **sizes: int) -> dict[str, np.ndarray]:
     """The plan's columns by name; those of further candidates are left out."""
-    columns = dict(zip(COLUMNS, plan(mixing, seed, epoch, count, 162, 32), strict=False))
+    columns = dict(zip(COLUMNS, plan_of(mixing, seed, epoch, **sizes), strict=False))
     return {**columns, "lam": columns["lam"].view(np.float64)}
 
 
@@ -42,13 +50,13 @@ def test_every_sample_is_a_partner_once_in_a_view_that_exists(mixing):
 
 
 def test_the_plan_follows_from_seed_and_epoch():
-    plans = {(s, e): plan(PICK, s, e, N, 162, 32) for s in range(2) for e in range(2)}
-    assert np.array_equal(plans[1, 1], plan(PICK, 1, 1, N, 162, 32))
+    plans = {(s, e): plan_of(PICK, s, e) for s in range(2) for e in range(2)}
+    assert np.array_equal(plans[1, 1], plan_of(PICK, 1, 1))
     assert all(not np.array_equal(a, b) for a, b in pairwise(plans.values()))
     assert plans[0, 0].shape == (3 * len(COLUMNS), N)
     candidates = plans[0, 0].reshape(3, len(COLUMNS), N)
     assert not np.array_equal(candidates[0], candidates[1])
-    assert not np.array_equal(plan(CUTMIX, 0, 1, N, 162, 32)[0], epoch_plan(0, 1, N, 162).index)
+    assert not np.array_equal(plan_of(CUTMIX, 0, 1)[0], epoch_plan(0, 1, N, 162).index)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +93,49 @@ def test_boxes_are_those_of_the_paper():
         assert found["lam"][k] == pytest.approx(1 - (box[1] - box[0]) * (box[3] - box[2]) / 1024)
 
 
+@pytest.mark.parametrize("partner", ["batch", "next"])
+@pytest.mark.parametrize(("count", "batch"), [(40, 16), (41, 8), (7, 7), (5, 2)])
+def test_partners_may_be_those_of_the_batch(partner, count, batch):
+    """In the view that the batch shows: each of them once, none itself but where it is alone."""
+    order = epoch_plan(0, 1, count, 162)
+    found = planned(Mixing("cutmix", 1.0, partner=partner), count=count, batch=batch)
+    for first in range(0, count, batch):
+        part = slice(first, first + batch)
+        own = list(zip(order.index[part], order.view[part], strict=True))
+        others = list(zip(found["partner"][part], found["view"][part], strict=True))
+        assert sorted(others) == sorted(own)
+        assert len(own) == 1 or all(one != other for one, other in zip(own, others, strict=True))
+        if partner == "next":
+            assert others == [*own[1:], own[0]]
+
+
+def test_partners_of_a_batch_are_drawn_anew_for_each_batch_candidate_and_epoch():
+    plans = [plan_of(SHARED, 0, epoch, batch=8).reshape(2, len(COLUMNS), N) for epoch in (1, 2)]
+    for each in plans:
+        assert not np.array_equal(each[0, 0], each[1, 0])
+    position = {index: place for place, index in enumerate(epoch_plan(0, 1, N, 162).index.tolist())}
+    steps = [[position[index] % 8 for index in plans[0][0, 0, first : first + 8]] for first in range(0, N, 8)]
+    assert len(set(map(tuple, steps))) == 5
+
+
+@pytest.mark.parametrize("mixing", [SHARED, NEXT], ids=str)
+def test_a_batch_may_have_one_share_and_one_box(mixing):
+    columns = plan_of(mixing, 0, 1, batch=16)
+    for row in range(len(columns)):
+        if row % len(COLUMNS) < 2:  # partner and view
+            continue
+        assert [len(set(columns[row, first : first + 16])) for first in (0, 16, 32)] == [1, 1, 1]
+    shares = columns[2].view(np.float64)[::16]
+    assert len(set(shares)) == 3
+    assert np.array_equal(columns[2, ::16], plan_of(mixing, 0, 1, batch=16)[2, ::16])
+
+
+def test_the_larger_share_is_an_image_s_own():
+    lam, larger = (planned(Mixing("mixup", 1.0, larger_share=large))["lam"] for large in (False, True))
+    assert np.array_equal(larger, np.maximum(lam, 1 - lam))
+    assert (lam < 0.5).any()
+
+
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
 def test_some_images_are_left_whole_where_the_probability_is_below_1(name):
     whole = planned(Mixing(name, 1.0, probability=0.25), count=2000)["lam"] == 1.0
@@ -99,7 +150,7 @@ def test_labels_by_hand():
 @pytest.mark.parametrize("mixing", [MIXUP, CUTMIX])
 def test_pixels_and_labels_equal_a_loop(data, mixing):
     data = data.to("cpu")
-    columns = torch.from_numpy(plan(mixing, 0, 1, N, data.num_views, SIZE))
+    columns = torch.from_numpy(plan_of(mixing, 0, 1, size=SIZE))
     index, view = torch.arange(N), torch.arange(N) % 162
     own, other = data.train_batch(index, view), data.train_batch(columns[0], columns[1])
     batch = mix(mixing, own, other, columns, CLASSES)
@@ -153,19 +204,42 @@ def test_candidates_differ_in_their_partners_alone(data):
     assert all(not torch.equal(a, b) for a, b in pairwise(shown["image"]))
 
 
-def test_the_teacher_picks_the_images_it_is_least_certain_of(data):
-    """Two candidates of three images, of which the teacher is certain in the order 0, 4, 2, 5, 3, 1."""
+def test_beside_plain_images_mixed_ones_have_no_label_of_their_own(data):
+    """The plain ones are those of a loader that mixes nothing, the mixed ones those that would take their place."""
+    beside, replaced = (replace(CUTMIX, mode=mode) for mode in ("beside", "replace"))
+    parts = []
+    for mixing in (beside, replaced, None):
+        source = BatchLoader(data.to("cpu"), seed=4, batch_size=8, device=torch.device("cpu"), mixing=mixing)
+        source.begin(1, 0)
+        parts.append(source.batch(source.fetch(0)))
+    found, mixed, plain = parts
+    for name in ("image", "target", "index", "view"):
+        assert torch.equal(getattr(found, name), getattr(plain, name)), name
+    for name in ("image", "index", "view", "partner", "lam"):
+        assert torch.equal(getattr(found.mixed, name), getattr(mixed, name)), name
+    assert torch.equal(found.mixed.target, plain.target)
+    assert found.partner is found.keep is None
+
+
+def test_the_least_certain_are_picked():
+    """Of three pairs of candidates, certain in the order 0, 4, 2, 5, 3, 1."""
+    logits = torch.eye(CLASSES)[torch.arange(6) % CLASSES] * torch.tensor([6.0, 1, 4, 2, 5, 3])[:, None]
+    with NoHostReads():
+        rows = least_certain(logits, 3)
+    assert torch.equal(rows, torch.tensor([1, 3, 5]))
+
+
+def test_picked_images_bring_all_that_is_known_of_them(data):
     data = data.to("cpu")
-    columns = torch.from_numpy(plan(CUTMIX, 0, 1, 6, data.num_views, SIZE))
+    columns = torch.from_numpy(plan_of(CUTMIX, 0, 1, count=6, size=SIZE))
     own, other = (data.train_batch(index, torch.zeros(6, dtype=torch.int64)) for index in (torch.arange(6), columns[0]))
     mixed = mix(CUTMIX, own, other, columns, CLASSES)
-    batch = concatenate([mixed.select(torch.arange(start, start + 3), teacher_logits=None) for start in (0, 3)], keep=3)
-    assert batch.keep == 3
-    teacher_logits = torch.eye(CLASSES)[torch.arange(6) % CLASSES] * torch.tensor([6.0, 1, 4, 2, 5, 3])[:, None]
-    with NoHostReads():
-        picked = least_certain(batch, teacher_logits)
-    chosen = torch.tensor([1, 3, 5])
-    assert torch.equal(picked.teacher_logits, teacher_logits[chosen])
+    halves = [mixed.select(torch.arange(start, start + 3), teacher_logits=None) for start in (0, 3)]
+    batch = concatenate(halves, keep=3, pick="student")
+    assert (batch.keep, batch.pick) == (3, "student")
+    chosen, logits = torch.tensor([1, 3, 5]), torch.rand(3, CLASSES)
+    picked = batch.select(chosen, teacher_logits=logits)
     for name in ("image", "target", "index", "view", "partner", "lam"):
         assert torch.equal(getattr(picked, name), getattr(mixed, name)[chosen]), name
+    assert picked.teacher_logits is logits
     assert picked.keep is None

@@ -19,6 +19,13 @@ CLASSES, SAMPLES, BATCH = 7, 40, 8
 METHODS = [name for name in DISTILLERS.names() if DISTILLERS.get(name).__module__.startswith("mdistill.")]
 HOOKS = list(hooks.SETTINGS)  # methods of the tests alone, which the contract holds for as well
 
+
+def goes_with_images_beside(name: str) -> bool:
+    """Whether the method has terms that need no class and one view."""
+    needs = DISTILLERS.get(name).needs
+    return needs.teacher != "none" and (needs.labels, needs.views) == ("none", 1)
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     **hooks.SETTINGS,
     "vanilla": {"ce_weight": 1.0},
@@ -33,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "end": 1.0,
         "alpha": 0.1,
         "beta": 0.9,
+        "variant": "released",
     },
     "dkd": {"ce_weight": 1.0, "alpha": 1.0, "beta": 8.0, "temperature": 4.0, "warmup_epochs": 20},
     "rld": {

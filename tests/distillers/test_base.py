@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mdistill.data import Batch
 from mdistill.distillers import DISTILLERS, Distiller, Needs, Signals, StepOutput
 from mdistill.distillers.functional import standardize
 from mdistill.errors import UserError
@@ -258,6 +259,80 @@ class TestMixedImages:
         assert torch.equal(output.target, batch.target[chosen])
         torch.testing.assert_close(output.logits, distiller.student(batch.image[chosen]))
         torch.testing.assert_close(output.signals.teacher_logits, distiller.teacher(batch.image)[chosen])
+
+
+class TestMixedImagesBeside:
+    """Of KD but for the last: plain images, and mixed ones without a label."""
+
+    def both(self, **changes: Any) -> tuple[Batch, Batch]:
+        plain, mixed = examples.batch(0), examples.batch(1, **changes)
+        return plain, replace(plain, mixed=replace(mixed, strong_image=None, strong_view=None))
+
+    def test_the_method_s_terms_are_computed_on_both_and_the_task_s_on_plain_ones(self):
+        plain, both = self.both()
+        distiller = examples.build("kd", warmup_epochs=4).eval()
+        alone, mixed = (distiller(batch, examples.epoch()) for batch in (plain, both.mixed))
+        output = distiller(both, examples.epoch())
+        expected = {**alone.terms, "kd_mixed": mixed.terms["kd"]}
+        torch.testing.assert_close(output.terms, expected)
+        torch.testing.assert_close(output.total, sum(expected.values()))
+        assert list(output.task) == ["ce"]
+        assert output.target is plain.target
+        torch.testing.assert_close(output.logits, alone.logits)
+        assert torch.equal(output.signals.index, plain.index)
+
+    def test_known_logits_are_those_of_plain_images(self):
+        _, both = self.both()
+        distiller = examples.build("kd").eval()
+        known = distiller.teacher(both.image)
+        without, given = (distiller(batch, examples.epoch()) for batch in (both, replace(both, teacher_logits=known)))
+        torch.testing.assert_close(given.terms, without.terms)
+
+    @pytest.mark.parametrize("pick", ["teacher", "student"])
+    def test_those_of_which_a_network_is_least_certain_are_trained_on(self, pick):
+        _, both = self.both(keep=5, pick=pick)
+        distiller = examples.build("kd").eval()
+        output = distiller(both, examples.epoch())
+        network = distiller.teacher if pick == "teacher" else distiller.student
+        log_probs = network(both.mixed.image).log_softmax(dim=1)
+        chosen = (-(log_probs.exp() * log_probs).sum(dim=1)).argsort(descending=True)[:5]
+        picked = both.mixed.select(chosen, teacher_logits=None)
+        torch.testing.assert_close(output.terms["kd_mixed"], distiller(picked, examples.epoch()).terms["kd"])
+
+    def test_the_student_picks_after_the_plain_images_and_without_a_gradient(self):
+        """Its statistics are those of three passes; twice: of the candidates, then of those that it picked."""
+        _, both = self.both(keep=5, pick="student")
+        distiller, twin = examples.build("kd").train(), examples.network(0).train()
+        output = distiller(both, examples.epoch())
+        twin(both.image)
+        log_probs = twin(both.mixed.image).log_softmax(dim=1)
+        chosen = (-(log_probs.exp() * log_probs).sum(dim=1)).argsort(descending=True)[:5].sort().values
+        twin(both.mixed.image[chosen])
+        torch.testing.assert_close(distiller.student.state_dict(), twin.state_dict())
+        output.total.backward()
+        assert all(parameter.grad is not None for parameter in distiller.student.parameters())
+
+    @pytest.mark.parametrize("name", [n for n in examples.METHODS if examples.goes_with_images_beside(n)])
+    @pytest.mark.slow
+    def test_methods_that_need_no_class_train_on_both(self, name):
+        """And no class reaches their terms on mixed images."""
+        _, both = self.both()
+        relabelled = replace(both, mixed=replace(both.mixed, target=(both.mixed.target + 1) % examples.CLASSES))
+        losses = [examples.step(examples.build(name), batch) for batch in (both, relabelled)]
+        assert losses[0] == losses[1]
+        assert losses[0].isfinite()
+
+    def test_a_term_that_has_the_name_of_a_mixed_one_is_refused(self):
+        distiller = TwoTerms(examples.network(0), examples.network(1), examples.data_info(), ce_weight=0.0)
+        with pytest.raises(UserError, match=r"TwoTerms.distillation: 'a_mixed' is no name of its own for a term"):
+            distiller(self.both()[1], examples.epoch())
+
+
+class TwoTerms(Distiller):
+    """Names a term as one on mixed images is named."""
+
+    def distillation(self, signals: Signals) -> dict[str, Tensor]:
+        return {name: signals.student_logits.mean() for name in ("a", "a_mixed")}
 
 
 class TestOwnModules:

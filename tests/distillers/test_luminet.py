@@ -9,6 +9,7 @@ from mdistill.distillers.luminet import luminet_loss, perception
 from mdistill.errors import UserError
 
 from . import examples
+from . import golden_more as golden
 
 
 def test_by_hand():
@@ -40,6 +41,13 @@ def test_equals_a_loop_over_samples_and_classes(temperature):
     for q, p in zip(probabilities(student.tolist()), probabilities(teacher.tolist()), strict=True):
         expected += temperature**2 * sum(a * log(a / b) for a, b in zip(p, q, strict=True)) / 5
     assert luminet_loss(student, teacher, temperature=temperature).item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("case", golden.cases("luminet"))
+def test_equals_the_released_code(case):
+    """At the weight (alpha / tau)^2; loss and gradient."""
+    given, (alpha, temperature) = case.tensors("student"), (case.arguments[name] for name in ("alpha", "temperature"))
+    golden.check(case, (alpha / temperature) ** 2 * luminet_loss(*case.logits(given), temperature=temperature), given)
 
 
 def test_perception_has_mean_0_and_variance_1_in_every_class():

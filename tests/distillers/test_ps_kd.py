@@ -11,6 +11,7 @@ from mdistill.distillers.ps_kd import refined_targets, trust
 from mdistill.errors import UserError
 
 from . import examples
+from . import golden_more as golden
 
 
 def test_the_share_grows_linearly_up_to_the_last_epoch():
@@ -42,6 +43,20 @@ def test_labels_are_distributions(share):
     torch.testing.assert_close(labels.sum(dim=1), torch.ones(6).double())
     hard = F.one_hot(target, 5).double()
     torch.testing.assert_close(labels, hard + share * (past - hard))
+
+
+@pytest.mark.parametrize("case", golden.cases("ps_kd"))
+def test_equals_the_released_code(case):
+    """Refined labels, loss and gradient; the first epoch has no past."""
+    given, epoch = case.tensors("student"), case.arguments["epoch"]
+    past = given["past"] if epoch > 1 else torch.zeros_like(given["past"])
+    share = trust(
+        torch.tensor(epoch, dtype=torch.float64), alpha=case.arguments["alpha"], epochs=case.arguments["epochs"]
+    )
+    labels = refined_targets(given["target"], past, share)
+    golden.close(labels, case.results()["soft_target"])
+    golden.close(given["student"].detach().softmax(dim=1), case.results()["past_after"])
+    golden.check(case, F.cross_entropy(given["student"], labels), given)
 
 
 def epochs_of_samples():

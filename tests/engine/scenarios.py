@@ -81,6 +81,7 @@ class Scenario:
 DETERMINISTIC = "run.deterministic=true"
 ADAMW = {"name": "adamw", "lr": 0.001, "clip_grad_norm": 1.0, "lr_warmup_epochs": 2}
 SPARSE = ("run.teacher_logits=sparse", "run.teacher_top_k=3", "distiller.temperature=1")
+BESIDE = "name: cutmix_pick, alpha: 1, candidates: 2, pick: student, mode: beside, share: batch, partner: batch"
 DOT = ("solver.name=dot", "solver.delta=0.075")
 SCENARIOS = {
     **{method: Scenario(method, (DETERMINISTIC,)) for method in METHODS},
@@ -90,6 +91,7 @@ SCENARIOS = {
     "convolutions": Scenario("nd", student="resnet8"),
     "cutmix": Scenario("dist", ("data.mixing={name: cutmix, alpha: 1.0, probability: 0.5}",)),
     "cutmix_pick": Scenario("kd", ("data.mixing={name: cutmix_pick, alpha: 1.0, candidates: 2}",)),
+    "cutmix_pick beside": Scenario("kd", (f"data.mixing={{{BESIDE}}}",), student="resnet8"),
     "dot": Scenario("dkd", DOT),
     "dot with convolutions": Scenario("kd", DOT, student="resnet8"),
     "dot with two views": Scenario("mlkd", (*DOT, "solver.clip_grad_norm=1.0")),

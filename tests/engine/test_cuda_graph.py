@@ -184,6 +184,12 @@ RECIPES = {
     "mixup": ("kd", "data.mixing={name: mixup, alpha: 0.8}"),
     "cutmix": ("dist", "data.mixing={name: cutmix, alpha: 1.0, probability: 0.5}"),
     "cutmix_pick": ("kd", "data.mixing={name: cutmix_pick, alpha: 1.0, candidates: 2}"),
+    "cutmix_pick beside": (
+        "dist",
+        "data.mixing={name: cutmix_pick, alpha: 1.0, candidates: 2, pick: student, mode: beside, partner: batch}",
+        "solver.average_from=2",
+        "solver.average_statistics=first",
+    ),
     "ensemble": ("dkd", "teacher.ensemble=[{name: tiny_net, checkpoint: teacher.pt}]"),
     "averages": ("mcld", "solver.ema_decay=0.9", "solver.average_from=2"),
     "cosine": ("vanilla", "solver.schedule=cosine"),

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistill import distributed
-from mdistill.data import DataInfo
+from mdistill.data import Batch, DataInfo
 from mdistill.data.loader import BatchLoader
 from mdistill.distillers import DISTILLERS, Distiller, Needs, Signals
 from mdistill.engine import trainer
@@ -40,6 +40,7 @@ assert streamed  # registers its data set, in the processes that are started her
 RANKS = 2
 METHODS = [*examples.METHODS, *HOOKS]
 SIZES = (12, 13)  # of the steps in which every method is compared with one process
+BESIDE = ("kd", "dist", "luminet", "rkd")  # whose second step has mixed images beside the plain ones
 PATIENCE = 120  # seconds until a pair that hangs fails
 NARROW = {"epochs": 2, "ema_decay": 0.9}
 
@@ -192,6 +193,10 @@ def steps_of_every_method(folder: Path, rank: int) -> Any:
     return {method: steps_of(method, rank, torch.distributed.get_world_size()) for method in METHODS}
 
 
+def own_rows(whole: Batch, own: slice) -> Batch:
+    return replace(whole, **{name: value[own] for name, value in vars(whole).items() if isinstance(value, Tensor)})
+
+
 def steps_of(method: str, rank: int, ranks: int) -> dict[str, Any]:
     """Loss terms and summed gradients of two steps, in float64 and without BatchNorm, and the state after them."""
     found: dict[str, Any] = {}
@@ -204,11 +209,12 @@ def steps_of(method: str, rank: int, ranks: int) -> dict[str, Any]:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):  # a method's own
             module.eval()
     for number, size in enumerate(SIZES):
-        whole = examples.batch(number, size, dtype=torch.float64)
         counts = distributed.split(size, ranks)
         own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-        rows = {name: value[own] for name, value in vars(whole).items() if isinstance(value, Tensor)}
-        batch = replace(whole, **rows, rank_counts=counts if ranks > 1 else ())
+        batch, mixed = (own_rows(examples.batch(seed, size, dtype=torch.float64), own) for seed in (number, number + 9))
+        batch = replace(batch, rank_counts=counts if ranks > 1 else ())
+        if number and method in BESIDE:
+            batch = replace(batch, mixed=mixed)
         distiller.zero_grad()
         output = distiller(batch, examples.epoch(2))
         output.total.backward()

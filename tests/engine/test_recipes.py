@@ -19,6 +19,7 @@ from .. import runs
 from ..conftest import TinyNet, tiny_arrays
 
 Train = Callable[..., int]
+DHKD = "{name: dhkd, ce_weight: 1, kd_weight: 1, temperature: 2, align: true}"
 
 
 @DATASETS.register("one_view")
@@ -112,7 +113,21 @@ class TestMixedImages:
              "command line: data.mixing.name: should be 'mixup', 'cutmix' or 'cutmix_pick', found 'mix'"),
             (["data.mixing={name: mixup, alpha: 1, alfa: 1}"],
              "command line: data.mixing.alfa: unknown key (value 1); did you mean 'alpha'? (allowed: name, alpha,"
-             " probability, candidates)"),
+             " probability, candidates, pick, mode, share, partner, larger_share)"),
+            (["data.mixing={name: mixup, alpha: 1, pick: student}"],
+             "command line: data.mixing.pick: cutmix_pick alone picks, found 'student' with 'mixup'"),
+            (["data.mixing={name: mixup, alpha: 1, share: epoch}"],
+             "command line: data.mixing.share: should be 'image' or 'batch', found 'epoch'"),
+            (["data.mixing={name: mixup,alpha: 1,mode: beside}", f"distiller={DHKD}"],
+             "data.mixing.mode: 'beside' computes a method's own terms on mixed images, which have no label there, and"
+             " the method 'dhkd' reads labels; set it to replace or take another method"),
+            (["data.mixing={name: mixup,alpha: 1,mode: beside}",
+              "distiller={name: la, ce_weight: 0, kd_weight: 1, temperature: 4}"],
+             "data.mixing.mode: 'beside' computes a method's own terms on mixed images, which have no label there, and"
+             " the method 'la' reads labels; remove data.mixing or take another method"),
+            (["solver.average_statistics=first"],
+             "command line: solver.average_statistics: 'first' is of the average that solver.average_from begins, which"
+             " is null"),
             (["data.mixing={name: cutmix, alpha: 1, candidates: 2}"],
              "command line: data.mixing.candidates: cutmix_pick needs a number of 2 or more and the others take none,"
              " found 2 with 'cutmix'"),
@@ -133,10 +148,44 @@ class TestMixedImages:
         )
 
     def test_picking_needs_a_teacher(self, student_cfg, train: Train, capsys):
-        assert train(student_cfg, "data.mixing={name: cutmix_pick, alpha: 1, candidates: 2}") == 2
+        mixing = "name: cutmix_pick, alpha: 1, candidates: 2"
+        assert train(student_cfg, f"data.mixing={{{mixing}, pick: student}}", "--dry-run") == 0
+        capsys.readouterr()
+        assert train(student_cfg, f"data.mixing={{{mixing}}}") == 2
         assert capsys.readouterr().err == (
             "error: command line: data.mixing.name: cutmix_pick lets the teacher pick, and the configuration has no"
             " teacher\n"
+        )
+
+
+class TestMixedImagesBeside:
+    MIXING = "data.mixing={name: cutmix_pick, alpha: 1, candidates: 2, pick: student, mode: beside, partner: batch}"
+
+    def test_plain_images_have_cached_logits_which_changes_nothing(self, kd_cfg, teacher_file):
+        experiment = runs.experiment(kd_cfg, self.MIXING)
+        assert experiment.cache is not None
+        assert experiment.teacher_note.endswith("those of the mixed images in every step")
+        folder, cached = run(kd_cfg, self.MIXING)
+        state = torch.load(folder / "last.pt", weights_only=True)["model"]
+        again, live = run(kd_cfg, self.MIXING, "variant=live", cache=False)
+        without = torch.load(again / "last.pt", weights_only=True)["model"]
+        assert [line["train/loss"] for line in cached] == [line["train/loss"] for line in live]
+        assert all(torch.equal(value, without[key]) for key, value in state.items())
+        assert {"train/loss_ce", "train/loss_kd", "train/loss_kd_mixed"} <= cached[0].keys()
+        assert cached[-1]["train/loss"] < cached[0]["train/loss"]
+
+    def test_a_stopped_run_goes_on_exactly(self, tmp_path):
+        cfg = runs.write_config(tmp_path, "kd", solver={"average_from": 2, "average_statistics": "first"})
+        runs.train(cfg, tmp_path / "whole", self.MIXING)
+        runs.train(cfg, tmp_path / "parts", self.MIXING, stop_at=7)
+        runs.train(cfg, tmp_path / "parts", self.MIXING, mode="resume")
+        runs.assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+
+    def test_a_method_without_terms_of_its_own_is_refused(self, student_cfg, train: Train, capsys):
+        assert train(student_cfg, self.MIXING) == 2
+        assert capsys.readouterr().err == (
+            "error: data.mixing.mode: 'beside' computes a method's own terms on mixed images, and the method 'vanilla'"
+            " has none; set it to replace or take another method\n"
         )
 
 

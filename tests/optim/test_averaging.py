@@ -7,6 +7,7 @@ from torch import Tensor
 from mdistill.optim.averaging import AveragedNetwork
 
 from ..distillers import examples
+from ..distillers import golden_more as golden
 
 State = dict[str, Tensor]
 
@@ -42,6 +43,34 @@ def test_the_plain_average_is_the_mean_of_all_states_from_its_first_epoch_on(fir
         else:
             assert value == states[-1][key]
     assert average.count == 6 - first_epoch
+
+
+class Path(torch.nn.Module):
+    """Weights and statistics that are set by hand."""
+
+    running_mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("running_mean", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
+
+
+@pytest.mark.parametrize("case", golden.cases("wakd"))
+def test_with_the_statistics_of_its_first_step_it_equals_the_released_code(case: golden.Case) -> None:
+    given, first, network, found = case.tensors(), case.arguments["first_step"], Path(), []
+    average = AveragedNetwork(network, first_epoch=first, statistics="first")
+    for number in range(1, len(given["weights"]) + 1):
+        with torch.no_grad():
+            network.weight.copy_(given["weights"][number - 1])
+            network.running_mean.copy_(given["running_means"][number - 1])
+            network.num_batches_tracked.add_(1)
+        average.update(network, torch.tensor(number))
+        found.append(state(average.network))
+    for key, name in (("weight", "average"), ("running_mean", "running_mean")):
+        golden.close(torch.stack([each[key] for each in found[first - 1 :]]), case.results()[name], name)
+    assert found[-1]["num_batches_tracked"] == first
 
 
 def test_before_its_first_epoch_it_is_the_network():

@@ -17,6 +17,7 @@ from mdistill.optim.dot import DOT
 from mdistill.optim.solvers import SGD, SOLVERS, Solver
 
 from ..conftest import TinyNet
+from ..distillers import golden_more as golden
 from ..host_reads import NoHostReads
 from ..replay import Recorder
 from ..same import assert_same
@@ -113,6 +114,45 @@ def test_dot_equals_the_update_written_out(settings: Settings) -> None:
     assert_close(weights, expected)
     moved = [not torch.equal(one, other) for one, other in zip(make_weights(), weights, strict=True)]
     assert moved == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize("case", golden.cases("dot", "dot"))
+def test_dot_equals_the_released_code(case: golden.Case) -> None:
+    """Weights of three kinds, whose gradients are given; that code does not decay the last kind in its first step."""
+    given, settings, kinds = case.tensors(), dict(case.arguments), ("shared", "task_only", "distillation_only")
+    rates = settings.pop("lr"), settings.pop("lr_from_step_11")
+    weights = {kind: nn.Parameter(given[f"start_{kind}"].clone()) for kind in kinds}
+    undecayed = settings["weight_decay"] * given["start_distillation_only"]
+    solver, paths = DOT([{"params": list(weights.values())}], **settings), {kind: [] for kind in kinds}
+    for step in range(STEPS):
+        solver.set_lr(rates[step // 10])
+        slopes = {name: value[step] for name, value in given.items() if "gradient" in name}
+        if step == 0:
+            slopes["distillation_gradient_distillation_only"] = (
+                slopes["distillation_gradient_distillation_only"] - undecayed
+            )
+        terms = {
+            of: sum((slopes[f"{of}_gradient_{kind}"] * weights[kind]).sum() for kind in ("shared", f"{of}_only"))
+            for of in ("task", "distillation")
+        }
+        solver.step(output({"t": terms["task"]}, {"d": terms["distillation"]}))
+        for kind, weight in weights.items():
+            paths[kind].append(weight.detach().clone())
+    for kind, path in paths.items():
+        golden.close(torch.stack(path), case.results()[kind], kind)
+
+
+@pytest.mark.parametrize("case", golden.cases("dot", "dot_quadratic"))
+def test_dot_on_a_quadratic_equals_the_released_code(case: golden.Case) -> None:
+    given, settings = case.tensors(), dict(case.arguments)
+    rate, weight = settings.pop("lr"), nn.Parameter(given["start_shared"].clone())
+    solver, path = DOT([{"params": [weight]}], **settings), []
+    for _ in range(STEPS):
+        solver.set_lr(rate)
+        task, apart = (weight - given["a"]).square().sum() / 2, weight - given["b"]
+        solver.step(output({"t": task}, {"d": apart @ given["H"] @ apart / 2}))
+        path.append(weight.detach().clone())
+    golden.close(torch.stack(path), case.results()["shared"])
 
 
 def test_two_steps_worked_by_hand() -> None:
