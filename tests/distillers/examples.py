@@ -59,10 +59,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sinkd": {
         "ce_weight": 0.1,
         "kd_weight": 0.9,
+        "kd_temperature": 3.0,
+        "kd_anneal_epochs": 10,
         "sinkhorn_weight": 0.8,
         "temperature": 2.0,
         "regularization": 0.1,
         "iterations": 20,
+        "variant": "released",
     },
     "nd": {
         "ce_weight": 1.0,

@@ -262,6 +262,10 @@ def test_the_warm_up_is_of_kd_alone_and_begins_at_0(epoch, factor):
     torch.testing.assert_close(found, {**expected, "kd": factor * expected["kd"]})
 
 
+def test_the_embedding_waits_for_no_device():
+    examples.steps_without_host_reads(build_unequal(), (8, 5))
+
+
 def test_a_single_row_is_normalised_by_the_stored_statistics():
     embedding = Embedding(3, 2).train()
     row = torch.ones(1, 3)
