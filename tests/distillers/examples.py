@@ -97,7 +97,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "adapter_lr_scale": 0.1,
         "variant": "released",
     },
-    "dhkd": {"ce_weight": 1.0, "kd_weight": 1.0, "temperature": 2.0, "align": True},
+    "dhkd": {"ce_weight": 1.0, "kd_weight": 1.0, "temperature": 2.0, "head": "hidden"},
     "la": {"ce_weight": 0.0, "kd_weight": 1.0, "temperature": 4.0},
     "rc": {"ce_weight": 1.0, "kd_weight": 1.0, "rc_weight": 0.1, "temperature": 4.0},
     "label_revision": {"ce_weight": 1.0, "lambda1": 4.0, "lambda2": 1.0, "eta": 0.8},
