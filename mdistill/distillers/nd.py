@@ -42,9 +42,11 @@ def nd_loss(student_features: Tensor, teacher_features: Tensor, class_means: Ten
         (), the mean over B.
     """
     directions = F.normalize(class_means, dim=1, eps=EPSILON).index_select(0, target)  # (B, D)
-    own, theirs = (torch.linalg.vector_norm(features, dim=1) for features in (student_features, teacher_features))
+    own: Tensor = torch.linalg.vector_norm(student_features, dim=1)
+    theirs: Tensor = torch.linalg.vector_norm(teacher_features, dim=1)
     norms = own.where(own >= theirs, theirs)  # equal: as the student's, like the released code
-    return (1 - (student_features * directions).sum(dim=1) / norms.clamp(min=EPSILON)).mean()
+    projected = (student_features * directions).sum(dim=1)
+    return torch.mean(1 - projected / norms.clamp(min=EPSILON))
 
 
 def running_means(means: Tensor, counts: Tensor, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,11 +137,11 @@ class ND(Distiller):
         assert teacher is not None
         self.kd_weight, self.kd_warmup_epochs, self.nd_weight = kd_weight, kd_warmup_epochs, nd_weight
         self.temperature = temperature
-        widths = [feature_shapes(network, data.image_size).pooled[0] for network in (student, teacher)]
+        own, theirs = (feature_shapes(network, data.image_size).pooled[0] for network in (student, teacher))
         self.embedding: nn.Module = nn.Identity()
-        if nd_weight and widths[0] != widths[1]:
-            self.embedding = (Embedding if embedding == "released" else nn.Linear)(*widths)
-        self.register_buffer("class_means", torch.zeros(data.num_classes, widths[1]))
+        if nd_weight and own != theirs:
+            self.embedding = Embedding(own, theirs) if embedding == "released" else nn.Linear(own, theirs)
+        self.register_buffer("class_means", torch.zeros(data.num_classes, theirs))
         self.register_buffer("class_counts", torch.zeros(data.num_classes))
 
     def distillation(self, signals: Signals) -> dict[str, Tensor]:

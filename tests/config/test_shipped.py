@@ -156,6 +156,16 @@ SCHEDULES: dict[str, tuple[int, float]] = {  # epochs and rate where they are no
     "mlkd_lskd/res110_res32.yaml": (480, 0.025),
     "mlkd_lskd/res110_res20.yaml": (480, 0.025),
     "kd_function_matching/res32x4_res8x4.yaml": (1200, 0.05),
+    "uskd/resnet8x4.yaml": (200, 0.1),
+    "nd/res32x4_res8x4.yaml": (240, 0.1),
+    "nd/res32x4_shuv2.yaml": (240, 0.02),
+    "nd/res50_mv2.yaml": (240, 0.1),
+    "nd/res56_res20.yaml": (240, 0.1),
+    "nd/wrn40_2_wrn40_1.yaml": (240, 0.1),
+}
+BATCHES_AND_DROPS = {  # images a step, drops of the rate and their factor where a method's are not the recipe's
+    "uskd": (128, (60, 120, 160), 0.2),
+    "nd": (128, (150, 180, 210), 0.1),
 }
 
 DISTILLER_VALUES: dict[str, dict[str, Any]] = {  # some of them, by hand from what is published
@@ -421,16 +431,18 @@ def test_cifar100_recipe(path: Path) -> None:
     config = load(path)
     usual = (240, 0.01 if config.student.name in LIGHT else 0.05)
     assert (config.solver.epochs, config.solver.lr) == SCHEDULES.get(place(path), usual)
-    assert (config.data.batch_size, config.solver.gamma) == (64, 0.1)
+    size, drops, gamma = BATCHES_AND_DROPS.get(path.parent.name, (64, (150, 180, 210), 0.1))
+    assert (config.data.batch_size, config.solver.gamma) == (size, gamma)
     cosine = path.parent.name == "kd_function_matching"
-    assert (config.solver.schedule, config.solver.milestones) == (
-        ("cosine", ()) if cosine else ("step", (150, 180, 210))
-    )
+    assert (config.solver.schedule, config.solver.milestones) == (("cosine", ()) if cosine else ("step", drops))
     sgd = {"momentum": 0.9, "weight_decay": 5e-4, "clip_grad_norm": None}
     if config.variant == "dot":
         assert (config.solver.name, config.solver.arguments) == ("dot", {**sgd, "delta": 0.075})
     else:
-        assert (config.solver.name, config.solver.arguments) == ("sgd", {**sgd, "nesterov": False})
+        assert (config.solver.name, config.solver.arguments) == (
+            "aligned_sgd" if config.distiller.name == "dhkd" else "sgd",
+            {**sgd, "nesterov": config.distiller.name == "nd"},
+        )
     assert config.distiller.arguments["standardize_logits"] == (config.variant == "lskd")
     if config.distiller.name == "mcld":
         assert config.teacher is not None
