@@ -33,6 +33,7 @@ RETIRED = {
     "kd.divergence": ("forward", "the balanced divergence is distiller.name: bd_kd, the others are gone"),
     "kd.balance": (None, "it is a setting of distiller.name: bd_kd"),
     "kd.target": ("teacher", "the moving target is distiller.name: taid"),
+    "dhkd.align": (False, "its alignment, over all weights, is solver.name: aligned_sgd"),
     "kd.interpolation": (None, "its keys are settings of distiller.name: taid"),
 }
 """Settings of methods (``*``: of all) in the run folders of earlier versions: the value that had no effect, and what to

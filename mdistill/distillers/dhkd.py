@@ -4,18 +4,20 @@ Letters: B batch, C classes, D pooled width.
 """
 
 import math
-from typing import Any, cast
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdistill.data.batch import DataInfo
 from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
-from mdistill.distillers.functional import class_probs, standardize
-from mdistill.errors import UserError
-from mdistill.models.base import Network
+from mdistill.distillers.functional import dropout_factors, standardize
+from mdistill.models import feature_shapes
+from mdistill.models.layers import BatchNorm1d
 from mdistill.registry import NonNegative, Positive
+
+HIDDEN = 200  # units of the auxiliary head with a hidden layer
+DROPOUT = 0.1  # probability, in that layer
 
 
 def binary_kl_norm_loss(auxiliary_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
@@ -40,59 +42,44 @@ def binary_kl_norm_loss(auxiliary_logits: Tensor, teacher_logits: Tensor, *, tem
     return temperature**2 * per_class.sum(dim=1).mean()
 
 
-def main_gradient(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of the main head's cross-entropy with respect to the pooled features: (p - y) W / B.
+class HiddenHead(nn.Module):
+    """Linear to 200, dropout of 0.1, BatchNorm, ReLU, linear: the released code's auxiliary head with a hidden layer.
 
     Args:
-        logits: (B, C), of p.
-        target: (B,) int64, classes, or (B, C), class probabilities: y.
-        weight: (C, D), W.
-
-    Returns:
-        (B, D).
-    """
-    error = logits.softmax(dim=1) - class_probs(target, logits)
-    return error @ weight / len(logits)
-
-
-class Align(torch.autograd.Function):
-    """Passes features on; on the way back it takes from their gradient g what runs against a reference r.
-
-    g - min(0, <g, r>) / <r, r> r, over the batch as one vector: gradient surgery (Yu et al., arXiv:2001.06782) on g
-    alone. Features (B, D), r (B, D) -> (B, D).
+        inputs: D.
+        outputs: C.
     """
 
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, reference: Tensor) -> Tensor:
-        ctx.save_for_backward(reference)
-        return features.view_as(features)
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.down, self.norm, self.up = nn.Linear(inputs, HIDDEN), BatchNorm1d(HIDDEN), nn.Linear(HIDDEN, outputs)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        (reference,) = ctx.saved_tensors
-        unit = reference / reference.norm().clamp(min=torch.finfo(reference.dtype).tiny)
-        return gradient - (gradient * unit).sum().clamp(max=0) * unit, None
+    def forward(self, pooled: Tensor, factors: Tensor | None = None) -> Tensor:
+        """(B, D) -> (B, C).
+
+        Args:
+            pooled: (B, D).
+            factors: (B, 200), what dropout multiplies by; None for no dropout.
+        """
+        hidden = self.down(pooled)
+        logits: Tensor = self.up(F.relu(self.norm(hidden if factors is None else hidden * factors)))
+        return logits
 
 
 @DISTILLERS.register("dhkd")
 class DHKD(Distiller):
-    """``ce_weight`` CE on the student's head + ``kd_weight`` BinaryKL-Norm on an auxiliary linear head.
+    """``ce_weight`` CE on the student's head + ``kd_weight`` BinaryKL-Norm on an auxiliary head.
 
-    Both heads read the pooled features; the auxiliary one learns with the student and is not exported.
-
-    Differs from the paper: its gradient alignment compares the two losses' gradients over all weights, after two
-    backward passes. Here they are compared one step earlier, at the pooled features, where the auxiliary gradient
-    enters the backbone. The projection is the same, the inner product is not. The auxiliary head is linear; the
-    published code also has one with a hidden layer, for some of its CIFAR-100 pairs.
+    Both heads read the pooled features; the auxiliary one learns with the student and is not exported. The paper's
+    gradient alignment is ``solver.name: aligned_sgd``, which the published settings name.
 
     Args:
         kd_weight: weight of the logit-level term; 0 leaves it out.
         temperature: tau of that term.
-        align: whether its gradient, where it meets the features, gives up what runs against cross-entropy's.
+        head: the auxiliary one, "linear" or "hidden", with a hidden layer of 200 units; published are both.
     """
 
-    needs = Needs(teacher="logits", student="features", labels="soft", features=("pooled",))
+    needs = Needs(teacher="logits", student="features", labels="none", features=("pooled",))
 
     def __init__(
         self,
@@ -102,39 +89,32 @@ class DHKD(Distiller):
         *,
         kd_weight: NonNegative,
         temperature: Positive,
-        align: bool,
+        head: Literal["linear", "hidden"],
         **shared: Any,
     ) -> None:
         super().__init__(student, teacher, data, **shared)
         self.require_a_term(kd_weight=kd_weight)
-        if align and self.ce_weight == 0:
-            raise UserError("distiller.align: true needs ce_weight above 0, whose gradient is the one to align with")
-        if align and self.label_smoothing:
-            raise UserError(
-                "distiller.align: true aligns with the gradient of a cross-entropy without label smoothing; set"
-                f" distiller.label_smoothing to 0, found {self.label_smoothing}"
-            )
-        self.kd_weight, self.temperature, self.align = kd_weight, temperature, align
-        self.head = nn.Linear(self._main_head.in_features, data.num_classes)
-
-    @property
-    def _main_head(self) -> nn.Linear:
-        return cast(Network, self.student).classifier
+        self.kd_weight, self.temperature = kd_weight, temperature
+        width = feature_shapes(student, data.image_size).pooled[0]
+        self.head: nn.Module = (HiddenHead if head == "hidden" else nn.Linear)(width, data.num_classes)
 
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
         """The one term, ``kd``."""
         if self.kd_weight == 0:
             return {}
-        assert signals.student_features is not None
-        pooled = signals.student_features.pooled.to(self.head.weight.dtype)
-        if self.align:  # over the batch as one vector
-            pooled, signals = self.gather(pooled), self.whole_batch(signals)
-            weight = self._main_head.weight.detach().to(pooled.dtype)
-            logits = signals.raw_student_logits.detach().to(pooled.dtype)
-            pooled = Align.apply(pooled, main_gradient(logits, signals.target, weight))
-        logits = self.head(pooled)
+        logits = self._auxiliary_logits(signals)
         if self.standardize_logits:
             logits = standardize(logits)
         return {
             "kd": self.kd_weight * binary_kl_norm_loss(logits, signals.teacher_logits, temperature=self.temperature)
         }
+
+    def _auxiliary_logits(self, signals: Signals) -> Tensor:
+        """(B, C)."""
+        assert signals.student_features is not None  # what ``needs`` asks for
+        inputs = [signals.student_features.pooled]
+        if self.training and isinstance(self.head, HiddenHead):
+            draws = signals.seed, signals.epoch, signals.index, HIDDEN
+            inputs.append(dropout_factors(*draws, probability=DROPOUT).to(inputs[0].dtype))
+        logits: Tensor = self.head(*inputs)  # in float32, as the student's own logits
+        return logits

@@ -160,6 +160,25 @@ def normal(seed: int, epoch: Tensor, index: Tensor, count: int, *, stream: int =
     return math.sqrt(2) * torch.erfinv(centred)
 
 
+def dropout_factors(
+    seed: int, epoch: Tensor, index: Tensor, width: int, *, probability: float, stream: int = 0
+) -> Tensor:
+    """What dropout multiplies activations by: 0 with ``probability``, else 1 / (1 - probability), drawn by ``uniform``.
+
+    Args:
+        seed: of the run, ``signals.seed``.
+        epoch: () integer, ``signals.epoch``.
+        index: (B,) int64, which training sample, ``signals.index``.
+        width: D, how many activations each sample has.
+        probability: below 1.
+        stream: as of ``uniform``.
+
+    Returns:
+        (B, D) float32.
+    """
+    return (uniform(seed, epoch, index, width, stream=stream) >= probability) / (1 - probability)
+
+
 def _step(counter: Tensor) -> Tensor:
     return counter * _signed(GAMMA)  # int64 products and sums wrap around, as the hash asks
 

@@ -114,8 +114,8 @@ def sdd_dkd_loss(
         (), the mean over B and N.
     """
     rows = _rows(student_logits, teacher_logits, target)
-    settings = {"alpha": alpha, "beta": beta, "temperature": temperature}
-    return dkd_loss(*rows, **settings, weights=_weights(teacher_logits, target))
+    weights = _weights(teacher_logits, target)
+    return dkd_loss(*rows, alpha=alpha, beta=beta, temperature=temperature, weights=weights)
 
 
 def sdd_nkd_loss(

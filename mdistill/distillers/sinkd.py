@@ -3,15 +3,20 @@
 Letters: B batch, C classes.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mdistill.data.batch import DataInfo
 from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
 from mdistill.distillers.kd import kd_loss
+from mdistill.errors import UserError
 from mdistill.registry import NonNegative, Positive, PositiveInt
+
+FACTOR = 1e-3
+"""Of the Sinkhorn term in the released code; its T0 and GPT-Neo parts have 8e-4."""
 
 
 def transport_plan(cost: Tensor, *, regularization: float, iterations: int) -> Tensor:
@@ -43,8 +48,7 @@ def sinkhorn_loss(
     D_ij = |p^s_i - p^t_j|_1, student sample i against teacher sample j; P = Sinkhorn's plan between them. The gradient
     flows through D and through P. Memory and time: B^2 C for the gradient of D.
 
-    Differs from the paper: P has mass 1, not B, so that the loss is a mean over B like every other here and does not
-    grow with the batch: B times this is the paper's.
+    Differs from the paper: P has mass 1, not B, so that the loss is a mean over B: B times this is the paper's sum.
 
     Args:
         student_logits: (B, C), of p^s.
@@ -61,16 +65,52 @@ def sinkhorn_loss(
     return (transport_plan(cost, regularization=regularization, iterations=iterations) * cost).sum()
 
 
+def soft_target_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float | Tensor) -> Tensor:
+    """KD as released: cross-entropy of the softened student with the softened teacher, -sum p^t log p^s.
+
+    Differs from the paper's KD: no factor T^2, and the teacher's entropy is not taken off.
+
+    Args:
+        student_logits: (B, C), of p^s.
+        teacher_logits: (B, C), of p^t.
+        temperature: T, a number or ().
+
+    Returns:
+        (), the mean over B.
+    """
+    return F.cross_entropy(student_logits / temperature, (teacher_logits / temperature).softmax(dim=1))
+
+
+def annealed(temperature: float, epoch: Tensor, epochs: int) -> Tensor:
+    """T + (1 - T) (epoch - 1) / (epochs - 1): from ``temperature`` in epoch 1 straight to 1 in the last of ``epochs``.
+
+    Args:
+        temperature: T.
+        epoch: (), counted from 1.
+        epochs: of the whole run.
+
+    Returns:
+        ().
+    """
+    return temperature + (1 - temperature) * ((epoch - 1) / max(epochs - 1, 1)).clamp(max=1.0)
+
+
 @DISTILLERS.register("sinkd")
 class SinKD(Distiller):
     """``ce_weight`` CE + ``kd_weight`` KD + ``sinkhorn_weight`` Sinkhorn distance.
 
+    Differs from the paper: "released" sums the Sinkhorn distance over the batch and multiplies it by 0.001, and its KD
+    is ``soft_target_loss``, as in the released code; "paper" is the mean over the batch, and KD with its T^2.
+
     Args:
-        kd_weight: weight of the KL term, alpha of the paper (its cross-entropy has 1 - alpha); 0 leaves it out.
+        kd_weight: weight of KD, alpha of the paper (its cross-entropy has 1 - alpha); 0 leaves it out.
+        kd_temperature: T of KD.
+        kd_anneal_epochs: of the whole run, over which T falls to 1, see ``annealed``; null: T stays.
         sinkhorn_weight: weight of the Sinkhorn distance, beta of the paper; 0 leaves it out.
-        temperature: tau of both terms.
+        temperature: tau of the Sinkhorn distance.
         regularization: lambda of the Sinkhorn distance.
         iterations: how often rows and columns are scaled.
+        variant: "released" or "paper".
     """
 
     needs = Needs(teacher="logits", labels="none")
@@ -82,28 +122,48 @@ class SinKD(Distiller):
         data: DataInfo,
         *,
         kd_weight: NonNegative,
+        kd_temperature: Positive,
+        kd_anneal_epochs: PositiveInt | None,
         sinkhorn_weight: NonNegative,
         temperature: Positive,
         regularization: Positive,
         iterations: PositiveInt,
+        variant: Literal["released", "paper"],
         **shared: Any,
     ) -> None:
         super().__init__(student, teacher, data, **shared)
         self.require_a_term(kd_weight=kd_weight, sinkhorn_weight=sinkhorn_weight)
-        self.kd_weight, self.sinkhorn_weight, self.temperature = kd_weight, sinkhorn_weight, temperature
-        self.regularization, self.iterations = regularization, iterations
+        if kd_anneal_epochs is not None and variant == "paper":
+            raise UserError(
+                "distiller.kd_anneal_epochs: the annealed temperature belongs to distiller.variant 'released', found"
+                f" {kd_anneal_epochs} with 'paper'; set it to null"
+            )
+        self.kd_weight, self.kd_temperature, self.kd_anneal_epochs = kd_weight, kd_temperature, kd_anneal_epochs
+        self.sinkhorn_weight, self.temperature = sinkhorn_weight, temperature
+        self.regularization, self.iterations, self.variant = regularization, iterations, variant
 
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
         """``kd`` and ``sinkhorn``, whichever has a weight."""
         signals = self.whole_batch(signals)
         logits, terms = (signals.student_logits, signals.teacher_logits), {}
+        released = self.variant == "released"
         if self.kd_weight:
-            terms["kd"] = self.kd_weight * kd_loss(*logits, temperature=self.temperature)
+            temperature: float | Tensor = self.kd_temperature
+            if self.kd_anneal_epochs is not None:
+                temperature = annealed(self.kd_temperature, signals.epoch, self.kd_anneal_epochs)
+            loss = (
+                soft_target_loss(*logits, temperature=temperature)
+                if released
+                else kd_loss(*logits, temperature=self.kd_temperature)
+            )
+            terms["kd"] = self.kd_weight * loss
         if self.sinkhorn_weight:
-            terms["sinkhorn"] = self.sinkhorn_weight * sinkhorn_loss(
+            distance = sinkhorn_loss(
                 *logits,
                 temperature=self.temperature,
                 regularization=self.regularization,
                 iterations=self.iterations,
             )
+            factor = FACTOR * len(signals.student_logits) if released else 1.0
+            terms["sinkhorn"] = self.sinkhorn_weight * factor * distance
         return terms

@@ -33,6 +33,20 @@ class BatchNorm2d(nn.BatchNorm2d):
         )
 
 
+class BatchNorm1d(nn.BatchNorm1d):
+    """``nn.BatchNorm1d`` that normalises a single row, which has no variance, by the stored statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised rows (B, D).
+
+        Args:
+            x: (B, D).
+        """
+        if len(x) > 1 or not self.training:
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
 class Classifier(nn.Linear):
     """``nn.Linear`` in float32 or wider, also under autocast: rounded to bfloat16, logits of 20 lie 0.125 apart."""
 

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdistill import distributed
 from mdistill.distillers.base import StepOutput
 from mdistill.errors import UserError
 from mdistill.optim.solvers import (
@@ -17,6 +16,7 @@ from mdistill.optim.solvers import (
     optimizer_misfit,
     set_group_rates,
 )
+from mdistill.optim.two_gradients import Gradients, require_both_terms, set_gradients, two_gradients
 from mdistill.registry import NonNegative, Positive
 
 
@@ -66,22 +66,11 @@ class DOT(Solver):
 
     def check(self, output: StepOutput) -> None:
         """Both kinds of terms are needed."""
-        if not output.task:
-            missing, remedy = "task", "set distiller.ce_weight above 0"
-        elif not output.distillation:
-            missing, remedy = "distillation", "choose a method with one"
-        else:
-            return
-        raise UserError(
-            f"solver.name: dot needs a task and a distillation term, this method has no {missing} term;"
-            f" {remedy} or choose another solver.name"
-        )
+        require_both_terms("dot", output)
 
     def step(self, output: StepOutput) -> None:
         self.check(output)
-        task = self._gradients(output.task, output.share, retain_graph=True)
-        distillation = self._gradients(output.distillation, output.share, retain_graph=False)
-        pairs = list(zip(task, distillation, strict=True))
+        pairs = list(zip(*two_gradients(output, self._parameters), strict=True))
         if self._longest is not None:
             _clip(pairs, self._longest)
         self._update("task", [t if d is not None else None for t, d in pairs])  # first: it reads the weights too
@@ -109,20 +98,8 @@ class DOT(Solver):
             return "solver holds no momentum"
         return problem
 
-    def _gradients(self, terms: dict[str, Tensor], share: float, *, retain_graph: bool) -> list[Tensor | None]:
-        """Of the sum of ``terms``, for each weight; None where it does not reach.
-
-        By ``backward``, which lays them out as the fused update wants them; ``torch.autograd.grad`` does not.
-        """
-        for parameter in self._parameters:
-            parameter.grad = None
-        torch.stack(list(terms.values())).sum().backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
-        distributed.sum_gradients(self._parameters, share)
-        return [parameter.grad for parameter in self._parameters]
-
-    def _update(self, name: str, gradients: list[Tensor | None]) -> None:
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter.grad = gradient
+    def _update(self, name: str, gradients: Gradients) -> None:
+        set_gradients(self._parameters, gradients)
         self.optimizers[name].step()
 
 

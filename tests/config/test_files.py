@@ -150,7 +150,10 @@ def test_seed_flag_wins_and_is_kept(kd_cfg: Path) -> None:
         ),
         ("distiller.name=kdd", r"distiller.name: unknown method 'kdd'; did you mean 'dkd|kd'"),
         ("data.name=cifar10", r"data.name: unknown data set 'cifar10'; did you mean 'cifar100'"),
-        ("solver.name=adam", r"solver.name: unknown solver 'adam'; did you mean 'adamw'\? \(known: adamw, dot, sgd"),
+        (
+            "solver.name=adam",
+            r"solver.name: unknown solver 'adam'; did you mean 'adamw'\? \(known: adamw, aligned_sgd, dot, sgd",
+        ),
         ("student=7", r"student: should be a section of `key: value` lines, found 7"),
         ("student.name.x=7", r"student.name.x: student.name is not a section, it holds 'tiny_net'"),
         ("distiller.temperature", r"'distiller.temperature' is not an override; write key=value"),

@@ -218,12 +218,20 @@ SCHEDULES: dict[str, tuple[int, float]] = {  # epochs and rate where they are no
     "sld/wrn40_2_shuv1.yaml": (240, 0.01),
     **{f"{folder}/{EXAMPLE}": (480, 0.025) for folder in ("ea_mld", "ea_mld_lskd")},
     "ps_kd/resnet8x4.yaml": (300, 0.1),
+    "uskd/resnet8x4.yaml": (200, 0.1),
+    "nd/res32x4_res8x4.yaml": (240, 0.1),
+    "nd/res32x4_shuv2.yaml": (240, 0.02),
+    "nd/res50_mv2.yaml": (240, 0.1),
+    "nd/res56_res20.yaml": (240, 0.1),
+    "nd/wrn40_2_wrn40_1.yaml": (240, 0.1),
+}
+BATCHES_AND_DROPS = {  # images a step, drops of the rate and their factor where a method's are not the recipe's
+    "uskd": (128, (60, 120, 160), 0.2),
+    "nd": (128, (150, 180, 210), 0.1),
+    "ps_kd": (128, (150, 225), 0.1),
 }
 BATCH_SIZES = {  # images a step where they are not 64
     f"ckd/{pair}.yaml": 32 for pair in ("res32x4_shuv1", "wrn40_2_shuv1", "res50_mv2", "vgg13_mv2", "wrn40_2_wrn40_1")
-}
-SOURCES_TO_COME = {  # folders whose settings are told of in their comments alone
-    *("uskd", "pesf_kd", "nd", "dhkd", "sinkd"),
 }
 RELEASED = re.compile(
     r"\b[\w-]+/[\w.-]+|\bpaper, (Table|Section|appendix|Eq\.|Algorithm)s? "
@@ -282,7 +290,7 @@ DISTILLER_VALUES: dict[str, dict[str, Any]] = {  # some of them, by hand from wh
 }
 SOLVERS_OF_METHODS: dict[str, dict[str, Any]] = {  # what is not the recipe's
     **{name: {"clip_grad_norm": 40.0} for name in ("sdd_kd", "sdd_dkd", "sdd_nkd")},
-    "wkd_l": {"nesterov": True},
+    **{name: {"nesterov": True} for name in ("wkd_l", "nd", "ps_kd")},
 }
 
 PUBLISHED = {  # some figures of results/published.csv, by hand: value, source, table
@@ -411,7 +419,7 @@ def test_what_a_file_sets_it_tells_the_source_of() -> None:
             for key in tree.get(section, ())
         ]
         keys = [key for key in keys if not key.endswith(".name") and not source_of(key, tree.get("sources", {}))]
-        if keys and path.parent.name not in SOURCES_TO_COME:
+        if keys:
             untold.append((str(path.relative_to(CONFIGS)), keys))
     assert untold == []
 
@@ -545,18 +553,17 @@ def test_cifar100_recipe(path: Path) -> None:
         return
     usual = (240, 0.01 if config.student.name in LIGHT else 0.05)
     assert (config.solver.epochs, config.solver.lr) == SCHEDULES.get(place(path), usual)
-    alone = path.parent.name == "ps_kd"
-    batch_size = 128 if alone else BATCH_SIZES.get(place(path), 64)
-    assert (config.data.batch_size, config.solver.gamma) == (batch_size, 0.1)
+    size, drops, gamma = BATCHES_AND_DROPS.get(path.parent.name, (64, (150, 180, 210), 0.1))
+    assert (config.data.batch_size, config.solver.gamma) == (BATCH_SIZES.get(place(path), size), gamma)
     cosine = path.parent.name == "ckd"
-    milestones = (150, 225) if alone else () if cosine else (150, 180, 210)
-    assert (config.solver.schedule, config.solver.milestones) == ("cosine" if cosine else "step", milestones)
+    assert (config.solver.schedule, config.solver.milestones) == (("cosine", ()) if cosine else ("step", drops))
     sgd = {"momentum": 0.9, "weight_decay": 5e-4, "clip_grad_norm": None}
     if config.variant == "dot":
         assert (config.solver.name, config.solver.arguments) == ("dot", {**sgd, "delta": 0.075})
     else:
-        own = SOLVERS_OF_METHODS.get(config.distiller.name, {"nesterov": alone})
-        assert (config.solver.name, config.solver.arguments) == ("sgd", {**sgd, "nesterov": False, **own})
+        own = SOLVERS_OF_METHODS.get(config.distiller.name, {})
+        name = "aligned_sgd" if config.distiller.name == "dhkd" else "sgd"
+        assert (config.solver.name, config.solver.arguments) == (name, {**sgd, "nesterov": False, **own})
     assert config.distiller.arguments["standardize_logits"] == (config.variant == "lskd")
     if config.distiller.name == "mcld":
         assert config.teacher is not None

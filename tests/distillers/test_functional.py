@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from mdistill.distillers import functional
-from mdistill.distillers.functional import kl_divergence, kl_divergence_per_sample, normal, standardize, uniform
+from mdistill.distillers.functional import (
+    dropout_factors,
+    kl_divergence,
+    kl_divergence_per_sample,
+    normal,
+    standardize,
+    uniform,
+)
 
 from ..host_reads import NoHostReads
 from . import examples
@@ -168,3 +175,9 @@ def test_uniform_has_the_same_bits_on_every_device():
         on_host = uniform(seed, torch.tensor(7), torch.arange(10_000), 16)
         on_device = uniform(seed, torch.tensor(7, device="cuda"), torch.arange(10_000, device="cuda"), 16)
         assert torch.equal(on_device.cpu(), on_host)
+
+
+def test_dropout_keeps_what_is_drawn_at_its_probability_or_above():
+    key = 3, torch.tensor(2), torch.arange(50)
+    draws, factors = uniform(*key, 6, stream=1), dropout_factors(*key, 6, probability=0.25, stream=1)
+    assert factors.equal(torch.where(draws < 0.25, 0.0, 4 / 3))

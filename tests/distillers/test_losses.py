@@ -25,7 +25,7 @@ from mdistill.distillers.mlkd import weak_view_terms
 from mdistill.distillers.nkd import nkd_loss
 from mdistill.distillers.normkd import normkd_dkd_loss, normkd_loss
 from mdistill.distillers.rld import masked_correlation_loss, rld_loss, sample_confidence_loss
-from mdistill.distillers.sinkd import sinkhorn_loss
+from mdistill.distillers.sinkd import sinkhorn_loss, soft_target_loss
 from mdistill.distillers.sld import swapped_student_loss, swapped_teacher_loss
 from mdistill.distillers.tekap import tekap_loss
 from mdistill.distillers.ttm import ttm_loss
@@ -78,6 +78,7 @@ ON_PROBABILITIES: dict[str, Loss] = {
     "dist-cold": lambda s, t, y: dist_loss(s, t, beta=1.0, gamma=1.0, temperature=0.5),
     "sinkhorn": lambda s, t, y: sinkhorn_loss(s, t, temperature=2.0, regularization=0.1, iterations=20),
     "sinkhorn-sharp": lambda s, t, y: sinkhorn_loss(s, t, temperature=2.0, regularization=0.01, iterations=20),
+    "soft-targets": lambda s, t, y: soft_target_loss(s, t, temperature=2.0),
     "la": lambda s, t, y: la_loss(s, t, y, temperature=4.0),
     "la-cold": lambda s, t, y: la_loss(s, t, y, temperature=0.5),
     "nkd": lambda s, t, y: nkd_loss(s, t, y, gamma=1.5, temperature=1.0),

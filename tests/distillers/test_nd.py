@@ -1,17 +1,65 @@
-"""ND against cases worked by hand, a plain loop and finite differences; its class means; networks of unequal width."""
+"""ND against the released code's values, cases worked by hand, a plain loop and finite differences.
+
+Then its class means, and networks of unequal width.
+"""
 
 import copy
 from math import sqrt
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from mdistill.distillers import DISTILLERS
-from mdistill.distillers.nd import nd_loss, running_means
+from mdistill.distillers import DISTILLERS, Signals
+from mdistill.distillers.nd import Embedding, nd_loss, running_means
 from mdistill.errors import UserError
+from mdistill.models.base import Features
 
 from . import examples
+from .golden_more import Case, cases, check, close
+
+
+def wide(given: dict[str, Tensor], embedded: Tensor) -> Tensor:
+    return nd_loss(embedded, given["teacher_pooled_wide"], given["centres_wide"], given["target"])
+
+
+@pytest.mark.parametrize("case", cases("nd", "nd_term", "nd_term_linear"))
+def test_the_term_equals_the_released_code(case: Case):
+    own = ("weight", "bias") if case.method == "nd_term_linear" else ()
+    given = case.tensors("student_pooled", *own)
+    if own:
+        loss = wide(given, F.linear(given["student_pooled"], given["weight"], given["bias"]))
+    else:
+        loss = nd_loss(given["student_pooled"], given["teacher_pooled"], given["centres"], given["target"])
+    check(case, loss, given)
+
+
+@pytest.mark.parametrize("case", cases("nd_embedding"))
+def test_the_embedding_equals_the_released_code(case: Case):
+    given = case.tensors("student_pooled", "weight", "bias")
+    embedding = Embedding(*reversed(given["weight"].shape)).double().train()
+    weights = {"linear.weight": given["weight"], "linear.bias": given["bias"]}
+    factors = case.results()["kept"] / (1 - case.arguments["dropout"])
+    check(case, wide(given, torch.func.functional_call(embedding, weights, (given["student_pooled"], factors))), given)
+
+
+@pytest.mark.parametrize("case", cases("nd", "nd_total"))
+def test_the_method_equals_the_released_code(case: Case, monkeypatch: pytest.MonkeyPatch):
+    """Of networks of equal width; with the class means of the case in the place of those that were seen."""
+    given, settings = case.tensors("student", "student_pooled"), dict(case.arguments)
+    epoch, warmup = settings.pop("epoch"), settings.pop("warmup_epochs")
+    distiller = examples.build("nd", kd_warmup_epochs=warmup, **settings).train()
+    monkeypatch.setattr(distiller, "_means", lambda signals: (given["centres"], None))
+    student, teacher = (
+        Features(given[side], (), (), torch.empty(0), given[f"{side}_pooled"]) for side in ("student", "teacher")
+    )
+    logits = given["student"], given["teacher"]
+    index = torch.arange(len(given["target"]))
+    signals = Signals(*logits, *logits, given["target"], index, torch.tensor(epoch), 0, student, teacher)
+    terms = {**distiller.task(signals), **distiller.distillation(signals)}
+    assert {name: term.item() for name, term in terms.items()} == pytest.approx(case.numbers, rel=1e-9)
+    check(case, torch.stack(list(terms.values())).sum(), given)
 
 
 def inputs(size: int = 6, classes: int = 4, width: int = 5):
@@ -129,7 +177,7 @@ def test_class_means_of_a_run_are_those_of_the_teacher_s_features():
 
 def test_the_first_batch_has_class_means_already():
     """Its own features make them."""
-    distiller, batch = examples.build("nd", kd_weight=0.0, nd_weight=2.0, warmup_epochs=0).eval(), examples.batch()
+    distiller, batch = examples.build("nd", kd_weight=0.0, nd_weight=2.0).eval(), examples.batch()
     student, teacher = (
         network.forward_features(batch.image).pooled for network in (distiller.student, distiller.teacher)
     )
@@ -166,14 +214,19 @@ def test_networks_of_equal_width_need_no_embedding():
     assert not list(examples.build("nd").embedding.parameters())
 
 
+EMBEDDINGS = {
+    "linear": {"weight": (9, 5), "bias": (9,)},
+    "released": {"norm.weight": (5,), "norm.bias": (5,), "linear.weight": (9, 5), "linear.bias": (9,)},
+}
+
+
 @pytest.mark.slow
-def test_networks_of_unequal_width_are_joined_by_a_trained_embedding():
-    distiller = build_unequal()
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+def test_networks_of_unequal_width_are_joined_by_a_trained_embedding(embedding):
+    distiller = build_unequal(embedding=embedding)
     assert distiller.class_means.shape == (examples.CLASSES, 9)
-    assert {key: tuple(value.shape) for key, value in distiller.embedding.named_parameters()} == {
-        "weight": (9, 5),
-        "bias": (9,),
-    }
+    shapes = {key: tuple(value.shape) for key, value in distiller.embedding.named_parameters()}
+    assert shapes == EMBEDDINGS[embedding]
     trained = {id(parameter) for group in distiller.param_groups() for parameter in group["params"]}
     assert {
         id(value) for module in (distiller.student, distiller.embedding) for value in module.parameters()
@@ -182,8 +235,41 @@ def test_networks_of_unequal_width_are_joined_by_a_trained_embedding():
     losses = [examples.step(distiller, examples.batch(), number=20, lr=0.05) for _ in range(20)]
     assert losses[-1] < losses[0]
     after = distiller.state_dict()
-    assert not after["embedding.weight"].equal(before["embedding.weight"])
+    assert [key for key in shapes if after[f"embedding.{key}"].equal(before[f"embedding.{key}"])] == []
     assert all(after[key].equal(before[key]) for key in before if key.startswith("teacher."))
+
+
+def test_half_of_what_the_embedding_reads_is_dropped_anew_in_each_epoch():
+    """In training alone; what is kept is doubled."""
+    distiller, seen = build_unequal(), []
+    distiller.embedding.linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    batch = examples.batch(size=40, index=torch.arange(40))
+    for number in (1, 1, 2):
+        distiller.train()(batch, examples.epoch(number))
+    first, again, other = seen
+    close(again, first)
+    assert not other.equal(first)
+    assert 0.35 < (first == 0).double().mean() < 0.65
+    distiller.eval()(batch, examples.epoch())
+    assert (seen[-1] == 0).double().mean() < 0.05
+
+
+@pytest.mark.parametrize(("epoch", "factor"), [(1, 0.0), (2, 0.25), (4, 0.75), (5, 1.0), (240, 1.0)])
+def test_the_warm_up_is_of_kd_alone_and_begins_at_0(epoch, factor):
+    batch = examples.batch()
+    warmed, whole = (examples.build("nd", kd_warmup_epochs=each).eval() for each in (4, 0))
+    found, expected = (each(batch, examples.epoch(epoch)).terms for each in (warmed, whole))
+    torch.testing.assert_close(found, {**expected, "kd": factor * expected["kd"]})
+
+
+def test_the_embedding_waits_for_no_device():
+    examples.steps_without_host_reads(build_unequal(), (8, 5))
+
+
+def test_a_single_row_is_normalised_by_the_stored_statistics():
+    embedding = Embedding(3, 2).train()
+    row = torch.ones(1, 3)
+    assert embedding(row).equal(embedding.eval()(row))
 
 
 def test_inference_needs_no_embedding():

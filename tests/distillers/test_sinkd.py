@@ -1,4 +1,4 @@
-"""SinKD against cases worked by hand, a plain loop, the best of all assignments, and its properties."""
+"""SinKD against the released code's values, cases worked by hand, plain loops, the best of all assignments."""
 
 from itertools import permutations
 from math import exp, log
@@ -6,13 +6,61 @@ from math import exp, log
 import pytest
 import torch
 
+from mdistill.distillers import Signals
 from mdistill.distillers.kd import kd_loss
-from mdistill.distillers.sinkd import sinkhorn_loss, transport_plan
+from mdistill.distillers.sinkd import annealed, sinkhorn_loss, soft_target_loss, transport_plan
 from mdistill.errors import UserError
 
 from . import examples
+from .golden_more import Case, cases, check
 
 NUMBERS = {"temperature": 2.0, "regularization": 0.1, "iterations": 20}
+
+
+@pytest.mark.parametrize("case", cases("sinkd", "sinkd_term"))
+def test_the_distance_equals_the_released_code(case: Case):
+    given, settings = case.tensors("student"), dict(case.arguments)
+    factor = settings.pop("factor") * len(given["student"])
+    check(case, factor * sinkhorn_loss(given["student"], given["teacher"], **settings), given)
+
+
+@pytest.mark.parametrize("case", cases("sinkd", "sinkd_kd", "sinkd_kd_anneal"))
+def test_kd_equals_the_released_code(case: Case):
+    given, settings = case.tensors("student"), case.arguments
+    temperature = settings["temperature"]
+    if case.method == "sinkd_kd_anneal":
+        temperature = annealed(temperature, torch.tensor(settings["epoch"]).double(), settings["epochs"])
+    check(case, soft_target_loss(given["student"], given["teacher"], temperature=temperature), given)
+
+
+@pytest.mark.parametrize("case", cases("sinkd", "sinkd_total"))
+def test_the_method_equals_the_released_code(case: Case):
+    given, settings = case.tensors("student"), dict(case.arguments)
+    alpha, beta, factor = (settings.pop(name) for name in ("alpha", "beta", "factor"))
+    assert factor == 0.001
+    weights = {"ce_weight": 1 - alpha, "kd_weight": alpha, "sinkhorn_weight": beta}
+    distiller = examples.build("sinkd", kd_anneal_epochs=None, **weights, **settings)
+    logits = given["student"], given["teacher"]
+    signals = Signals(*logits, *logits, given["target"], torch.arange(len(given["target"])), torch.tensor(1))
+    terms = {**distiller.task(signals), **distiller.distillation(signals)}
+    check(case, torch.stack(list(terms.values())).sum(), given)
+
+
+def test_soft_targets_by_hand():
+    """Teacher (3/4, 1/4) at T = 2, student (1/2, 1/2): ln 2, whatever the teacher."""
+    loss = soft_target_loss(torch.zeros(1, 2), torch.tensor([[2 * log(3), 0.0]]), temperature=2.0)
+    assert loss.item() == pytest.approx(log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize(("epoch", "expected"), [(1, 4.0), (2, 3.25), (5, 1.0), (9, 1.0)])
+def test_the_temperature_falls_straight_to_1_in_the_last_epoch(epoch, expected):
+    assert annealed(4.0, torch.tensor(epoch), 5).item() == pytest.approx(expected)
+    annealing, constant = (
+        examples.build("sinkd", kd_temperature=temperature, kd_anneal_epochs=epochs).eval()
+        for temperature, epochs in ((4.0, 5), (expected, None))
+    )
+    found, same = (each(examples.batch(), examples.epoch(epoch)).terms for each in (annealing, constant))
+    torch.testing.assert_close(found, same)
 
 
 def test_one_sample_by_hand():
@@ -109,12 +157,16 @@ def test_terms_can_be_switched_off(settings, terms):
     assert list(output.task) == ["ce"]
 
 
-def test_weighs_its_terms():
-    distiller, batch = examples.build("sinkd", kd_weight=0.5, sinkhorn_weight=3.0).eval(), examples.batch()
+@pytest.mark.parametrize("variant", ["released", "paper"])
+def test_weighs_its_terms(variant):
+    weights = {"kd_weight": 0.5, "sinkhorn_weight": 3.0}
+    distiller = examples.build("sinkd", **weights, kd_anneal_epochs=None, variant=variant).eval()
+    batch = examples.batch()
     terms = distiller(batch, examples.epoch()).terms
     logits = distiller.student(batch.image), distiller.teacher(batch.image)
-    torch.testing.assert_close(terms["kd"], 0.5 * kd_loss(*logits, temperature=2.0))
-    torch.testing.assert_close(terms["sinkhorn"], 3.0 * sinkhorn_loss(*logits, **NUMBERS))
+    kd, factor = (soft_target_loss, 0.001 * 8) if variant == "released" else (kd_loss, 1.0)
+    torch.testing.assert_close(terms["kd"], 0.5 * kd(*logits, temperature=3.0))
+    torch.testing.assert_close(terms["sinkhorn"], 3.0 * factor * sinkhorn_loss(*logits, **NUMBERS))
 
 
 def test_refuses_what_it_cannot_do():
@@ -124,3 +176,5 @@ def test_refuses_what_it_cannot_do():
         examples.build("sinkd", iterations=0)
     with pytest.raises(UserError, match=r"regularization: .*greater than 0, found 0"):
         examples.build("sinkd", regularization=0.0)
+    with pytest.raises(UserError, match=r"^distiller.kd_anneal_epochs: .*, found 10 with 'paper'; set it to null$"):
+        examples.build("sinkd", variant="paper")

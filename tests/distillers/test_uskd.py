@@ -1,5 +1,6 @@
-"""USKD against plain loops, cases worked by hand, and its properties."""
+"""USKD against the released code's values, plain loops, cases worked by hand, and its properties."""
 
+from functools import partial
 from math import exp, log
 
 import pytest
@@ -8,18 +9,43 @@ from torch import nn
 from torch.nn import functional as F
 
 from mdistill.distillers import DISTILLERS
-from mdistill.distillers.uskd import non_target_label_loss, rank_labels, target_label_loss, weak_loss
+from mdistill.distillers.uskd import (
+    non_target_label_loss,
+    paper_score,
+    rank_labels,
+    released_score,
+    target_label_loss,
+    weak_loss,
+)
 from mdistill.errors import UserError
 from mdistill.models import MODELS
 
 from . import examples
+from .golden_more import Case, cases, check
 from .test_losses import inputs
 
 LOSSES = {
     "target": lambda s, w, y: target_label_loss(s, y),
-    "non_target": non_target_label_loss,
+    "non_target": partial(non_target_label_loss, variant="released"),
+    "non_target-paper": partial(non_target_label_loss, variant="paper"),
     "weak": lambda s, w, y: weak_loss(s, y),
 }
+
+
+def paper_labels(logits, weak_logits, target):
+    return rank_labels(paper_score(logits, weak_logits, target), target)
+
+
+@pytest.mark.parametrize("case", cases("uskd"))
+def test_equals_the_released_code(case: Case):
+    given = case.tensors("student", "feature", "weight", "bias")
+    weak_logits = F.linear(given["feature"], given["weight"], given["bias"])
+    terms = {
+        "alpha": target_label_loss(given["student"], given["target"]),
+        "beta": non_target_label_loss(given["student"], weak_logits, given["target"], variant="released"),
+        "mu": weak_loss(weak_logits, given["target"]),
+    }
+    check(case, torch.stack([case.arguments[name] * term for name, term in terms.items()]).sum(), given)
 
 
 def softmax(row):
@@ -50,7 +76,10 @@ def non_target_by_loop(logits, weak_logits, target):
 def test_equals_a_loop(seed):
     logits, weak_logits = examples.logits(seed, 12, 7), examples.logits(seed + 10, 12, 7)
     target = examples.targets(seed, 12, 7)
-    losses = target_label_loss(logits, target), non_target_label_loss(logits, weak_logits, target)
+    losses = (
+        target_label_loss(logits, target),
+        non_target_label_loss(logits, weak_logits, target, variant="paper"),
+    )
     expected = target_by_loop(logits, target), non_target_by_loop(logits, weak_logits, target)
     assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-10)
 
@@ -71,10 +100,10 @@ def test_target_term_by_hand():
 def test_non_target_term_by_hand():
     """Ranks: class 2 before class 1 twice, labels (0, 1/3, 2/3); the others' softmax (2/3, 1/3) and (1/3, 2/3)."""
     logits, weak_logits, target = by_hand()
-    labels = rank_labels(logits, weak_logits, target)
+    labels = paper_labels(logits, weak_logits, target)
     torch.testing.assert_close(labels, torch.tensor([[0.0, 1 / 3, 2 / 3]] * 2, dtype=torch.float64))
     first, second = log(3 / 2) / 3 + 2 * log(3) / 3, log(3) / 3 + 2 * log(3 / 2) / 3
-    loss = non_target_label_loss(logits, weak_logits, target)
+    loss = non_target_label_loss(logits, weak_logits, target, variant="paper")
     assert loss.item() == pytest.approx((first + second) / 2, rel=1e-12)
 
 
@@ -91,14 +120,14 @@ def test_both_networks_decide_the_ranks():
     weak_logits = torch.tensor([[0.0, log(0.3), log(0.7)]])
     for sure in (0.0, 30.0):
         logits[0, 0], weak_logits[0, 0] = sure, -sure
-        assert rank_labels(logits, weak_logits, target)[0, 2] > 0.6
-        assert rank_labels(logits, -weak_logits, target)[0, 1] > 0.6
+        assert paper_labels(logits, weak_logits, target)[0, 2] > 0.6
+        assert paper_labels(logits, -weak_logits, target)[0, 1] > 0.6
 
 
 @pytest.mark.parametrize("case", inputs())
 def test_labels_are_a_distribution_over_the_other_classes(case):
     logits, weak_logits, target = inputs()[case]
-    labels = rank_labels(logits, weak_logits, target)
+    labels = paper_labels(logits, weak_logits, target)
     size, classes = labels.shape
     assert labels.gather(1, target[:, None]).abs().max() == 0
     torch.testing.assert_close(labels.sum(dim=1), torch.ones(size).double())
@@ -122,12 +151,40 @@ def test_value_and_gradient_are_finite(loss, case, dtype):
     assert logits.grad.isfinite().all()
 
 
-def test_soft_labels_have_no_gradient():
+def test_released_labels_by_hand():
+    """s = (1/2, 1/4, 1/4), y = 0, w = (1/4, 1/4, 1/2): the target's score is 1/3 - ln 2 / (1 + ln 2) = -0.08.
+
+    Class 1 has 1/3 - 2 ln 2 / (1 + ln 2) = -0.49, class 2 has 2/3 - 0.82 = -0.15: ranks 1, 3, 2, labels 1/3 and 1/2.
+    """
+    logits = torch.tensor([[2.0, 1.0, 1.0]], dtype=torch.float64).log()
+    weak_logits, target = torch.tensor([[1.0, 1.0, 2.0]], dtype=torch.float64).log(), torch.tensor([0])
+    score = released_score(logits, weak_logits, target)
+    expected = [1 / 3 - log(2) / (1 + log(2)), 1 / 3 - 2 * log(2) / (1 + log(2)), 2 / 3 - 2 * log(2) / (1 + log(2))]
+    assert score[0].tolist() == pytest.approx(expected, abs=3e-6)
+    assert rank_labels(score, target)[0].tolist() == pytest.approx([0, 0.4, 0.6])
+
+
+@pytest.mark.parametrize("case", inputs())
+def test_released_labels_leave_out_the_rank_of_the_target(case):
+    logits, weak_logits, target = inputs()[case]
+    score = released_score(logits, weak_logits, target)
+    labels, classes = rank_labels(score, target), score.shape[1]
+    assert labels.gather(1, target[:, None]).abs().max() == 0
+    for row, y, own in zip(labels, target.tolist(), score, strict=True):
+        ahead = [own[c] > own[y] or (own[c] == own[y] and c < y) for c in range(classes)]
+        weights = [1 / rank for rank in range(1, classes + 1) if rank != 1 + sum(map(bool, ahead))]
+        expected = torch.tensor([0.0, *sorted(weight / sum(weights) for weight in weights)]).double()
+        torch.testing.assert_close(row.sort().values, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("variant", ["released", "paper"])
+def test_soft_labels_have_no_gradient(variant):
     """Finite differences with the labels held where they are."""
     logits, weak_logits = examples.logits(0, 5, 4).requires_grad_(), examples.logits(1, 5, 4).requires_grad_()
     target = examples.targets(2, 5, 4)
     square = logits.detach().softmax(dim=1).gather(1, target[:, None]).squeeze(1) ** 2
-    labels = rank_labels(logits.detach(), weak_logits.detach(), target)
+    score = released_score if variant == "released" else paper_score
+    labels = rank_labels(score(logits.detach(), weak_logits.detach(), target), target)
     others = 1 - F.one_hot(target, 4)
 
     def with_fixed_labels(z):
@@ -137,7 +194,7 @@ def test_soft_labels_have_no_gradient():
 
     assert torch.autograd.gradcheck(with_fixed_labels, (logits,))
     (expected,) = torch.autograd.grad(with_fixed_labels(logits), logits)
-    loss = target_label_loss(logits, target) + non_target_label_loss(logits, weak_logits, target)
+    loss = target_label_loss(logits, target) + non_target_label_loss(logits, weak_logits, target, variant=variant)
     (gradient, none) = torch.autograd.grad(loss, (logits, weak_logits), allow_unused=True)
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
     assert none is None
@@ -150,8 +207,10 @@ def test_equal_certainty_gives_plain_cross_entropy():
     torch.testing.assert_close(target_label_loss(row, target), F.cross_entropy(row, target))
 
 
-def test_terms_are_those_of_the_networks():
-    distiller, batch = examples.build("uskd", alpha=0.5, beta=0.25, mu=2.0, ce_weight=3.0).eval(), examples.batch()
+@pytest.mark.parametrize("variant", ["released", "paper"])
+def test_terms_are_those_of_the_networks(variant):
+    weights = {"alpha": 0.5, "beta": 0.25, "mu": 2.0, "ce_weight": 3.0}
+    distiller, batch = examples.build("uskd", variant=variant, **weights).eval(), examples.batch()
     features = distiller.student.forward_features(batch.image)
     weak_logits = distiller.head(features.stages[0].flatten(1))
     terms = distiller(batch, examples.epoch()).terms
@@ -159,7 +218,7 @@ def test_terms_are_those_of_the_networks():
     expected = {
         "ce": 3.0 * F.cross_entropy(features.logits, batch.target),
         "target": 0.5 * target_label_loss(features.logits, batch.target),
-        "non_target": 0.25 * non_target_label_loss(features.logits, weak_logits, batch.target),
+        "non_target": 0.25 * non_target_label_loss(features.logits, weak_logits, batch.target, variant=variant),
         "weak": 2.0 * weak_loss(weak_logits, batch.target),
     }
     torch.testing.assert_close(terms, expected)

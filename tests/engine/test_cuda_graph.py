@@ -195,6 +195,7 @@ RECIPES = {
     "cosine": ("vanilla", "solver.schedule=cosine"),
     "drops of the rate": ("vanilla", "solver.milestones=[1,2]"),
     "dot": ("dkd", "solver.name=dot", "solver.delta=0.075"),
+    "two gradients aligned": ("dhkd", "solver.name=aligned_sgd"),
     "dot with a module of the method": ("ctkd", "solver.name=dot", "solver.delta=0.075"),
     "dot with two views": ("mlkd", "solver.name=dot", "solver.delta=0.075"),
     "convolutions": ("nd",),

@@ -29,6 +29,7 @@ from mdistill.engine.active_trial import ActiveTrial
 from mdistill.engine.run_folder import RunFolder, read_metrics
 from mdistill.errors import RunFailed, Stopped, UserError
 from mdistill.models import MODELS
+from mdistill.optim.aligned_sgd import AlignedSGD
 
 from .. import runs, streamed
 from ..distillers import examples, hooks
@@ -193,29 +194,15 @@ def steps_of_every_method(folder: Path, rank: int) -> Any:
     return {method: steps_of(method, rank, torch.distributed.get_world_size()) for method in METHODS}
 
 
-def own_rows(whole: Batch, own: slice) -> Batch:
-    return replace(whole, **{name: value[own] for name, value in vars(whole).items() if isinstance(value, Tensor)})
-
-
 def steps_of(method: str, rank: int, ranks: int) -> dict[str, Any]:
     """Loss terms and summed gradients of two steps, in float64 and without BatchNorm, and the state after them."""
     found: dict[str, Any] = {}
-    distiller = examples.build(method, data=examples.data_info(batch_size=max(SIZES), num_samples=examples.SAMPLES))
-    for network in (distiller.student, distiller.teacher):
-        if isinstance(network, examples.TinyNetwork):
-            network[2] = nn.Identity()
-    distiller.double().train()
-    for module in distiller.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # a method's own
-            module.eval()
+    distiller = build_without_batchnorm(method)
     for number, size in enumerate(SIZES):
-        counts = distributed.split(size, ranks)
-        own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-        batch, mixed = (own_rows(examples.batch(seed, size, dtype=torch.float64), own) for seed in (number, number + 9))
-        batch = replace(batch, rank_counts=counts if ranks > 1 else ())
-        if number and method in BESIDE:
-            batch = replace(batch, mixed=mixed)
         distiller.zero_grad()
+        batch = own_part(number, size, rank, ranks)
+        if number and method in BESIDE:
+            batch = replace(batch, mixed=own_part(number + 9, size, rank, ranks))
         output = distiller(batch, examples.epoch(2))
         output.total.backward()
         parameters = [each for group in distiller.param_groups() for each in group["params"]]
@@ -228,9 +215,44 @@ def steps_of(method: str, rank: int, ranks: int) -> dict[str, Any]:
     return found | {"buffers": {name: value.clone() for name, value in distiller.named_buffers()}}
 
 
+def aligned_gradients(folder: Path, rank: int) -> Any:
+    return aligned_step(rank, torch.distributed.get_world_size())
+
+
+def aligned_step(rank: int, ranks: int) -> dict[str, Tensor]:
+    """The gradients that a step on task and distillation apart uses; the temperature is low, so that they conflict."""
+    distiller = build_without_batchnorm("kd", temperature=0.5)
+    solver = AlignedSGD(distiller.param_groups(), momentum=0.9, weight_decay=5e-4)
+    solver.step(distiller(own_part(0, SIZES[1], rank, ranks), examples.epoch(2)))
+    return {name: each.grad.clone() for name, each in distiller.named_parameters() if each.grad is not None}
+
+
+def build_without_batchnorm(method: str, **changes: Any) -> Distiller:
+    """In float64; a method's own BatchNorm normalises by what it has stored."""
+    data = examples.data_info(batch_size=max(SIZES), num_samples=examples.SAMPLES)
+    distiller = examples.build(method, data=data, **changes)
+    for network in (distiller.student, distiller.teacher):
+        if isinstance(network, examples.TinyNetwork):
+            network[2] = nn.Identity()
+    distiller.double().train()
+    for module in distiller.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return distiller
+
+
+def own_part(seed: int, size: int, rank: int, ranks: int) -> Batch:
+    """What ``rank`` takes of the batch that ``seed`` draws."""
+    whole = examples.batch(seed, size, dtype=torch.float64)
+    counts = distributed.split(size, ranks)
+    own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    rows = {name: value[own] for name, value in vars(whole).items() if isinstance(value, Tensor)}
+    return replace(whole, **rows, rank_counts=counts if ranks > 1 else ())
+
+
 JOBS: list[Callable[[Path, int], Any]] = [
     train_whole, train_in_parts, stop_one, first_gradients, train_without_batchnorm, uneven_batch, short_last_batch,
-    save_in_mid_epoch, mistakes, overflow, agreements, steps_of_every_method,
+    save_in_mid_epoch, mistakes, overflow, agreements, steps_of_every_method, aligned_gradients,
 ]  # fmt: skip
 BY_THREE: list[Callable[[Path, int], Any]] = [steps_of_every_method]
 
@@ -393,6 +415,12 @@ def test_losses_gradients_and_state_are_those_of_one_process(
         assert expected.keys() == found[0][part].keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[0][part][name], value, rtol=1e-12, atol=1e-12, msg=f"{part} {name}")
+
+
+def test_gradients_are_aligned_once_they_are_those_of_the_whole_batch(results: list[dict[str, Any]]) -> None:
+    found, expected = [result["aligned_gradients"] for result in results], aligned_step(0, 1)
+    assert_same(*found)
+    torch.testing.assert_close(found[0], expected, rtol=1e-12, atol=1e-12)
 
 
 # --- by a launcher ---

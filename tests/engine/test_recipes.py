@@ -220,7 +220,8 @@ class TestEnsemble:
             runs.experiment(ensemble_cfg)
 
     def test_features_of_several_networks_are_refused(self, ensemble_cfg, train: Train, capsys):
-        nd = "distiller={name: nd, ce_weight: 1, kd_weight: 1, temperature: 4, nd_weight: 1}"
+        settings = "ce_weight: 1, kd_weight: 1, kd_warmup_epochs: 20, temperature: 4, nd_weight: 1, embedding: linear"
+        nd = f"distiller={{name: nd, {settings}}}"
         overrides = ("student={name: resnet8}", "teacher.name=resnet8", nd)
         text = ensemble_cfg.read_text().replace("name: tiny_net, width: 32", "name: resnet8")
         ensemble_cfg.write_text(text)

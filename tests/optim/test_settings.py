@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mdistill.config import load
 from mdistill.errors import UserError
 from mdistill.optim.adamw import AdamW
+from mdistill.optim.aligned_sgd import AlignedSGD
 from mdistill.optim.dot import DOT
 from mdistill.optim.schedules import learning_rate
 from mdistill.optim.solvers import SGD, Solver, clip_factor, without_decay_of_norms
@@ -168,12 +169,13 @@ def test_norms_and_biases_are_groups_of_their_own() -> None:
     assert [group["lr_scale"] for group in groups if group["params"][0] is network.classifier.weight] == [0.1]
 
 
-@pytest.mark.parametrize("name", ["sgd", "dot", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "aligned_sgd", "dot", "adamw"])
 def test_only_weights_of_two_dimensions_decay(name: str) -> None:
     matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
     groups = without_decay_of_norms([{"params": [matrix, vector]}])
     solvers: dict[str, Solver] = {
         "sgd": SGD(groups, momentum=0.0, weight_decay=0.5),
+        "aligned_sgd": AlignedSGD(groups, momentum=0.0, weight_decay=0.5),
         "dot": DOT(groups, momentum=0.0, delta=0.0, weight_decay=0.5),
         "adamw": AdamW(groups, weight_decay=0.5),
     }
@@ -194,6 +196,7 @@ def test_only_weights_of_two_dimensions_decay(name: str) -> None:
     "solver",
     [
         {"name": "sgd"},
+        {"name": "aligned_sgd"},
         {"name": "dot", "delta": 0.05},
         {"name": "adamw", "lr": 0.001},
     ],

@@ -1,4 +1,4 @@
-"""DOT against the update written out; SGD on its own is in test_parts."""
+"""DOT against the update written out, and what it shares with AlignedSGD; SGD on its own is in test_parts."""
 
 import io
 from collections.abc import Callable
@@ -26,6 +26,7 @@ STEPS = 20
 BOTH, SLOW, TASK, DISTILLATION, NEITHER = range(5)  # what reaches a weight; SLOW is reached by both at a tenth the rate
 Settings = dict[str, float]
 SETTINGS: Settings = {"momentum": 0.9, "delta": 0.075, "weight_decay": 5e-4}
+OF_TWO_GRADIENTS: dict[str, Settings] = {"dot": SETTINGS, "aligned_sgd": {"momentum": 0.9, "weight_decay": 5e-4}}
 
 
 def rate(step: int) -> float:
@@ -273,26 +274,27 @@ def test_dot_keeps_its_buffers_where_they_are() -> None:
     [
         (
             "task",
-            "solver.name: dot needs a task and a distillation term, this method has no task term;"
+            " needs a task and a distillation term, this method has no task term;"
             " set distiller.ce_weight above 0 or choose another solver.name",
         ),
         (
             "distillation",
-            "solver.name: dot needs a task and a distillation term, this method has no distillation term;"
+            " needs a task and a distillation term, this method has no distillation term;"
             " choose a method with one or choose another solver.name",
         ),
     ],
 )
-def test_dot_refuses_a_method_without_one_of_its_terms(missing: str, message: str) -> None:
+@pytest.mark.parametrize("name", OF_TWO_GRADIENTS)
+def test_a_method_without_one_of_the_terms_is_refused(name: str, missing: str, message: str) -> None:
     weights = make_weights()
     terms = {"task": {"a": weights[BOTH].sum()}, "distillation": {"b": weights[BOTH].square().sum()}}
-    solver = DOT(make_groups(weights), **SETTINGS)
+    solver = SOLVERS.build(name, make_groups(weights), **OF_TWO_GRADIENTS[name])
     solver.check(output(**terms))
     lacking = output(**{**terms, missing: {}})
     for call in (solver.check, solver.step):
         with pytest.raises(UserError) as caught:
             call(lacking)
-        assert str(caught.value) == message
+        assert str(caught.value) == f"solver.name: {name}{message}"
     assert_same(weights, make_weights())
     SGD(make_groups(weights), momentum=0.9, weight_decay=0.0).check(lacking)
 
@@ -331,9 +333,10 @@ def network_step(
     return step
 
 
-def test_a_dot_step_reads_nothing_on_the_host() -> None:
+@pytest.mark.parametrize("name", OF_TWO_GRADIENTS)
+def test_a_step_reads_nothing_on_the_host(name: str) -> None:
     network = TinyNet(4, 8).train()
-    solver = DOT([{"params": list(network.parameters())}], **SETTINGS)
+    solver = SOLVERS.build(name, [{"params": list(network.parameters())}], **OF_TWO_GRADIENTS[name])
     solver.set_lr(0.1)
     step = network_step(network, solver, torch.randn(6, 3, 8, 8), torch.arange(6) % 4, torch.randn(6, 4))
     for _ in range(2):
@@ -341,7 +344,8 @@ def test_a_dot_step_reads_nothing_on_the_host() -> None:
             step()
 
 
-def test_a_replayed_dot_step_equals_an_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", OF_TWO_GRADIENTS)
+def test_a_replayed_step_equals_an_eager_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the rate in a tensor, as on CUDA, which drops after the capture; two groups."""
     monkeypatch.setattr(module, "rate_tensor", lambda device, value=0.0: torch.tensor(value, dtype=torch.float64))
     generator = torch.Generator().manual_seed(1)
@@ -355,7 +359,7 @@ def test_a_replayed_dot_step_equals_an_eager_one(monkeypatch: pytest.MonkeyPatch
         network = TinyNet(4, 8).train()
         inner = [*network.bn.parameters(), *network.hidden.parameters()]
         last = {"params": list(network.classifier.parameters()), "lr_scale": 0.1}
-        solver = DOT([{"params": inner}, last], **SETTINGS)
+        solver = SOLVERS.build(name, [{"params": inner}, last], **OF_TWO_GRADIENTS[name])
         static = tuple(torch.zeros_like(part) for part in batches[0])
         if recorder is not None:
             monkeypatch.setattr(cuda_graph, "capture_graph", recorder)
