@@ -193,15 +193,12 @@ def steps_of_every_method(folder: Path, rank: int) -> Any:
 
 
 def steps_of(method: str, rank: int, ranks: int) -> dict[str, Any]:
-    """Loss terms and summed gradients of two steps, in float64 and without BatchNorm, and the state after them."""
+    """Loss terms and summed gradients of two steps, in float64 and BatchNorm in evaluation mode, and the state."""
     found: dict[str, Any] = {}
     distiller = examples.build(method, data=examples.data_info(batch_size=max(SIZES), num_samples=examples.SAMPLES))
-    for network in (distiller.student, distiller.teacher):
-        if isinstance(network, examples.TinyNetwork):
-            network[2] = nn.Identity()
     distiller.double().train()
     for module in distiller.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # a method's own
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
     for number, size in enumerate(SIZES):
         whole = examples.batch(number, size, dtype=torch.float64)
