@@ -101,6 +101,10 @@ class TinyNet(nn.Module):
         preacts = (stem, preact[:, :, None, None])
         return Features(self.classifier(pooled), (stem, last_map), preacts, last_map, pooled)
 
+    def bn_before_relu(self) -> list[nn.BatchNorm2d]:
+        """As if one were there that does nothing: a batch of one image needs none, and its activation is another."""
+        return [nn.BatchNorm2d(len(self.hidden.bias), track_running_stats=False, device=self.hidden.bias.device)]
+
 
 @MODELS.register("tiny_net")
 def tiny_net(num_classes: int, *, width: int = 16) -> TinyNet:

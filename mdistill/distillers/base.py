@@ -106,7 +106,7 @@ class Distiller(nn.Module, ABC):
             cross-entropy of ``task`` alone (Szegedy et al., arXiv:1512.00567, Section 7).
     """
 
-    needs: ClassVar[Needs] = Needs()
+    needs: Needs = Needs()  # a setting that changes them does so before ``super().__init__``, for its instance alone
     smooths_labels: ClassVar[bool] = False  # whether a ``task`` of the method's own heeds label_smoothing
     student: nn.Module
     teacher: nn.Module | None

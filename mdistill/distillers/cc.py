@@ -39,6 +39,10 @@ class CC(Distiller):
     Both embeddings are linear and trained, the teacher's too, so both could shrink to 0; weight decay and the
     cross-entropy alone decide. They are left out at inference.
 
+    The loss is quadratic in the embeddings' weights and not bounded, so that steps overshoot and overflow where pooled
+    features are long. At a rate of 0.05, momentum 0.9 and the published weight, random ones of the teacher did between
+    lengths of 40 and 60. A trained ResNet56's are 20 long; those of an untrained ResNet32x4 in evaluation mode 260.
+
     Args:
         cc_weight: weight of the congruence term.
         width: D of the embeddings.

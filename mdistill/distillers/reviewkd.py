@@ -112,6 +112,7 @@ class ReviewKD(Distiller):
     Args:
         reviewkd_weight: weight of the distance; published for some pairs.
         max_width: the fusion is as wide as the student's pooled features, but no wider than this; 512 on CIFAR-100.
+        student_preacts: whether the student's stages too are read before their last ReLU, as published for ImageNet.
     """
 
     needs = Needs(teacher="features", features=("stages", "preacts", "pooled"), labels="none")
@@ -124,11 +125,12 @@ class ReviewKD(Distiller):
         *,
         reviewkd_weight: Positive,
         max_width: PositiveInt,
+        student_preacts: bool,
         **shared: Any,
     ) -> None:
         super().__init__(student, teacher, data, **shared)
         assert teacher is not None
-        self.reviewkd_weight = reviewkd_weight
+        self.reviewkd_weight, self.student_preacts = reviewkd_weight, student_preacts
         own, theirs = (feature_shapes(network, data.image_size) for network in (student, teacher))
         if len(own.stages) != len(theirs.preacts):
             raise UserError(
@@ -146,7 +148,8 @@ class ReviewKD(Distiller):
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
         """The one term, ``reviewkd``."""
         student, teacher = both_features(signals)
-        outputs = self.review([*student.stages[1:], student.pooled[:, :, None, None]])
+        levels = student.preacts if self.student_preacts else student.stages
+        outputs = self.review([*levels[1:], student.pooled[:, :, None, None]])
         targets = [*teacher.preacts[1:], teacher.pooled[:, :, None, None]]
         return {"reviewkd": self.reviewkd_weight * reviewkd_loss(outputs, targets)}
 

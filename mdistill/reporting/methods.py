@@ -21,7 +21,13 @@ FIRST = ("res32x4_res8x4.yaml", "resnet8x4.yaml")
 
 DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 
-COLUMNS = ("method", "paper", "year", "loss", "settings", "source", "needs", "cache")
+COLUMNS = ("method", "kind", "paper", "year", "loss", "settings", "source", "needs", "cache")
+
+
+KINDS = {"none": "no teacher", "logits": "logits", "features": "features"}
+"""By ``needs.teacher``."""
+
+FEATURES = {"stages": "stages", "preacts": "pre-activations", "last_map": "last map", "pooled": "pooled"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Method:
     """One method."""
 
     name: str
+    kind: str  # what of the teacher it distils: logits, features; or no teacher
     paper: Paper | None
     loss: str  # the first sentence of its class, Markdown
     needs: str  # teacher, features, views, labels
@@ -86,7 +93,17 @@ class Method:
     def cells(self) -> list[str]:
         """Its row under ``COLUMNS``, Markdown."""
         link, year = (self.paper.link, self.paper.year) if self.paper else ("", "")
-        return [f"`{self.name}`", link, year, self.loss, self.published, self.certainty, self.needs, self.cache]
+        return [
+            f"`{self.name}`",
+            self.kind,
+            link,
+            year,
+            self.loss,
+            self.published,
+            self.certainty,
+            self.needs,
+            self.cache,
+        ]
 
 
 def describe(name: str, configs: Path) -> Method:
@@ -106,6 +123,7 @@ def describe(name: str, configs: Path) -> Method:
     settings = {} if config is None else _settings(name, config)
     return Method(
         name=name,
+        kind=KINDS[needs.teacher],
         paper=_paper(sys.modules[builder.__module__].__doc__ or ""),
         loss=_markdown(_paragraphs(builder)[0].split(". ")[0].rstrip(".")),
         needs="; ".join(_needs(needs)),
@@ -172,9 +190,10 @@ def _paper(docstring: str) -> Paper | None:
 
 
 def _needs(needs: "Needs") -> Iterator[str]:
-    yield {"none": "no teacher", "logits": "logits", "features": "features of both"}[needs.teacher]
+    features = ", ".join(FEATURES[name] for name in needs.features)
+    yield f"features of both: {features}" if needs.teacher == "features" else KINDS[needs.teacher]
     if needs.student_features and needs.teacher != "features":
-        yield "features of the student"
+        yield f"features of the student: {features}"
     if needs.views > 1:
         yield "two views"
     if needs.class_distances is not None:

@@ -69,6 +69,7 @@ OF_ALL_PAIRS = {
     "simkd",
     "at",
     "rkd",
+    "ofd",
 }
 OF_SOME_PAIRS = {
     "rld_lskd": 3,
@@ -114,6 +115,7 @@ IMAGENET_FILES = {
     **{folder: {"res34_res18"} for folder in ("kd_lskd", "ctkd_lskd")},
     **{folder: {"res34_res18"} for folder in ("crld", "sld", "ea_kd", "ea_dkd", "ea_dkd_lskd")},
     **{folder: {"res34_res18", "res50_mv1"} for folder in IMAGENET_OF_BOTH_PAIRS},
+    **{folder: {"res34_res18", "res50_mv1"} for folder in ("at", "ofd", "reviewkd", "simkd", "catkd")},
 }
 IMAGENET_SETTINGS: dict[str, dict[str, Any]] = {  # some of them, by hand from what is published
     "kd/res34_res18": {"ce_weight": 0.5, "kd_weight": 0.5, "temperature": 1.0},
@@ -131,6 +133,11 @@ IMAGENET_SETTINGS: dict[str, dict[str, Any]] = {  # some of them, by hand from w
     "rc/res50_mv1": {"ce_weight": 1.0, "kd_weight": 1.0, "rc_weight": 0.1, "temperature": 1.0},
     "label_revision/res34_res18": {"lambda1": 4.0, "lambda2": 1.0, "eta": 0.8},
     "nkd/res34_res18": {"gamma": 1.5, "temperature": 1.0},
+    "at/res50_mv1": {"ce_weight": 1.0, "at_weight": 1000.0, "power": 2},
+    "ofd/res50_mv1": {"ce_weight": 1.0, "ofd_weight": 1e-4, "teacher_batch_statistics": True},
+    "reviewkd/res50_mv1": {"reviewkd_weight": 8.0, "max_width": 256, "student_preacts": True, "warmup_epochs": 1},
+    "simkd/res34_res18": {"ce_weight": 0.0, "simkd_weight": 1.0, "factor": 2},
+    "catkd/res34_res18": {"ce_weight": 1.0, "catkd_weight": 0.5, "resolution": 4, "normalize": False},
     "luminet/res34_res18": {"ce_weight": 0.7, "luminet_weight": 4.0, "temperature": 1.0},
     "luminet/res50_mv1": {"ce_weight": 1.0, "luminet_weight": (2 / 0.7) ** 2, "temperature": 0.7},
     "crld/res34_res18": {"ce_weight": 2.0, "within_weight": 2.0, "cross_weight": 0.5, "temperature": 1.0},
@@ -161,6 +168,11 @@ IMAGENET_SCHEDULES = {  # images a step, epochs and rate where they are not the 
     "luminet/res50_mv1": (256, 100, 0.1),
     **dict.fromkeys(("ckd/res34_res18", "ckd/res50_mv1"), (512, 200, 0.2)),
     "ea_dkd_lskd/res34_res18": (512, 130, 0.2),
+    "ofd/res50_mv1": (128, 100, 0.05),
+    "reviewkd/res34_res18": (256, 100, 0.1),
+    "reviewkd/res50_mv1": (256, 100, 0.1),
+    "simkd/res34_res18": (256, 120, 0.1),
+    "simkd/res50_mv1": (256, 120, 0.1),
 }
 
 LIGHT = {"mobilenet_v2", "shufflenet_v1", "shufflenet_v2"}
@@ -270,6 +282,7 @@ DISTILLER_VALUES: dict[str, dict[str, Any]] = {  # some of them, by hand from wh
     "catkd/res32x4_shuv2.yaml": {"ce_weight": 1.0, "catkd_weight": 600.0, "resolution": 4, "normalize": True},
     "simkd/vgg13_vgg8.yaml": {"ce_weight": 0.0, "simkd_weight": 1.0, "factor": 2},
     "reviewkd/res56_res20.yaml": {"ce_weight": 1.0, "reviewkd_weight": 0.6, "max_width": 512, "warmup_epochs": 20},
+    "ofd/wrn40_2_mv2.yaml": {"ce_weight": 1.0, "ofd_weight": 1e-3, "teacher_batch_statistics": True},
     "nd/res50_mv2.yaml": {"ce_weight": 1.0, "kd_weight": 3.0, "nd_weight": 0.5, "temperature": 4.0},
     "crld/res32x4_res8x4.yaml": {"ce_weight": 1.0, "weak_threshold": 0.9, "strong_threshold": 0.2},
     "sld/res50_mv2.yaml": {"kd_weight": 0.9, "temperatures": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], "student_after": 150},
@@ -314,6 +327,7 @@ PUBLISHED = {  # some figures of results/published.csv, by hand: value, source, 
     "catkd/res50_mv2": [("71.36", "MCLD paper", "1"), ("71.36", "RLD paper", "2")],
     "simkd/res32x4_res8x4": [("78.08", "MCLD paper", "2"), ("78.08", "RLD paper", "3")],
     "reviewkd/res32x4_wrn16_2": [("76.11", "MCLD paper", "1"), ("76.11", "RLD paper", "2")],
+    "ofd/wrn40_2_mv2": [("69.92", "MCLD paper", "1"), ("69.92", "RLD paper", "2")],
     "la/vgg13_mv2": [("68.09", "RLD paper", "2")],
     "rld_lskd/res50_mv2": [("71.06", "RLD paper", "6")],
     "dkd_dot/vgg13_mv2": [("61.43", "MCLD paper", "1")],
@@ -371,7 +385,7 @@ def test_finds_all_files() -> None:
     for folder in WITH_ONE_EXAMPLE:
         assert names[folder] == {"resnet8x4.yaml" if folder in {"uskd", "ps_kd"} else EXAMPLE}
     assert set(names) == {*OF_ALL_PAIRS, *OF_SOME_PAIRS, *WITH_ONE_EXAMPLE, "vanilla"}
-    assert len(CIFAR100) == 14 * len(OF_ALL_PAIRS) + sum(OF_SOME_PAIRS.values()) + 22 + 26 == 526
+    assert len(CIFAR100) == 14 * len(OF_ALL_PAIRS) + sum(OF_SOME_PAIRS.values()) + 22 + 26 == 540
     assert len(FILES) - len(CIFAR100) - len(IMAGENET) == 6
     imagenet = {folder.name: {path.stem for path in IMAGENET if path.parent == folder} for folder in imagenet_folders()}
     assert imagenet == IMAGENET_FILES

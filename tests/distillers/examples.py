@@ -95,8 +95,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vid": {"ce_weight": 1.0, "vid_weight": 1.0, "initial_variance": 5.0},
     "catkd": {"ce_weight": 1.0, "catkd_weight": 15.0, "resolution": 1, "normalize": False},
     "simkd": {"ce_weight": 0.0, "simkd_weight": 1.0, "factor": 2},
-    "reviewkd": {"ce_weight": 1.0, "reviewkd_weight": 5.0, "max_width": 4, "warmup_epochs": 20},
+    "reviewkd": {
+        "ce_weight": 1.0,
+        "reviewkd_weight": 5.0,
+        "max_width": 4,
+        "student_preacts": False,
+        "warmup_epochs": 20,
+    },
     "fitnet": {"ce_weight": 1.0, "fitnet_weight": 100.0, "hint": 1},
+    "ofd": {"ce_weight": 1.0, "ofd_weight": 1e-3, "teacher_batch_statistics": True},
     "uskd": {"ce_weight": 1.0, "alpha": 0.1, "beta": 0.1, "mu": 0.1, "stage": -2, "variant": "released"},
     "ps_kd": {"ce_weight": 1.0, "alpha": 0.8, "epochs": 10},
     "pesf_kd": {
@@ -235,6 +242,9 @@ class TinyNetwork(nn.Sequential):
     @property
     def classifier(self) -> nn.Module:
         return self[-1]
+
+    def bn_before_relu(self) -> list[nn.Module]:
+        return [self[2]]
 
     def forward_features(self, image: Tensor) -> Features:
         stem = self[1](self[0](image))

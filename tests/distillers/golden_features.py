@@ -42,7 +42,7 @@ def tensors(row: Mapping[str, Any]) -> dict[str, Tensor]:
             values = torch.from_numpy(drawn(file["seed"], name, recipe))
             short = short.removeprefix(f"{row['method']}/")
             found[short] = values.requires_grad_(
-                not short.startswith(("teacher_stage", "teacher_p", "teacher_l", "teacher_c"))
+                not short.startswith(("teacher_stage", "teacher_p", "teacher_l", "teacher_c", "teacher_b"))
             )
     return found
 

@@ -459,6 +459,7 @@ def given(network: nn.Module, features: dict[int, Features]) -> nn.Module:
 
     class Given(nn.Module):
         classifier = network.classifier
+        bn_before_relu = network.bn_before_relu
 
         def forward(self, image: Tensor) -> Tensor:
             return features[id(image)].logits

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdistill.distillers import DISTILLERS, Distiller, Signals
+from mdistill.errors import UserError
 from mdistill.models import MODELS
 
 from ..host_reads import NoHostReads
@@ -22,6 +23,7 @@ every_published_method = pytest.mark.parametrize("name", METHODS)
 every_method = pytest.mark.parametrize("name", [*METHODS, *examples.HOOKS])
 LEFT_OUT = {"simkd": ("student.4.weight", "student.4.bias")}  # the student's own classifier is in none of its networks
 ONE_LOSS = {"pesf_kd": {"variant": "paper"}}  # where two sides, each held still for the other, have no common loss
+EQUAL_DEPTHS = {"reviewkd"}  # it takes networks of as many stages alone
 SHARED = {"warmup_epochs", "standardize_logits", "label_smoothing"}
 
 
@@ -293,6 +295,20 @@ def test_the_methods_of_the_tests_run_on_networks_of_the_zoo(name):
     assert examples.step(distiller, batch, lr=0.1).isfinite()
     for network in distiller.students().values():
         assert network.eval()(batch.image).shape == (4, examples.CLASSES)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if DISTILLERS.get(name).needs.teacher == "features"])
+def test_stages_of_other_numbers_and_sizes_are_matched_or_refused_in_a_line(name):
+    """The student's are 32, 16 and 8 pixels high, the teacher's 16, 8, 4 and 4."""
+    student, teacher = MODELS.build("resnet8", examples.CLASSES), MODELS.build("vgg8", examples.CLASSES)
+    arguments = name, student, teacher, examples.data_info(image_size=32)
+    if name in EQUAL_DEPTHS:
+        with pytest.raises(UserError, match=r"^[^\n]*the student has 3 and the teacher 4$"):
+            DISTILLERS.build(*arguments, **examples.SETTINGS[name])
+        return
+    distiller = DISTILLERS.build(*arguments, **examples.SETTINGS[name])
+    batch = examples.batch(size=2, image=torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert examples.step(distiller, batch).isfinite()
 
 
 @pytest.mark.parametrize(

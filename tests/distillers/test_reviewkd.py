@@ -69,7 +69,7 @@ def test_gradient_equals_finite_differences():
 def build(student, teacher, image_size=32, **changes):
     with torch.device("meta"):
         networks = [MODELS.build(name, 100) for name in (student, teacher)]
-        settings = {"ce_weight": 1.0, "reviewkd_weight": 5.0, "max_width": 512, **changes}
+        settings = {"ce_weight": 1.0, "reviewkd_weight": 5.0, "max_width": 512, "student_preacts": False, **changes}
         return DISTILLERS.build("reviewkd", *networks, examples.data_info(image_size=image_size), **settings)
 
 
@@ -94,6 +94,16 @@ def test_levels_have_the_teacher_s_shapes():
         outputs = distiller.review([*student.stages[1:], student.pooled[:, :, None, None]])
     shapes = [*(preact.shape for preact in teacher.preacts[1:]), (2, 512, 1, 1)]
     assert [output.shape for output in outputs] == shapes
+
+
+@pytest.mark.parametrize("preacts", [True, False])
+def test_the_student_s_levels_are_its_stages_before_or_after_their_last_relu(preacts):
+    distiller = examples.build("reviewkd", student_preacts=preacts).eval()
+    output = distiller(examples.batch(), examples.epoch(20))
+    student, teacher = output.signals.student_features, output.signals.teacher_features
+    outputs = distiller.review([(student.preacts if preacts else student.stages)[1], student.pooled[:, :, None, None]])
+    targets = [teacher.preacts[1], teacher.pooled[:, :, None, None]]
+    torch.testing.assert_close(output.distillation["reviewkd"], 5.0 * reviewkd_loss(outputs, targets))
 
 
 def test_networks_of_unequal_depth_are_refused():

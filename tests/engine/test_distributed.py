@@ -195,9 +195,9 @@ def steps_of_every_method(folder: Path, rank: int) -> Any:
 
 
 def steps_of(method: str, rank: int, ranks: int) -> dict[str, Any]:
-    """Loss terms and summed gradients of two steps, in float64 and without BatchNorm, and the state after them."""
+    """Loss terms and summed gradients of two steps, in float64 and BatchNorm in evaluation mode, and the state."""
     found: dict[str, Any] = {}
-    distiller = build_without_batchnorm(method)
+    distiller = build_with_stored_statistics(method)
     for number, size in enumerate(SIZES):
         distiller.zero_grad()
         batch = own_part(number, size, rank, ranks)
@@ -221,19 +221,16 @@ def aligned_gradients(folder: Path, rank: int) -> Any:
 
 def aligned_step(rank: int, ranks: int) -> dict[str, Tensor]:
     """The gradients that a step on task and distillation apart uses; the temperature is low, so that they conflict."""
-    distiller = build_without_batchnorm("kd", temperature=0.5)
+    distiller = build_with_stored_statistics("kd", temperature=0.5)
     solver = AlignedSGD(distiller.param_groups(), momentum=0.9, weight_decay=5e-4)
     solver.step(distiller(own_part(0, SIZES[1], rank, ranks), examples.epoch(2)))
     return {name: each.grad.clone() for name, each in distiller.named_parameters() if each.grad is not None}
 
 
-def build_without_batchnorm(method: str, **changes: Any) -> Distiller:
-    """In float64; a method's own BatchNorm normalises by what it has stored."""
+def build_with_stored_statistics(method: str, **changes: Any) -> Distiller:
+    """In float64; BatchNorm normalises by what it has stored."""
     data = examples.data_info(batch_size=max(SIZES), num_samples=examples.SAMPLES)
     distiller = examples.build(method, data=data, **changes)
-    for network in (distiller.student, distiller.teacher):
-        if isinstance(network, examples.TinyNetwork):
-            network[2] = nn.Identity()
     distiller.double().train()
     for module in distiller.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

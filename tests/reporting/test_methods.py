@@ -34,10 +34,11 @@ def test_what_is_known_of_some_methods():
     assert kd.paper.title == "Distilling the Knowledge in a Neural Network"
     assert (kd.paper.year, kd.paper.reference) == ("2015", "arXiv:1503.02531v1")
     assert kd.settings == {"ce_weight": 0.1, "kd_weight": 0.9, "temperature": 4.0}
-    assert (kd.needs, kd.cache) == ("logits", "yes")
+    assert (kd.kind, kd.needs, kd.cache) == ("logits", "logits", "yes")
     assert (mlkd.needs, mlkd.cache, mlkd.paper.link) == ("logits; two views", "weak view", "CVPR 2023")
-    assert (nd.needs, nd.cache) == ("features of both; classes", "no")
-    assert (uskd.needs, uskd.cache) == ("no teacher; features of the student; classes", "no teacher")
+    assert (nd.kind, nd.needs, nd.cache) == ("features", "features of both: pooled; classes", "no")
+    assert (uskd.kind, uskd.cache) == ("no teacher", "no teacher")
+    assert uskd.needs.startswith("no teacher; features of the student: ")
     assert rc.paper.link == "[doi:10.1109/LSP.2023.3333240](https://doi.org/10.1109/LSP.2023.3333240)"
     assert rc.paper.year == "2023"
 
