@@ -149,8 +149,9 @@ def _paper(docstring: str) -> Paper | None:
 
 
 def _needs(needs: "Needs") -> Iterator[str]:
-    yield {"none": "no teacher", "logits": "logits", "features": "features of both"}[needs.teacher]
-    if needs.student_features and needs.teacher != "features":
+    read = {"none": "no teacher", "pooled": "pooled features of both", "features": "features of both"}
+    yield read.get(needs.teacher, needs.teacher)
+    if needs.student_features and not needs.teacher_features:
         yield "features of the student"
     if needs.views > 1:
         yield "two views"
@@ -161,7 +162,7 @@ def _needs(needs: "Needs") -> Iterator[str]:
 def _cache(teacher: str, views: int) -> str:
     if teacher == "none":
         return "no teacher"
-    if teacher != "logits":
+    if teacher == "features":
         return "no"
     return "yes" if views == 1 else "weak view"
 
