@@ -215,7 +215,7 @@ class Distiller(nn.Module, ABC):
             elif self.teacher is not None:
                 teacher_logits, teacher_features = self._run_teacher(image)
                 if teacher_features is not None and self.needs.teacher == "pooled":
-                    teacher_features, teacher_pooled = None, teacher_features.pooled
+                    teacher_pooled, teacher_features = teacher_features.pooled, None
             else:
                 teacher_logits = student_logits.new_zeros(len(student_logits), 0)
             views.append(

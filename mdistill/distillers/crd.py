@@ -170,8 +170,8 @@ class CRD(Distiller):
         assert teacher is not None
         if data.labels is None:
             raise UserError(
-                "distiller.name: 'crd' draws samples of other classes, and this data set does not say the classes of its"
-                " training samples (labels)"
+                "distiller.name: 'crd' draws samples of other classes, and this data set does not say the classes of"
+                " its training samples (labels)"
             )
         others = data.num_samples - int(data.labels.bincount().max())
         if negatives > others:
