@@ -854,9 +854,7 @@ def test_a_pooled_feature_beyond_float16_is_refused_in_one_line(pooled_cfg: Path
     weights["model"]["stem.bias"][0] = 1e5
     weights["model"]["classifier.weight"][:, 0] = 0.0  # the logits alone would do
     torch.save(weights, tmp_path / "featured.pt")
-    told = (
-        r"^the teacher's logits or pooled features reach 1e\+05, float16 holds 65504: set run.teacher_logits=float32"
-    )
+    told = r"^the teacher's logits or pooled features reach 1e\+05, float16 holds 65504: set run.teacher_logits=float32"
     with pytest.raises(RunFailed, match=told):
         fit(experiment(pooled_cfg, tmp_path / "cache"), tmp_path / "runs")
 
