@@ -131,7 +131,7 @@ class CRD(Distiller):
     Each network's embedding is to tell the other one's of the same sample from those of K samples of other classes. The
     embeddings are linear, of length 1 and trained, the teacher's too, and left out at inference. The memories hold the
     embeddings of every training sample, each an average over its visits: 8 N D bytes on the device and in every
-    checkpoint, 51 MB for CIFAR-100 and 1.3 GB for ImageNet. A step needs up to about 1 GB more, for the draws and the
+    checkpoint, 51 MB for CIFAR-100 and 1.3 GB for ImageNet. By estimate a step needs up to 1 GB more, for draws and
     products with all rows; on CIFAR-100 0.2 GB.
 
     The constants Z of both directions are those of the first batch, from then on fixed; they are state as well.
