@@ -132,7 +132,13 @@ def milliseconds(step: Callable[[], None], device: torch.device) -> float:
 
 
 IMAGENET = DataInfo(
-    num_classes=1000, num_samples=1_281_167, image_size=224, num_views=None, batch_size=512, strong_views=True
+    num_classes=1000,
+    num_samples=1_281_167,
+    image_size=224,
+    num_views=None,
+    batch_size=512,
+    strong_views=True,
+    labels=torch.arange(1_281_167) % 1000,
 )
 QUEUE = 65536
 """Of MCLD's configuration for ImageNet."""
@@ -171,7 +177,7 @@ def losses_alone(config: Config, device: torch.device) -> tuple[float, float, fl
     needs = builder.needs  # type: ignore[attr-defined]
     with torch.device(device):
         student = Said(info, needs.student_features)
-        teacher = Said(info, needs.teacher == "features") if needs.teacher != "none" else None
+        teacher = Said(info, needs.teacher_features) if needs.teacher != "none" else None
         distiller = builder(student, teacher, info, **arguments)
         number = torch.arange(info.batch_size)
         image = torch.zeros(info.batch_size, 3, 2, 2)

@@ -21,6 +21,7 @@ class Batch:
     index: Tensor  # (B,) int64, which training sample
     view: Tensor  # (B,) int64, which augmentation of it
     teacher_logits: Tensor | None = None  # (B, C), where they are known; the teacher then does not run
+    teacher_pooled: Tensor | None = None  # (B, D), its pooled features, known with the logits where a method needs both
     strong_image: Tensor | None = None  # (B, 3, H, W), a second, strongly augmented view, when a method asks for two
     strong_view: Tensor | None = None  # (B,) int64, which one
     partner: Tensor | None = None  # (B,) int64, the sample that each image is mixed with

@@ -37,8 +37,11 @@ class TeacherLogitSource(Protocol):
     def require(self, count: int) -> None:
         """Have the logits of the batch that ends before position ``count``."""
 
-    def at(self, positions: Tensor, target: Tensor) -> Tensor:
-        """The logits (B, C) at ``positions`` (B,), whose true classes are ``target`` (B,). Static shapes."""
+    def at(self, positions: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, C), and pooled features (B, D) or None, at ``positions`` (B,), of classes ``target`` (B,).
+
+        Static shapes.
+        """
 
     def flush(self) -> None:
         """Store what was computed. The host waits for the device."""
@@ -203,7 +206,8 @@ class BatchLoader:
         elif self._mixing is not None:
             batch = self._mixed(batch, self._extra.index_select(1, positions))
         if self._teacher is not None:
-            batch = dataclasses.replace(batch, teacher_logits=self._teacher.at(positions, batch.target))
+            logits, pooled = self._teacher.at(positions, batch.target)
+            batch = dataclasses.replace(batch, teacher_logits=logits, teacher_pooled=pooled)
         self._position.add_(count)
         if distributed.world_size() > 1:
             batch = dataclasses.replace(batch, rank_counts=distributed.split(size, distributed.world_size()))

@@ -6,7 +6,7 @@ forward pass of both networks, the task loss, logit standardisation and the loss
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -34,7 +34,7 @@ FeatureName = Literal["stages", "preacts", "last_map", "pooled"]
 class Needs:
     """All that the engine asks about a method."""
 
-    teacher: Literal["none", "logits", "features"] = "logits"
+    teacher: Literal["none", "logits", "pooled", "features"] = "logits"  # "pooled": these features and the logits
     student: Literal["logits", "features"] = "logits"  # its features come with the teacher's in any case
     features: tuple[FeatureName, ...] = ("stages", "preacts", "last_map", "pooled")  # those that are used
     views: Literal[1, 2] = 1  # 2: a strongly augmented one too
@@ -46,7 +46,12 @@ class Needs:
     @property
     def student_features(self) -> bool:
         """Whether the student runs by ``forward_features``."""
-        return "features" in (self.student, self.teacher)
+        return self.student == "features" or self.teacher_features
+
+    @property
+    def teacher_features(self) -> bool:
+        """Whether a teacher that runs in the step does so by ``forward_features``."""
+        return self.teacher in ("pooled", "features")
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,11 @@ class Signals:
     index: Tensor  # (B,) int64, which training sample
     epoch: Tensor  # (), counted from 1
     seed: int = 0  # of the run, for draws within a step: ``functional.uniform``
-    student_features: Features | None = None  # when needs.student or needs.teacher is "features"
+    student_features: Features | None = None  # when needs.student is "features", or the teacher's are needed
     teacher_features: Features | None = None  # when needs.teacher is "features"
+    teacher_pooled: Tensor | None = None  # (B, D), when needs.teacher is "pooled"
     strong: "Signals | None" = None  # the same for the second view, when needs.views is 2
+    computed: dict[str, Tensor] = field(default_factory=dict)  # what ``distillation`` leaves for ``after_step``
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,8 @@ class Distiller(nn.Module, ABC):
         """Write the method's own state (queues, memories), once the solver has stepped; called under no_grad.
 
         Args:
-            signals: those of the step, as ``distillation`` saw them.
+            signals: those of the step, as ``distillation`` saw them; what that computed by weights that the solver has
+                changed since, it leaves in ``signals.computed``.
         """
 
     def students(self) -> dict[str, nn.Module]:
@@ -262,7 +270,8 @@ class Distiller(nn.Module, ABC):
             plain = getattr(signals, f"raw_{name}")
             rows[f"raw_{name}"] = rows[name] if plain is getattr(signals, name) else self.gather(plain)
         strong = None if signals.strong is None else self.whole_batch(signals.strong)
-        return replace(signals, student_features=None, teacher_features=None, strong=strong, **rows)
+        rows |= {"student_features": None, "teacher_features": None, "teacher_pooled": None}
+        return replace(signals, strong=strong, **rows)
 
     def train(self, mode: bool = True) -> "Distiller":
         """Switch the student's mode; the teacher stays frozen."""
@@ -298,15 +307,19 @@ class Distiller(nn.Module, ABC):
     def _signals(self, batch: Batch, epoch: Tensor) -> Signals:
         """What both networks make of ``batch``."""
         views: list[Signals] = []
-        for image, known_logits in self._views(batch):  # one after the other, so that BatchNorm sees one at a time
+        for image, known in self._views(batch):  # one after the other, so that BatchNorm sees one at a time
             student_logits, student_features = self._run_student(image)
             count_batches(self.student)
-            if known_logits is not None and self.needs.teacher != "features":
-                teacher_logits, teacher_features = widen(known_logits), None
+            teacher_features: Features | None = None
+            teacher_pooled: Tensor | None = None
+            if known is not None:
+                teacher_logits, teacher_pooled = known
             elif self.teacher is not None:
                 teacher_logits, teacher_features = self._run_teacher(image)
+                if teacher_features is not None and self.needs.teacher == "pooled":
+                    teacher_pooled, teacher_features = teacher_features.pooled, None
             else:
-                teacher_logits, teacher_features = student_logits.new_zeros(len(student_logits), 0), None
+                teacher_logits = student_logits.new_zeros(len(student_logits), 0)
             views.append(
                 Signals(
                     student_logits=standardize(student_logits) if self.standardize_logits else student_logits,
@@ -319,13 +332,18 @@ class Distiller(nn.Module, ABC):
                     seed=self.seed,
                     student_features=student_features,
                     teacher_features=teacher_features,
+                    teacher_pooled=teacher_pooled,
                 )
             )
         return views[0] if len(views) == 1 else replace(views[0], strong=views[1])
 
-    def _views(self, batch: Batch) -> Iterable[tuple[Tensor, Tensor | None]]:
-        """The images (B, 3, H, W) of each view that the method needs, with the teacher's logits where known."""
-        yield batch.image, batch.teacher_logits
+    def _views(self, batch: Batch) -> Iterable[tuple[Tensor, tuple[Tensor, Tensor | None] | None]]:
+        """The images (B, 3, H, W) of each view that the method needs, with what it needs of the teacher where known."""
+        logits, pooled = batch.teacher_logits, batch.teacher_pooled
+        if logits is None or self.needs.teacher == "features" or (self.needs.teacher == "pooled" and pooled is None):
+            yield batch.image, None
+        else:
+            yield batch.image, (widen(logits), None if pooled is None else widen(pooled))
         if self.needs.views > 1:
             assert batch.strong_image is not None
             yield batch.strong_image, None
@@ -337,7 +355,7 @@ class Distiller(nn.Module, ABC):
     @torch.no_grad()
     def _run_teacher(self, image: Tensor) -> tuple[Tensor, Features | None]:
         assert self.teacher is not None
-        return self._run(self.teacher, image, self.teacher_precision, features=self.needs.teacher == "features")
+        return self._run(self.teacher, image, self.teacher_precision, features=self.needs.teacher_features)
 
     def _run(
         self, network: nn.Module, image: Tensor, precision: Precision | None, *, features: bool

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mdistill.data.batch import DataInfo
 from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
-from mdistill.distillers.maps import both_features
+from mdistill.distillers.maps import both_pooled
 from mdistill.models import feature_shapes
 from mdistill.registry import Positive, PositiveInt
 
@@ -48,7 +48,7 @@ class CC(Distiller):
         width: D of the embeddings.
     """
 
-    needs = Needs(teacher="features", features=("pooled",), labels="none")
+    needs = Needs(teacher="pooled", features=("pooled",), labels="none")
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class CC(Distiller):
 
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
         """The one term, ``cc``."""
-        student, teacher = both_features(signals)
-        embedded = self.run_module(self.student_embed, student.pooled)
-        target = self.run_module(self.teacher_embed, teacher.pooled)
+        student, teacher = both_pooled(signals)
+        embedded = self.run_module(self.student_embed, student)
+        target = self.run_module(self.teacher_embed, teacher)
         return {"cc": self.cc_weight * cc_loss(self.gather(embedded), self.gather(target))}

@@ -117,30 +117,37 @@ def masked_log_softmax(logits: Tensor, keep: Tensor) -> Tensor:
     return F.log_softmax(logits.masked_fill(dropped, -torch.inf), dim=1).masked_fill(~keep, 0.0)
 
 
-def uniform(seed: int, epoch: Tensor, index: Tensor, count: int, *, stream: int = 0) -> Tensor:
-    """Numbers for draws within a step, each a pure function of (seed, stream, epoch, index, position).
+def random_words(seed: int, epoch: Tensor, index: Tensor, count: int, *, stream: int = 0) -> Tensor:
+    """Words for draws within a step, each a pure function of (seed, stream, epoch, index, position).
 
     A counter-based hash in place of a generator: no state, no read on the host, the same bits on every device, however
     samples are batched, ordered or sharded. Every part of the key goes through the output function of SplitMix64
-    (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014), one after the other; the 24
-    highest bits of the last word make the number.
+    (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014), one after the other.
 
     Args:
         seed: of the run, ``signals.seed``.
         epoch: () integer, ``signals.epoch``.
         index: (B,) int64, which training sample, ``signals.index``.
-        count: how many numbers for each sample.
-        stream: tells the draws of one method apart: equal keys in other streams give other numbers.
+        count: how many words for each sample.
+        stream: tells the draws of one method apart: equal keys in other streams give other words.
 
     Returns:
-        (B, count) float32 in [0, 1), on the device of ``index``.
+        (B, count) int64, of either sign, on the device of ``index``; those of a sample all differ.
     """
     key = _mix_int(_mix_int(seed) + GAMMA * stream)
     word = _mix(_step(epoch.to(index.device, torch.int64)) + _signed(key))  # ()
     word = _mix(_step(index) + word)  # (B,)
     position = torch.arange(1, count + 1, device=index.device)
-    word = _mix(word[:, None] + _step(position))  # (B, count)
-    return _shift(word, 40).to(torch.float32) * 2.0**-24
+    return _mix(word[:, None] + _step(position))  # (B, count)
+
+
+def uniform(seed: int, epoch: Tensor, index: Tensor, count: int, *, stream: int = 0) -> Tensor:
+    """Numbers for draws within a step: the 24 highest bits of ``random_words``, whose arguments they take.
+
+    Returns:
+        (B, count) float32 in [0, 1), on the device of ``index``.
+    """
+    return _shift(random_words(seed, epoch, index, count, stream=stream), 40).to(torch.float32) * 2.0**-24
 
 
 def normal(seed: int, epoch: Tensor, index: Tensor, count: int, *, stream: int = 0) -> Tensor:

@@ -71,6 +71,13 @@ def both_features(signals: Signals) -> tuple[Features, Features]:
     return signals.student_features, signals.teacher_features
 
 
+def both_pooled(signals: Signals) -> tuple[Tensor, Tensor]:
+    """The student's (B, D) and the teacher's (B, E) pooled features, of a method that ``needs`` the teacher's."""
+    assert signals.student_features is not None
+    assert signals.teacher_pooled is not None
+    return signals.student_features.pooled, signals.teacher_pooled
+
+
 def stage_pairs(distiller: Distiller, data: DataInfo) -> list[tuple[Shape, Shape]]:
     """The shapes (C, H, W) of the student's and the teacher's stages after the stem, paired from the front.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mdistill.data.batch import DataInfo
 from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
-from mdistill.distillers.maps import both_features
+from mdistill.distillers.maps import both_pooled
 from mdistill.registry import Positive
 
 EPSILON = 1e-7  # of the published code, beside a length and a probability
@@ -55,7 +55,7 @@ class PKT(Distiller):
         pkt_weight: weight of the divergence.
     """
 
-    needs = Needs(teacher="features", features=("pooled",), labels="none")
+    needs = Needs(teacher="pooled", features=("pooled",), labels="none")
 
     def __init__(
         self, student: nn.Module, teacher: nn.Module | None, data: DataInfo, *, pkt_weight: Positive, **shared: Any
@@ -65,5 +65,5 @@ class PKT(Distiller):
 
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
         """The one term, ``pkt``."""
-        student, teacher = (self.gather(features.pooled) for features in both_features(signals))
+        student, teacher = (self.gather(pooled) for pooled in both_pooled(signals))
         return {"pkt": self.pkt_weight * pkt_loss(student, teacher)}

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mdistill.data.batch import DataInfo
 from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
-from mdistill.distillers.maps import both_features, unit
+from mdistill.distillers.maps import both_pooled, unit
 from mdistill.registry import NonNegative
 
 EPSILON = 1e-12  # of a squared distance, so that its root has a finite gradient
@@ -81,7 +81,7 @@ class RKD(Distiller):
         angle_weight: weight of the angles; 0 leaves them out.
     """
 
-    needs = Needs(teacher="features", features=("pooled",), labels="none")
+    needs = Needs(teacher="pooled", features=("pooled",), labels="none")
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class RKD(Distiller):
 
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
         """``distance`` and ``angle``, whichever has a weight."""
-        student, teacher = (self.gather(features.pooled) for features in both_features(signals))
+        student, teacher = (self.gather(pooled) for pooled in both_pooled(signals))
         terms = {}
         if self.distance_weight:
             terms["distance"] = self.distance_weight * rkd_distance_loss(student, teacher)

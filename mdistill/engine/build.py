@@ -34,7 +34,7 @@ from mdistill.engine.starting_weights import (
 from mdistill.engine.teacher import FrozenTeacher, count_entries, open_cache
 from mdistill.errors import UserError, printable, shown
 from mdistill.file_schemas import EXPORT_NAME, TAKEN
-from mdistill.models import MODELS
+from mdistill.models import MODELS, feature_shapes
 from mdistill.models.ensemble import Ensemble
 from mdistill.models.memory_format import move
 from mdistill.models.preprocessing import Preprocessing, bare, preprocessed
@@ -79,9 +79,9 @@ class Experiment:
     device: torch.device
     fingerprints: dict[str, str]  # SHA-256 of the data and of the teacher's weights, which a resumed run must share
     metadata: dict[str, Any] = field(default_factory=dict)  # for env.json
-    teacher: FrozenTeacher | None = None  # where its logits are computed ahead of the steps
+    teacher: FrozenTeacher | None = None  # where its outputs are computed ahead of the steps
     logit_format: LogitFormat | None = None  # what they are stored as; there with ``teacher``
-    cache: LogitCache | None = None  # of its logits, shared between runs
+    cache: LogitCache | None = None  # of its outputs, shared between runs
     teacher_note: str = ""  # which of these it is, and why
     class_distances: ClassDistances | None = None  # where the method asks for them
 
@@ -218,7 +218,7 @@ def build_distiller(
             " remove data.mixing or take another method"
         )
     compares_maps = distances_by(config) == "last_map"
-    if (needs.teacher == "features" or compares_maps) and isinstance(teacher, Ensemble):
+    if (needs.teacher_features or compares_maps) and isinstance(teacher, Ensemble):
         raise UserError(
             f"teacher.ensemble: the method {method!r} reads the teacher's features, and several networks"
             " share none; remove teacher.ensemble or take another method"
@@ -226,7 +226,7 @@ def build_distiller(
     student = build_network("student", config.student.name, config.student.arguments, info, seed=config.seed)
     for section, network, features in (
         ("student", student, needs.student_features),
-        ("teacher", teacher, needs.teacher == "features" or compares_maps),
+        ("teacher", teacher, needs.teacher_features or compares_maps),
     ):
         why = getattr(network, "no_features", None) if hasattr(network, "forward_features") else "no forward_features"
         if features and network is not None and why:
@@ -555,15 +555,16 @@ def _try_step(solver: Solver, distiller: Distiller, info: DataInfo, config: Conf
 
 
 def _place_teacher(experiment: Experiment, teacher: nn.Module, cache_root: Path | None) -> None:
-    """Compute the teacher's logits ahead of the steps, through a cache, where the method leaves room for that."""
+    """Compute the teacher's outputs ahead of the steps, through a cache, where the method leaves room for that."""
     config, needs, dataset = experiment.trials[0].config, experiment.trials[0].distiller.needs, experiment.dataset
     run, streamed = config.run, isinstance(dataset, StreamedDataset)
     in_every_step = _why_in_every_step(config, needs, dataset)
     if in_every_step is not None:
         experiment.teacher_note = f"runs in every step: {in_every_step}"
         return
-    experiment.teacher = _frozen(experiment, teacher)
-    experiment.logit_format = form = format_of(run, dataset.num_classes)
+    pooled = feature_shapes(teacher, dataset.image_size).pooled[0] if needs.teacher == "pooled" else 0
+    experiment.teacher = _frozen(experiment, teacher, pooled=pooled > 0)
+    experiment.logit_format = form = format_of(run, dataset.num_classes, pooled=pooled)
     again = "; images are read a second time for that" if streamed else ""
     if dataset.num_views is None:
         experiment.teacher_note = "runs on every image: the views of this data set cannot be enumerated"
@@ -578,23 +579,23 @@ def _place_teacher(experiment: Experiment, teacher: nn.Module, cache_root: Path 
     others = "strong views" if needs.views > 1 else "mixed images" if config.data.mixing is not None else None
     apart = f"; those of the {others} in every step" if others else ""
     experiment.teacher_note = (
-        f"logits come from the cache {cache.path} ({run.teacher_logits},"
+        f"logits{' and pooled features' if pooled else ''} come from the cache {cache.path} ({run.teacher_logits},"
         f" {100 * cache.filled / cache.entries:.1f} % of {cache.entries:,} entries); missing ones are"
         f" computed{again}{apart}"
     )
 
 
-def _frozen(experiment: Experiment, teacher: nn.Module) -> FrozenTeacher:
+def _frozen(experiment: Experiment, teacher: nn.Module, *, pooled: bool = False) -> FrozenTeacher:
     run = experiment.trials[0].config.run
-    return FrozenTeacher(teacher, experiment.device, run.teacher_precision or run.precision)
+    return FrozenTeacher(teacher, experiment.device, run.teacher_precision or run.precision, pooled=pooled)
 
 
 def _why_in_every_step(config: Config, needs: Needs, dataset: Dataset) -> str | None:
     """Why the teacher has to run as part of the step; None: it has not."""
     if needs.teacher_batch_statistics:
         return "its BatchNorm uses batch statistics"
-    if needs.teacher != "logits":
-        return "this method reads more of it than its logits"
+    if needs.teacher == "features":
+        return "this method reads more of it than its logits and pooled features"
     if config.data.mixing is not None and config.data.mixing.mode == "replace":
         return "images are mixed"
     if isinstance(dataset, StreamedDataset) and dataset.num_views is None:

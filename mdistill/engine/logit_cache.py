@@ -1,10 +1,10 @@
-"""A teacher's logits on disk: a folder of immutable chunk files, named after everything that fixes the numbers.
+"""A teacher's outputs on disk: a folder of immutable chunk files, named after everything that fixes the numbers.
 
-A chunk is a safetensors file of n entries: ``entries`` (n,) int64, ascending; ``logits`` (n, W), rows as a
-``LogitFormat`` makes them, of W numbers; ``changed`` (n,) bool. Its header holds the whole identity and a checksum. A
-chunk is written under another name, flushed to disk and renamed; after that nothing changes it. So any number of
-processes and hosts may read and add chunks at the same time. One that is not whole, or not of this identity, is
-reported in a line and ignored.
+A chunk is a safetensors file of n entries: ``entries`` (n,) int64, ascending; ``logits`` (n, W), rows of W numbers as a
+``LogitFormat`` makes them of logits and perhaps more; ``changed`` (n,) bool. Its header holds the whole identity and a
+checksum. A chunk is written under another name, flushed to disk and renamed; after that nothing changes it. So any
+number of processes and hosts may read and add chunks at the same time. One that is not whole, or not of this identity,
+is reported in a line and ignored.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ Ids = NDArray[np.int64]
 
 
 class LogitCache:
-    """Logits of one teacher for every (training sample, view): each entry is there for good or missing.
+    """Outputs of one teacher for every (training sample, view): each entry is there for good or missing.
 
     Attributes:
         path: the folder of the chunks.
@@ -54,7 +54,7 @@ class LogitCache:
 
         Args:
             root: folder of all caches (the user's --cache-root).
-            identity: everything that fixes the logits; must have a JSON form.
+            identity: everything that fixes the outputs; must have a JSON form.
 
         Raises:
             UserError: the folder cannot be made.
@@ -156,7 +156,7 @@ class LogitCache:
             needed, free = self.size(count, self.width, self.dtype), shutil.disk_usage(self.path).free
             if free < needed + HEADROOM:
                 raise RunFailed(
-                    f"the teacher's logits need {needed / 1e6:,.2f} MB on disk, and {HEADROOM / 1e6:,.0f} MB must stay"
+                    f"the teacher's outputs need {needed / 1e6:,.2f} MB on disk, and {HEADROOM / 1e6:,.0f} MB must stay"
                     f" free beside them, but {self.path} has {free / 1e6:,.0f} MB free"
                 )
 

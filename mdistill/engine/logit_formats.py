@@ -1,6 +1,7 @@
-"""What a teacher's logits are stored as: every one of them, or the largest probabilities alone.
+"""What a teacher's outputs are stored as: all of them, or the largest probabilities alone.
 
-Letters: B images, C classes, k the classes that a sparse row keeps.
+Letters: B images, C classes, D pooled features that are stored with the logits (0: none), k the classes that a sparse
+row keeps.
 """
 
 from abc import ABC, abstractmethod
@@ -19,20 +20,22 @@ HALF = torch.finfo(torch.float16)
 
 
 class LogitFormat(ABC):
-    """How the logits of an image become a row of numbers, and logits again.
+    """How what a teacher says of an image, C logits and then D pooled features, becomes a row of numbers, and back.
 
     Attributes:
         name: as ``run.teacher_logits`` has it.
         classes: C.
+        pooled: D.
         width: numbers in a row.
         dtype: of these numbers.
-        largest: the largest |logit| that can be stored.
+        largest: the largest |number| that can be stored.
         loss: what storing logits so does to them, in words; empty where they stay as they are.
         advice: what to do where that is too much, in words.
     """
 
     name: str
     classes: int
+    pooled: int = 0
     width: int
     dtype: torch.dtype
     largest: float
@@ -45,11 +48,11 @@ class LogitFormat(ABC):
         return {}
 
     @abstractmethod
-    def encode(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Rows of logits. Static shapes, no read by the host.
+    def encode(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Rows of outputs. Static shapes, no read by the host.
 
         Args:
-            logits: (B, C) float32.
+            outputs: (B, C + D) float32.
             target: (B,) int64, the true classes.
 
         Returns:
@@ -58,22 +61,27 @@ class LogitFormat(ABC):
 
     @abstractmethod
     def decode(self, rows: Tensor, target: Tensor) -> Tensor:
-        """Logits of rows: (B, ``width``), (B,) -> (B, C), floating point. Static shapes, no read by the host."""
+        """Outputs of rows: (B, ``width``), (B,) -> (B, C + D), floating point. Static shapes, no read by the host."""
 
 
 class Dense(LogitFormat):
-    """All logits, rounded to ``dtype``."""
+    """All outputs, rounded to ``dtype``."""
 
-    def __init__(self, classes: int, dtype: torch.dtype) -> None:
+    def __init__(self, classes: int, dtype: torch.dtype, *, pooled: int = 0) -> None:
         self.name = str(dtype).removeprefix("torch.")
-        self.classes = self.width = classes
+        self.classes, self.pooled, self.width = classes, pooled, classes + pooled
         self.dtype, self.largest = dtype, torch.finfo(dtype).max
         self.loss = "" if dtype == torch.float32 else f"rounding to {self.name}"
         self.advice = "run.teacher_logits=float32 is exact"
 
-    def encode(self, logits: Tensor, target: Tensor) -> Tensor:
+    @property
+    def identity(self) -> dict[str, object]:
+        """D, where there are any."""
+        return {"pooled": self.pooled} if self.pooled else {}
+
+    def encode(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Rounded."""
-        return logits.to(self.dtype)
+        return outputs.to(self.dtype)
 
     def decode(self, rows: Tensor, target: Tensor) -> Tensor:
         """As they are."""
@@ -105,9 +113,9 @@ class Sparse(LogitFormat):
         """C and k."""
         return {"sparse": {"classes": self.classes, "top_k": self.top_k}}
 
-    def encode(self, logits: Tensor, target: Tensor) -> Tensor:
+    def encode(self, outputs: Tensor, target: Tensor) -> Tensor:
         """The row of each image."""
-        log_probs = F.log_softmax(logits, dim=1)
+        log_probs = F.log_softmax(outputs, dim=1)
         ordered, order = log_probs.sort(dim=1, descending=True, stable=True)
         top, classes = ordered[:, : self.top_k], order[:, : self.top_k]
         of_target = log_probs.gather(1, target[:, None])  # (B, 1)
@@ -131,14 +139,14 @@ class Sparse(LogitFormat):
         return logits.index_copy(0, start + target, of_target).view(images, self.classes)
 
 
-def format_of(run: RunConfig, classes: int) -> LogitFormat:
-    """What a run's teacher logits are stored as.
+def format_of(run: RunConfig, classes: int, *, pooled: int = 0) -> LogitFormat:
+    """What a run's teacher logits, and as many pooled features, are stored as.
 
     Raises:
         UserError: there are too few or too many classes for a sparse row.
     """
     if run.teacher_logits != "sparse":
-        return Dense(classes, CACHE_DTYPES[run.teacher_logits])
+        return Dense(classes, CACHE_DTYPES[run.teacher_logits], pooled=pooled)
     if run.teacher_top_k >= classes:
         raise UserError(
             f"run.teacher_top_k: should be below the number of classes, {classes}, found {run.teacher_top_k};"

@@ -1,6 +1,9 @@
-"""The frozen teacher's logits for a list of (index, view) pairs: from the cache where it has them, else computed.
+"""The frozen teacher's outputs for a list of (index, view) pairs: from the cache where it has them, else computed.
 
-Letters: N pairs, B images per teacher batch, C classes, V views of a sample, W numbers in a stored row.
+These are its logits and, for a method that needs them, its pooled features.
+
+Letters: N pairs, B images per teacher batch, C classes, D pooled features or 0, V views of a sample, W numbers in a
+stored row.
 """
 
 import time
@@ -20,6 +23,7 @@ from mdistill.engine.cuda_graph import WARM_UP, CapturedStep
 from mdistill.engine.logit_cache import Ids, LogitCache
 from mdistill.engine.logit_formats import LogitFormat
 from mdistill.errors import RunFailed, UserError
+from mdistill.models.base import Features
 from mdistill.models.fold_bn import fold_batchnorm
 from mdistill.models.memory_format import move, to_layout
 from mdistill.precision import Precision, computing
@@ -38,24 +42,32 @@ ROUNDING_SHARE = 0.005  # of a cache's entries that may change a decision before
 
 
 class FrozenTeacher:
-    """The engine's own copy of a teacher, in one precision and memory format: BatchNorm is folded into convolutions."""
+    """The engine's own copy of a teacher, in one precision and memory format: BatchNorm is folded into convolutions.
 
-    def __init__(self, teacher: nn.Module, device: torch.device, precision: Precision) -> None:
+    Args:
+        pooled: whether its pooled features are wanted too.
+    """
+
+    def __init__(self, teacher: nn.Module, device: torch.device, precision: Precision, *, pooled: bool = False) -> None:
         network, self.folded = fold_batchnorm(teacher)  # how many BatchNorm layers
-        self.network, self.device = network.requires_grad_(False), device
+        self.network, self.device, self.pooled = network.requires_grad_(False), device, pooled
         self.precision: Precision = "fp32" if (device.type, precision) == ("cpu", "tf32") else precision  # the same
         self.memory_format, _ = move(network, device, self.precision)
         self.batch_size = BATCH[device.type]
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) to logits (B, C), float32."""
+        """(B, 3, H, W) to logits and then pooled features, (B, C + D), float32."""
+        image = to_layout(self.network, image)
         with computing(self.precision, self.device):
-            logits: Tensor = self.network(to_layout(self.network, image))
-        return logits.float()
+            if not self.pooled:
+                logits: Tensor = self.network(image)
+                return logits.float()
+            features: Features = self.network.forward_features(image)  # type: ignore[operator]
+        return torch.cat([features.logits.float(), features.pooled.float()], dim=1)
 
     def identity(self) -> dict[str, object]:
-        """Everything here, beside the weights and the images, that fixes the logits to the last bit."""
+        """Everything here, beside the weights and the images, that fixes the outputs to the last bit."""
         if self.device.type == "cpu":  # kernels differ by instruction set, and a few sums by the number of threads
             units = " with AMX" if torch.cpu._is_amx_tile_supported() else ""
             device = f"cpu, {torch.backends.cpu.get_cpu_capability()}{units}, {torch.get_num_threads()} threads"
@@ -84,7 +96,7 @@ class LookUp:
 
 
 class TeacherLogits:
-    """Logits of the pairs that a list names, computed in full teacher batches shortly before they are needed.
+    """Outputs for the pairs that a list names, computed in full teacher batches shortly before they are needed.
 
     Each is stored as ``form`` has it whether it comes from the cache or not, so a cache changes nothing but time.
 
@@ -97,7 +109,7 @@ class TeacherLogits:
         dataset: where the images come from.
         pairs: (2, N + 1) int64 on the device, index and view, filled by the caller; the last column pads a batch.
         batch_size: pairs that are asked about together, counted from the first.
-        form: what logits are stored as.
+        form: what outputs are stored as.
         cache: where entries are looked up and written; None computes them all.
         capture: whether teacher batches are captured.
         must_write: whether a cache that cannot be written ends the work; else it is read on and no longer written.
@@ -126,7 +138,7 @@ class TeacherLogits:
         self.rows = torch.zeros(self._block + 1, form.width, dtype=form.dtype, device=device)
         self._changed = torch.zeros(self._block + 1, dtype=torch.bool, device=device)  # a decision, by storing it
         self._start = torch.zeros((), dtype=torch.int64, device=device)  # position of the block
-        self._largest = torch.zeros((), device=device)  # of all |logits| computed so far
+        self._largest = torch.zeros((), device=device)  # of all |outputs| computed so far
         self._missing = torch.zeros(-(-self._block // size) * size, dtype=torch.int64, device=device)  # padded
         self._next = torch.zeros((), dtype=torch.int64, device=device)  # of ``_missing``
         self._offsets = torch.arange(size, device=device)
@@ -174,24 +186,31 @@ class TeacherLogits:
                 self.flush()
             self._enter(self._end, self._read(self._found, self._cached(self._found, self._end)))
 
-    def at(self, positions: Tensor, target: Tensor) -> Tensor:
-        """The logits (B, C) of the pairs at ``positions`` (B,), whose classes are ``target`` (B,). Static shapes."""
-        return self.form.decode(self.rows.index_select(0, positions - self._start), target)
+    def at(self, positions: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, C) and pooled features (B, D) of the pairs at ``positions`` (B,), of classes ``target`` (B,).
+
+        Static shapes.
+        """
+        outputs = self.form.decode(self.rows.index_select(0, positions - self._start), target)
+        if not self.form.pooled:
+            return outputs, None
+        return outputs[:, : self.form.classes], outputs[:, self.form.classes :]
 
     def flush(self) -> None:
         """Write what was computed since the last time, as one chunk. The host waits for the device.
 
         Raises:
-            RunFailed: a logit is not finite, or too large for float16 (nothing of it is written); or ``must_write``.
+            RunFailed: an output is not finite, or too large for float16 (nothing of it is written); or ``must_write``.
         """
         if not self._unchecked:
             return
         largest = float(self._largest)
         if not largest <= self.form.largest:  # NaN is refused too
+            what = "logits or pooled features" if self.form.pooled else "logits"
             raise RunFailed(
-                f"the teacher's logits reach {largest:.4g}, float16 holds 65504: set run.teacher_logits=float32"
+                f"the teacher's {what} reach {largest:.4g}, float16 holds 65504: set run.teacher_logits=float32"
                 if np.isfinite(largest)
-                else "the teacher's logits are not finite: wrong weights?"
+                else f"the teacher's {what} are not finite: wrong weights?"
             )
         positions = self._current[self._flushed : self._computed]
         if self.cache is not None and self._writable:
@@ -261,7 +280,8 @@ class TeacherLogits:
         places = (positions - self._start).clamp(max=self._block)  # what pads a batch goes behind the last row
         self._largest.copy_(torch.maximum(self._largest, exact.abs().max()))
         self.rows.index_copy_(0, places, rows)
-        self._changed.index_copy_(0, places, decisions_differ(exact, stored, batch.target))
+        logits = slice(None, self.form.classes)
+        self._changed.index_copy_(0, places, decisions_differ(exact[:, logits], stored[:, logits], batch.target))
         self._next.add_(size)
 
 
@@ -286,7 +306,7 @@ def open_cache(
     fingerprints: Mapping[str, str],
     form: LogitFormat,
 ) -> LogitCache:
-    """The cache of ``teacher``'s logits below ``root``; its folder is made where it is missing.
+    """The cache of ``teacher``'s outputs below ``root``; its folder is made where it is missing.
 
     Args:
         dataset: its views can be enumerated.
@@ -338,7 +358,7 @@ class Filler:
     Args:
         teacher: the network.
         dataset: where the images come from; its views can be enumerated.
-        form: what the logits are stored as.
+        form: what its outputs are stored as.
     """
 
     def __init__(self, teacher: FrozenTeacher, dataset: Dataset, *, form: LogitFormat) -> None:
@@ -367,7 +387,7 @@ class Filler:
         Whatever is computed is written, even on an error. ``advance`` is told the size of each batch.
 
         Raises:
-            RunFailed: there is no room for them, or the folder cannot be written, or a logit is not fit to be stored.
+            RunFailed: there is no room for them, or the folder cannot be written, or one is not fit to be stored.
         """
         self._logits.cache = cache
         ids = ids[cache.missing(ids)]
@@ -394,7 +414,7 @@ class Filler:
 
 
 def describe(cache: LogitCache, form: LogitFormat) -> str:
-    """How much of ``cache`` is there, and what storing logits as ``form`` has it does to them."""
+    """How much of ``cache`` is there, and what storing outputs as ``form`` has it does to the logits."""
     line = f"teacher cache: {cache.filled:,} of {cache.entries:,} entries"
     if form.loss:
         line += (

@@ -24,7 +24,7 @@ DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 COLUMNS = ("method", "kind", "paper", "year", "loss", "settings", "source", "needs", "cache")
 
 
-KINDS = {"none": "no teacher", "logits": "logits", "features": "features"}
+KINDS = {"none": "no teacher", "logits": "logits", "pooled": "features", "features": "features"}
 """By ``needs.teacher``."""
 
 FEATURES = {"stages": "stages", "preacts": "pre-activations", "last_map": "last map", "pooled": "pooled"}
@@ -191,8 +191,8 @@ def _paper(docstring: str) -> Paper | None:
 
 def _needs(needs: "Needs") -> Iterator[str]:
     features = ", ".join(FEATURES[name] for name in needs.features)
-    yield f"features of both: {features}" if needs.teacher == "features" else KINDS[needs.teacher]
-    if needs.student_features and needs.teacher != "features":
+    yield f"features of both: {features}" if needs.teacher_features else KINDS[needs.teacher]
+    if needs.student_features and not needs.teacher_features:
         yield f"features of the student: {features}"
     if needs.views > 1:
         yield "two views"
@@ -205,7 +205,7 @@ def _needs(needs: "Needs") -> Iterator[str]:
 def _cache(teacher: str, views: int) -> str:
     if teacher == "none":
         return "no teacher"
-    if teacher != "logits":
+    if teacher == "features":
         return "no"
     return "yes" if views == 1 else "weak view"
 

@@ -307,7 +307,7 @@ def test_a_disk_without_room_is_one_line_before_anything_is_computed(
 ) -> None:
     monkeypatch.setattr("mdistill.engine.logit_cache.shutil.disk_usage", lambda path: SimpleNamespace(free=2_000_000))
     line = refused(capsys, tool(cfg), expected=1)
-    assert line.startswith("error: the teacher's logits need 0.14 MB on disk, and 1,074 MB must stay free beside them")
+    assert line.startswith("error: the teacher's outputs need 0.14 MB on disk, and 1,074 MB must stay free beside them")
     assert line.endswith(" has 2 MB free")
     assert len(shown) == MEASURED
     assert filled(tmp_path / "runs" / "teacher_cache") == []

@@ -70,6 +70,7 @@ OF_ALL_PAIRS = {
     "at",
     "rkd",
     "ofd",
+    "crd",
 }
 OF_SOME_PAIRS = {
     "rld_lskd": 3,
@@ -108,7 +109,7 @@ IMAGENET_OF_BOTH_PAIRS = (
     *("kd", "dkd", "rld", "mcld", "mlkd", "ctkd", "la", "rc", "label_revision", "dist", "nkd", "luminet"),
     *("kd_dot", "dkd_lskd"),
     *("gdkd", "ckd", "normkd", "normkd_dkd"),
-    *("ikl", "gkl", "wkd_l"),
+    *("ikl", "gkl", "wkd_l", "crd"),
 )
 IMAGENET_FILES = {
     "vanilla": {"resnet18", "mobilenet_v1"},
@@ -138,6 +139,7 @@ IMAGENET_SETTINGS: dict[str, dict[str, Any]] = {  # some of them, by hand from w
     "reviewkd/res50_mv1": {"reviewkd_weight": 8.0, "max_width": 256, "student_preacts": True, "warmup_epochs": 1},
     "simkd/res34_res18": {"ce_weight": 0.0, "simkd_weight": 1.0, "factor": 2},
     "catkd/res34_res18": {"ce_weight": 1.0, "catkd_weight": 0.5, "resolution": 4, "normalize": False},
+    "crd/res34_res18": {"ce_weight": 1.0, "crd_weight": 0.8, "negatives": 16384, "width": 128, "mode": "exact"},
     "luminet/res34_res18": {"ce_weight": 0.7, "luminet_weight": 4.0, "temperature": 1.0},
     "luminet/res50_mv1": {"ce_weight": 1.0, "luminet_weight": (2 / 0.7) ** 2, "temperature": 0.7},
     "crld/res34_res18": {"ce_weight": 2.0, "within_weight": 2.0, "cross_weight": 0.5, "temperature": 1.0},
@@ -173,6 +175,8 @@ IMAGENET_SCHEDULES = {  # images a step, epochs and rate where they are not the 
     "reviewkd/res50_mv1": (256, 100, 0.1),
     "simkd/res34_res18": (256, 120, 0.1),
     "simkd/res50_mv1": (256, 120, 0.1),
+    "crd/res34_res18": (256, 100, 0.1),
+    "crd/res50_mv1": (256, 100, 0.1),
 }
 
 LIGHT = {"mobilenet_v2", "shufflenet_v1", "shufflenet_v2"}
@@ -273,6 +277,7 @@ DISTILLER_VALUES: dict[str, dict[str, Any]] = {  # some of them, by hand from wh
     "fitnet/wrn40_2_mv2.yaml": {"ce_weight": 1.0, "fitnet_weight": 100.0, "hint": 2, "warmup_epochs": 0},
     "at/res110_res20.yaml": {"ce_weight": 1.0, "at_weight": 1000.0, "power": 2, "warmup_epochs": 0},
     "rkd/res110_res20.yaml": {"ce_weight": 1.0, "distance_weight": 25.0, "angle_weight": 50.0},
+    "crd/wrn40_2_mv2.yaml": {"crd_weight": 0.8, "negatives": 16384, "temperature": 0.07, "momentum": 0.5, "width": 128},
     "nst/res32x4_shuv2.yaml": {"ce_weight": 1.0, "nst_weight": 50.0},
     "sp/res32x4_shuv2.yaml": {"ce_weight": 1.0, "sp_weight": 3000.0},
     "pkt/res32x4_shuv2.yaml": {"ce_weight": 1.0, "pkt_weight": 30000.0},
@@ -319,6 +324,7 @@ PUBLISHED = {  # some figures of results/published.csv, by hand: value, source, 
         ("70.65", "RLD paper", "3"),
     ],
     "rkd/res32x4_wrn16_2": [("74.86", "MCLD paper", "1"), ("74.86", "RLD paper", "2")],
+    "crd/wrn40_2_mv2": [("70.28", "MCLD paper", "1"), ("70.28", "RLD paper", "2")],
     "nst/vgg13_mv2": [("58.16", "README of HobbitLong/RepDistiller", "")],
     "sp/res110_res32": [("72.69", "README of HobbitLong/RepDistiller", "")],
     "pkt/res32x4_res8x4": [("73.64", "README of HobbitLong/RepDistiller", "")],
@@ -385,7 +391,7 @@ def test_finds_all_files() -> None:
     for folder in WITH_ONE_EXAMPLE:
         assert names[folder] == {"resnet8x4.yaml" if folder in {"uskd", "ps_kd"} else EXAMPLE}
     assert set(names) == {*OF_ALL_PAIRS, *OF_SOME_PAIRS, *WITH_ONE_EXAMPLE, "vanilla"}
-    assert len(CIFAR100) == 14 * len(OF_ALL_PAIRS) + sum(OF_SOME_PAIRS.values()) + 22 + 26 == 540
+    assert len(CIFAR100) == 14 * len(OF_ALL_PAIRS) + sum(OF_SOME_PAIRS.values()) + 22 + 26 == 554
     assert len(FILES) - len(CIFAR100) - len(IMAGENET) == 6
     imagenet = {folder.name: {path.stem for path in IMAGENET if path.parent == folder} for folder in imagenet_folders()}
     assert imagenet == IMAGENET_FILES
@@ -535,7 +541,9 @@ def test_short_names_cover_the_zoo_and_are_unique() -> None:
 def test_loads_and_builds(path: Path) -> None:
     config = load(path)
     dataset, folder, name = path.relative_to(CONFIGS).parts
-    info = DataInfo(**INFO[config.data.name], batch_size=config.data.batch_size, strong_views=True)
+    size = INFO[config.data.name]
+    labels = torch.arange(size["num_samples"]) % size["num_classes"]
+    info = DataInfo(**size, batch_size=config.data.batch_size, strong_views=True, labels=labels)
     with torch.device("meta"):
         distiller = build.build_distiller(config, info, build.build_teacher(config, info))
     assert isinstance(distiller, DISTILLERS.get(config.distiller.name))

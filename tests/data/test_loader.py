@@ -219,9 +219,9 @@ class CountedLogits:
         self.logits[:count] = torch.arange(count, dtype=torch.float32)[:, None]
         self.calls.append(("require", count))
 
-    def at(self, positions: Tensor, target: Tensor) -> Tensor:
+    def at(self, positions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         assert torch.equal(target, self.pairs[0].index_select(0, positions) % 10)
-        return self.logits.index_select(0, positions)
+        return self.logits.index_select(0, positions), -positions[:, None]
 
     def flush(self) -> None:
         self.calls.append(("flush",))
@@ -240,6 +240,7 @@ def test_teacher_logits_are_required_before_a_batch_reads_them() -> None:
         ("look_up", SAMPLES, 16), ("begin",), ("require", 32), ("require", 38), ("flush",), ("close",)
     ]  # fmt: skip
     assert joined(parts, "teacher_logits")[:, 0].tolist() == list(range(16, 38))
+    assert joined(parts, "teacher_pooled")[:, 0].tolist() == [-number for number in range(16, 38)]
 
 
 def test_plain_images_bring_their_logits_where_mixed_ones_lie_beside_them() -> None:

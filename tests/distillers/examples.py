@@ -92,6 +92,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sp": {"ce_weight": 1.0, "sp_weight": 3000.0},
     "pkt": {"ce_weight": 1.0, "pkt_weight": 30000.0},
     "cc": {"ce_weight": 1.0, "cc_weight": 0.02, "width": 3},
+    "crd": {
+        "ce_weight": 1.0,
+        "crd_weight": 0.8,
+        "negatives": 12,
+        "temperature": 0.07,
+        "momentum": 0.5,
+        "width": 3,
+        "mode": "exact",
+    },
     "vid": {"ce_weight": 1.0, "vid_weight": 1.0, "initial_variance": 5.0},
     "catkd": {"ce_weight": 1.0, "catkd_weight": 15.0, "resolution": 1, "normalize": False},
     "simkd": {"ce_weight": 0.0, "simkd_weight": 1.0, "factor": 2},
@@ -275,6 +284,7 @@ def data_info(**changes: Any) -> DataInfo:
         "num_views": None,
         "batch_size": BATCH,
         "strong_views": True,
+        "labels": torch.arange(SAMPLES) % CLASSES,
     }
     return DataInfo(**{**values, **changes})
 

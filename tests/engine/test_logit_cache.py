@@ -560,7 +560,7 @@ def test_room_is_left_for_checkpoints(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(RunFailed) as caught:
         fill(cache, np.arange(5))
     assert str(caught.value) == (
-        "the teacher's logits need 0.00 MB on disk, and 1,074 MB must stay free beside them,"
+        "the teacher's outputs need 0.00 MB on disk, and 1,074 MB must stay free beside them,"
         f" but {cache.path} has 1,074 MB free"
     )
     assert list(cache.path.iterdir()) == []

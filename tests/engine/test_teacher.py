@@ -770,8 +770,93 @@ def test_a_method_that_reads_features_runs_the_live_teacher_and_says_so(
     assert asked.take() == []
     assert not (tmp_path / "cache").exists()
     out = capsys.readouterr().out
-    assert "teacher: runs in every step: this method reads more of it than its logits\n" in out
+    assert "teacher: runs in every step: this method reads more of it than its logits and pooled features\n" in out
     assert "teacher cache" not in out
+
+
+@DISTILLERS.register("pooled_method")
+class PooledMethod(FeatureMethod):
+    """Reads logits and pooled features, and writes down which."""
+
+    needs = Needs(teacher="pooled", features=("pooled",))
+
+    def __init__(self, *arguments: Any, **shared: Any) -> None:
+        super().__init__(*arguments, **shared)
+        self.heard: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def distillation(self, signals: Signals) -> dict[str, Tensor]:
+        assert signals.student_features is not None
+        assert signals.teacher_pooled is not None
+        assert signals.teacher_features is None
+        self.heard.append((signals.index, signals.raw_teacher_logits, signals.teacher_pooled))
+        gap = signals.student_features.pooled - signals.teacher_pooled
+        return {"pooled": gap.square().mean(), "logits": (signals.student_logits - signals.teacher_logits).abs().mean()}
+
+
+@pytest.fixture
+def pooled_cfg(kd_cfg: Path, tmp_path: Path) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        torch.save({"model": FeaturedNet(10).state_dict()}, tmp_path / "featured.pt")
+    return changed(
+        kd_cfg,
+        teacher={"name": "featured_net", "checkpoint": "featured.pt"},
+        student={"name": "featured_net"},
+        distiller={"name": "pooled_method", "ce_weight": 1.0},
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_pooled_features_come_with_the_logits_from_a_cache_that_changes_no_bit(
+    dtype: str, pooled_cfg: Path, tmp_path: Path, asked: Asked, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped within an epoch and resumed, on a cache that is filled beforehand."""
+    overrides = ("solver.epochs=2", f"run.teacher_logits={dtype}")
+    without = fit(experiment(pooled_cfg, None, *overrides), tmp_path / "without")
+    made = experiment(pooled_cfg, tmp_path / "cache", *overrides)
+    assert made.cache is not None
+    assert made.cache.width == 10 + 8
+    prefill(made, np.unique(np.concatenate([ids_of(0, 1), ids_of(0, 2)])))
+    asked.take()
+    capsys.readouterr()
+    with pytest.raises(Stopped):
+        fit(made, tmp_path / "within", stop_after=2)
+    within = fit(experiment(pooled_cfg, tmp_path / "cache", *overrides), tmp_path / "within", "resume")
+    assert asked.take() == []
+    assert_same_run(without, within)
+    assert (
+        f"teacher: logits and pooled features come from the cache {made.cache.path} ({dtype}" in capsys.readouterr().out
+    )
+    heard = made.trials[0].distiller.heard[1:]
+    teacher = made.trials[0].distiller.teacher
+    assert isinstance(teacher, FeaturedNet)
+    with torch.no_grad():
+        said = teacher.forward_features(made.dataset.train_batch(*pairs_of(1)).image)
+    for found, exact in ((heard[0][1], said.logits), (heard[0][2], said.pooled)):
+        torch.testing.assert_close(found, exact[:64], rtol=2**-10 if dtype == "float16" else 1e-5, atol=1e-5)
+
+
+def pairs_of(epoch: int) -> tuple[Tensor, Tensor]:
+    plan = epoch_plan(0, epoch, IMAGES, VIEWS)
+    return torch.from_numpy(plan.index), torch.from_numpy(plan.view)
+
+
+def test_rows_with_pooled_features_have_a_cache_of_their_own(pooled_cfg: Path, tmp_path: Path) -> None:
+    logits_alone = changed(pooled_cfg, distiller={"name": "listening_method", "ce_weight": 1.0})
+    paths = {experiment(cfg, tmp_path / "cache").cache.path for cfg in (pooled_cfg, logits_alone)}
+    assert len(paths) == 2
+    forms = [experiment(cfg, None).logit_format for cfg in (pooled_cfg, logits_alone)]
+    assert [form.identity for form in forms] == [{"pooled": 8}, {}]
+
+
+def test_a_pooled_feature_beyond_float16_is_refused_in_one_line(pooled_cfg: Path, tmp_path: Path) -> None:
+    weights = torch.load(tmp_path / "featured.pt", weights_only=True)
+    weights["model"]["stem.bias"][0] = 1e5
+    weights["model"]["classifier.weight"][:, 0] = 0.0  # the logits alone would do
+    torch.save(weights, tmp_path / "featured.pt")
+    told = r"^the teacher's logits or pooled features reach 1e\+05, float16 holds 65504: set run.teacher_logits=float32"
+    with pytest.raises(RunFailed, match=told):
+        fit(experiment(pooled_cfg, tmp_path / "cache"), tmp_path / "runs")
 
 
 def test_a_method_without_a_teacher_says_nothing_of_one(
