@@ -17,6 +17,7 @@ from . import hooks
 CLASSES, SAMPLES, BATCH = 7, 40, 8
 
 METHODS = [name for name in DISTILLERS.names() if DISTILLERS.get(name).__module__.startswith("mdistill.")]
+PHASES = [f"{name}:{phase}" for name in METHODS for phase in DISTILLERS.get(name).phases]  # the first ones
 HOOKS = list(hooks.SETTINGS)  # methods of the tests alone, which the contract holds for as well
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -75,6 +76,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "catkd": {"ce_weight": 1.0, "catkd_weight": 15.0, "resolution": 1, "normalize": False},
     "simkd": {"ce_weight": 0.0, "simkd_weight": 1.0, "factor": 2},
     "reviewkd": {"ce_weight": 1.0, "reviewkd_weight": 5.0, "max_width": 4, "warmup_epochs": 20},
+    "ft": {"ce_weight": 1.0, "ft_weight": 200.0, "paraphrase_rate": 0.5},
+    "ab": {"ce_weight": 1.0, "margin": 1.0},
+    "fsp": {"ce_weight": 1.0},
     "fitnet": {"ce_weight": 1.0, "fitnet_weight": 100.0, "hint": 1},
     "uskd": {"ce_weight": 1.0, "alpha": 0.1, "beta": 0.1, "mu": 0.1, "stage": -2},
     "ps_kd": {"ce_weight": 1.0, "alpha": 0.8, "epochs": 10},
@@ -159,12 +163,15 @@ def data_info(**changes: Any) -> DataInfo:
 
 
 def build(name: str, *, data: DataInfo | None = None, **changes: Any) -> Distiller:
-    """The method with its example settings, over tiny networks."""
+    """The method with its example settings, over tiny networks; ``name:phase`` is in one of its first phases."""
+    name, _, phase = name.partition(":")
     builder = DISTILLERS.get(name)
     teacher = None if builder.needs.teacher == "none" else network(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        return DISTILLERS.build(name, network(0), teacher, data or data_info(), **{**SETTINGS[name], **changes})
+        distiller = DISTILLERS.build(name, network(0), teacher, data or data_info(), **{**SETTINGS[name], **changes})
+    distiller.enter_phase(phase or None)
+    return distiller
 
 
 def batch(seed: int = 0, size: int = BATCH, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Batch:
