@@ -18,6 +18,9 @@ from mdistill.errors import UserError, printable, shown, suggestion
 from mdistill.registry import Registry
 from mdistill.user_code import import_user_module
 
+SOURCES = ("certain: ", "inferred: ", "ours: ")
+"""How sure it is that a setting is the published one: a file or a table says so, something else does, or nothing."""
+
 MAX_DEPTH = 16  # files that are based on each other
 MAX_NESTING = 16  # sections within sections
 MAX_LENGTH = 1 << 18  # characters of a file, or of a value on the command line
@@ -53,6 +56,7 @@ def load(
     ``base:`` of a file is a path, or a list of paths, relative to it. Bases are merged key by key, depth first and in
     order: later ones win, the file's own keys win over all of them. Where a file names another component than its
     bases, their arguments are dropped that the old one knows and the new one does not; so are phases of a method.
+    ``sources:`` of a file, which tells where its settings come from, is no setting.
 
     Args:
         path: a file; or several, which are merged in order, as ``for_pair`` gives them.
@@ -68,7 +72,7 @@ def load(
     files = [Path(path)] if isinstance(path, (str, Path)) else list(path)
     draft = _Draft()
     for file in files:
-        for source, tree in _with_bases(file):
+        for source, tree, _ in _with_bases(file):
             draft.add(tree, str(source))
     variant = _apply_overrides(draft, overrides)
     tree = draft.tree
@@ -96,6 +100,22 @@ def load(
     if config is None or retired:
         raise UserError("\n".join(f"{draft.origin(line, files[-1])}: {line}" for line in [*retired, *problems]))
     return config
+
+
+def sources(path: Path) -> dict[str, str]:
+    """Where the settings of ``path`` come from, as ``sources:`` of it and its bases say.
+
+    Returns:
+        for each dotted key or section that is told of, in the order of the files: "certain: ", "inferred: " or
+        "ours: ", and from where.
+
+    Raises:
+        UserError: a file cannot be read, or its ``sources:`` are none.
+    """
+    found: dict[str, str] = {}
+    for _, _, told in _with_bases(path):
+        found |= told
+    return found
 
 
 def for_pair(cfg: Path, pair: str) -> tuple[list[Path], str]:
@@ -284,14 +304,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """What ``path`` and its bases hold, in the order of merging: every file after its bases.
+def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[str, Any], dict[str, str]]]:
+    """What ``path`` and its bases hold, and their ``sources:``, in the order of merging: every file after its bases.
 
     Args:
         above: the files that this one is a base of, the first one first.
     """
     tree = _read(path)
-    bases = tree.pop("base", None)
+    bases, told = tree.pop("base", None), _sources(path, tree.pop("sources", None))
     bases = [bases] if isinstance(bases, str) else [] if bases is None else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise UserError(
@@ -307,7 +327,26 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path
         if len(chain) == MAX_DEPTH:
             raise UserError(f"{path}: base: more than {MAX_DEPTH} files are based on each other, from {chain[0]} on")
         yield from _with_bases(base_path, chain)
-    yield path, tree
+    yield path, tree, told
+
+
+def _sources(path: Path, given: Any) -> dict[str, str]:
+    """``sources:`` of a file, checked."""
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: sources: should hold `key: where it comes from` lines, found {shown(given)}")
+    for key, text in given.items():
+        section = str(key).split(".")[0]
+        if section not in Config.model_fields:
+            near = suggestion(section, Config.model_fields)
+            raise UserError(f"{path}: sources.{printable(str(key), 80)}: no section {printable(section, 80)!r}{near}")
+        if not isinstance(text, str) or not text.startswith(SOURCES):
+            raise UserError(
+                f"{path}: sources.{printable(str(key), 80)}: should begin with one of {', '.join(SOURCES)}, found"
+                f" {shown(text)}"
+            )
+    return {str(key): " ".join(text.split()) for key, text in given.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -533,3 +533,27 @@ def test_differences_names_keys_and_values(kd_cfg: Path) -> None:
     assert changed["distiller.temperature"] == (4.0, 2.0)
     assert "teacher.name" in changed
     assert config.differences(old, old) == {}
+
+
+class TestSources:
+    def test_are_merged_and_no_setting(self, student_cfg: Path, recipe: Path) -> None:
+        plain = config.load(student_cfg)
+        recipe.write_text(recipe.read_text() + 'sources: {solver: "certain: a table", student: "ours: small"}\n')
+        student_cfg.write_text(student_cfg.read_text() + 'sources: {student: "inferred: its\n  text"}\n')
+        assert config.sources(student_cfg) == {"solver": "certain: a table", "student": "inferred: its text"}
+        assert config.load(student_cfg) == plain
+
+    @pytest.mark.parametrize(
+        ("text", "pattern"),
+        [
+            ("sources: paper", r"sources: should hold `key: where it comes from` lines, found 'paper'"),
+            ("sources: {distiler.beta: 'ours: x'}", r"sources\.distiler\.beta: no section 'distiler'.*'distiller'"),
+            ("sources: {solver: a paper}", r"sources\.solver: should begin with one of certain: .*found 'a paper'"),
+            ("sources: {solver: [1]}", r"sources\.solver: should begin with one of certain: .*found \[1\]"),
+        ],
+    )
+    def test_that_tell_nothing_are_one_clear_line(self, student_cfg: Path, text: str, pattern: str) -> None:
+        student_cfg.write_text(f"{student_cfg.read_text()}{text}\n")
+        (line,) = problems(student_cfg)
+        assert re.search(pattern, line)
+        assert line.startswith(str(student_cfg))
