@@ -219,9 +219,10 @@ class _Draft:
     def origin(self, problem: str, default: Path) -> str:
         """Where the key that ``problem`` begins with was set."""
         key = tuple(problem.split(":")[0].split("."))
+        within = next((source for place, source in self.origins.items() if place[: len(key)] == key), str(default))
         while key and key not in self.origins:
             key = key[:-1]
-        return self.origins.get(key, str(default))
+        return self.origins.get(key, within)
 
 
 def _apply_overrides(draft: _Draft, overrides: Sequence[str]) -> str:

@@ -388,7 +388,7 @@ def _phases(tree: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     inherited = {key: value for key, value in inherited.items() if key not in ("epochs", *AVERAGES)}
     phases = {}
     method = tree["distiller"].get("name") if isinstance(tree.get("distiller"), dict) else None
-    for name in [*(name for name in phases_of(method) if name in given), *given]:
+    for name in dict.fromkeys([*(name for name in phases_of(method) if name in given), *given]):
         phase = given[name]
         if isinstance(phase, dict):
             complete = {key: value for key, value in inherited.items() if _applies(key, phase.get("name"))} | phase

@@ -117,8 +117,8 @@ class FT(Distiller):
         width = int(teacher_channels * paraphrase_rate)
         if width < 1:
             raise UserError(
-                f"distiller.paraphrase_rate: {paraphrase_rate:g} of the {teacher_channels} channels of the teacher's last"
-                " stage is less than one"
+                f"distiller.paraphrase_rate: {paraphrase_rate:g} of the {teacher_channels} channels of the teacher's"
+                " last stage is less than one"
             )
         self.ft_weight = ft_weight
         self.paraphraser = nn.Sequential()

@@ -17,8 +17,8 @@ from . import hooks
 CLASSES, SAMPLES, BATCH = 7, 40, 8
 
 METHODS = [name for name in DISTILLERS.names() if DISTILLERS.get(name).__module__.startswith("mdistill.")]
-PHASES = [f"{name}:{phase}" for name in METHODS for phase in DISTILLERS.get(name).phases]  # the first ones
 HOOKS = list(hooks.SETTINGS)  # methods of the tests alone, which the contract holds for as well
+PHASES = [f"{name}:{phase}" for name in [*METHODS, *HOOKS] for phase in DISTILLERS.get(name).phases]  # first ones
 
 SETTINGS: dict[str, dict[str, Any]] = {
     **hooks.SETTINGS,

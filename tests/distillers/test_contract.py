@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistill.distillers import DISTILLERS, Distiller, Signals
+from mdistill.distillers import DISTILLERS, Distiller
 from mdistill.models import MODELS
 
 from ..host_reads import NoHostReads

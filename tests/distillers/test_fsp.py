@@ -55,14 +55,14 @@ def build(student: str, teacher: str):
             "wrn_40_1",
             "wrn_40_2",
             "distiller.name: FSP needs the same channels in both networks; stage 1 has 16 in the student and 32 in the"
-            " teacher, stage 2 has 32 in the student and 64 in the teacher, stage 3 has 64 in the student and 128 in the"
-            " teacher (stage 0 is the stem); take another pair or another method",
+            " teacher, stage 2 has 32 in the student and 64 in the teacher, stage 3 has 64 in the student and 128 in"
+            " the teacher (stage 0 is the stem); take another pair or another method",
         ),
         (
             "mobilenet_v2",
             "wrn_40_2",
-            "distiller.name: FSP pairs the stages of both networks; the student has 5 with the stem, the teacher 4; take"
-            " networks of one family, with as many stages, or another method",
+            "distiller.name: FSP pairs the stages of both networks; the student has 5 with the stem, the teacher 4;"
+            " take networks of one family, with as many stages, or another method",
         ),
     ],
 )
