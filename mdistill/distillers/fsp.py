@@ -1,4 +1,5 @@
-"""FSP: Yim et al., "A Gift from Knowledge Distillation", CVPR 2017.
+"""FSP: Yim, Joo, Bae, Kim, "A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and Transfer
+Learning", CVPR 2017.
 
 Letters: B batch, C and K channels of two stages that follow each other, H and W height and width.
 """

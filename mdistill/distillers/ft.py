@@ -1,4 +1,4 @@
-"""FT: Kim, Park, Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer", NeurIPS 2018.
+"""FT: Kim, Park, Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer", arXiv:1802.04977.
 
 Letters: B batch, C channels of a network's last stage, K channels of a factor, H and W height and width.
 """
