@@ -43,10 +43,11 @@ class _Open(BaseModel):
 
 
 class EpochLine(_Open):
-    """Every value is a finite number."""
+    """Every other value is a finite number."""
 
     __pydantic_extra__: dict[str, Annotated[int, Field(ge=-(2**53), le=2**53)] | float]
     epoch: Epoch
+    phase: Text | None = None  # the name of a first phase; of the last one there is none
 
 
 class Session(_Open):

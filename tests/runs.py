@@ -69,6 +69,8 @@ def write_config(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
             torch.save({"model": MODELS.build(student, 10).state_dict()}, folder / "teacher.pt")
+    if DISTILLERS.get(method).phases:
+        settings["phases"] = {name: {"epochs": 2} for name in DISTILLERS.get(method).phases}
     path = folder / f"{method}.yaml"
     path.write_text(yaml.safe_dump({**settings, **sections}))
     return path

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from mdistill.user_code import import_user_module
+
+from . import runs
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = sorted([README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -37,7 +41,7 @@ def test_the_readme_is_short() -> None:
 
 
 def test_the_examples_are_there_and_the_readme_method_has_12_lines() -> None:
-    modules = {f"my_{name}.py" for name in ("method", "features", "network", "data", "stream")}
+    modules = {f"my_{name}.py" for name in ("method", "features", "phases", "network", "data", "stream")}
     assert examples().keys() == modules | {"my_method.yaml", "my_teacher.yaml", "my_student.yaml"}
     assert "# my_method.py" in TEXT["README.md"]
     assert len(examples()["my_method.py"].strip().splitlines()) <= 12
@@ -76,6 +80,16 @@ def test_own_features_modules_state_and_draws_work_on_streamed_images(tmp_path: 
     for config in ("first.yaml", "second.yaml"):
         run(tmp_path, "train", ["--cfg", config, "--device", "cpu"])
     assert (tmp_path / "runs/my_stream/my_features/resnet14_resnet8/seed0/student.pt").is_file()
+
+
+def test_the_method_with_a_first_phase_trains(tmp_path: Path) -> None:
+    write_examples(tmp_path)
+    import_user_module("my_phases", [tmp_path])
+    cfg = runs.write_config(tmp_path, "my_phases", distiller={"weight": 1.0})
+    ((first, *_, last),) = runs.train(cfg, tmp_path)
+    assert (first["phase"], last["epoch"]) == ("autoencoder", 5)
+    assert "train/loss_autoencoder" in first
+    assert "train/loss_code" in last
 
 
 def named_paths() -> list[str]:

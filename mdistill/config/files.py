@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import yaml
 
-from mdistill.config.schema import COMPONENTS, Config, check, leaves, results_only
+from mdistill.config.schema import COMPONENTS, Config, check, leaves, phases_of, results_only
 from mdistill.distillers import DISTILLERS
 from mdistill.errors import UserError, printable, shown, suggestion
 from mdistill.registry import Registry
@@ -56,8 +56,8 @@ def load(
 
     ``base:`` of a file is a path, or a list of paths, relative to it. Bases are merged key by key, depth first and in
     order: later ones win, the file's own keys win over all of them. Where a file names another component than its
-    bases, their arguments are dropped that the old one knows and the new one does not. ``sources:`` of a file, which
-    tells where its settings come from, is no setting.
+    bases, their arguments are dropped that the old one knows and the new one does not; so are phases of a method.
+    ``sources:`` of a file, which tells where its settings come from, is no setting.
 
     Args:
         path: a file; or several, which are merged in order, as ``for_pair`` gives them.
@@ -188,6 +188,9 @@ class _Draft:
             if section in COMPONENTS and rest:
                 self.names[section] = self.tree[section].get("name")
                 self.written_for[section, rest[0]] = self.names[section]
+        for section, *rest in changes:
+            if section == "phases" and rest:
+                self.written_for[section, rest[0]] = self.names.get("distiller")
 
     def set(self, key: _Key, value: Any, source: str) -> None:
         """Put ``value`` at ``key``, whole."""
@@ -209,11 +212,14 @@ class _Draft:
     def drop_foreign_arguments(self) -> None:
         """Leave out what a file has for a component that a later one replaced, where it does not apply."""
         for (section, argument), name in self.written_for.items():
-            registry, model = COMPONENTS[section]
-            old, new = _canonical(registry, name), _canonical(registry, self.names[section])
+            component = "distiller" if section == "phases" else section
+            registry, model = COMPONENTS[component]
+            old, new = _canonical(registry, name), _canonical(registry, self.names.get(component))
             if old is None or new is None or old == new:
                 continue
-            if argument in model.model_fields:
+            if section == "phases":
+                foreign = argument in phases_of(old) and argument not in phases_of(new)
+            elif argument in model.model_fields:
                 foreign = argument in {"checkpoint", "expected_top1", "classes", "preprocessing"}  # of that network
             else:
                 foreign = argument in registry.arguments(old) and argument not in registry.arguments(new)
@@ -224,9 +230,10 @@ class _Draft:
     def origin(self, problem: str, default: Path) -> str:
         """Where the key that ``problem`` begins with was set."""
         key = tuple(problem.split(":")[0].split("."))
+        within = next((source for place, source in self.origins.items() if place[: len(key)] == key), str(default))
         while key and key not in self.origins:
             key = key[:-1]
-        return self.origins.get(key, str(default))
+        return self.origins.get(key, within)
 
 
 def _apply_overrides(draft: _Draft, overrides: Sequence[str]) -> str:
@@ -478,9 +485,10 @@ def _near(path: Path) -> str:
 
 def _variant(changed: Mapping[_Key, Any]) -> str:
     """``beta=4,temperature=2``: what overrides changed, as part of a folder name."""
-    last = [key[-1] for key in changed]
+    names = {key: ".".join(key[1:]) if key[0] == "phases" and key[1:] else key[-1] for key in changed}
+    short = list(names.values())
     parts = [
-        f"{key[-1] if last.count(key[-1]) == 1 else '.'.join(key)}={_value_text(value)}"
+        f"{names[key] if short.count(names[key]) == 1 else '.'.join(key)}={_value_text(value)}"
         for key, value in changed.items()
     ]
     return ",".join(sorted(parts))

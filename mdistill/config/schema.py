@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +13,7 @@ from mdistill.data import DATASETS
 from mdistill.data.batch import Pick
 from mdistill.data.mixing import Mixing
 from mdistill.distillers import DISTILLERS
-from mdistill.errors import UserError, shown, suggestion
+from mdistill.errors import UserError, printable, shown, suggestion
 from mdistill.models import MODELS
 from mdistill.optim import SOLVERS
 from mdistill.optim.averaging import Statistics
@@ -152,6 +152,10 @@ class SolverConfig(_Component):
         )
 
 
+AVERAGES = ("ema_decay", "average_from")
+"""Settings of a solver that are of the last phase alone."""
+
+
 class RunConfig(_Section):
     """How the numbers are computed."""
 
@@ -174,11 +178,17 @@ class Config(_Section):
     student: ModelConfig
     distiller: DistillerConfig
     solver: SolverConfig
+    phases: dict[str, SolverConfig] = {}  # what the method trains before, by name in its order: a solver each
     run: RunConfig = RunConfig()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     variant: Annotated[str, AfterValidator(_folder_name)] = (
         ""  # what sets this run apart from others of its method and pair; names its folder
     )
+
+    @property
+    def epochs(self) -> int:
+        """Of all phases."""
+        return self.solver.epochs + sum(phase.epochs for phase in self.phases.values())
 
     def resolved(self) -> dict[str, Any]:
         """Plain containers, every default written out."""
@@ -198,16 +208,18 @@ class Config(_Section):
     def warnings(self) -> list[str]:
         """Settings that are legal but probably not meant."""
         solver, warnings = self.solver, []
-        late = [milestone for milestone in solver.milestones if milestone >= solver.epochs]
-        if late:
-            warnings.append(
-                f"solver.milestones: {shown(late)} lie at or past the last epoch ({solver.epochs}) and have no effect"
-            )
-        if solver.lr_warmup_epochs > solver.epochs:
-            warnings.append(
-                f"solver.lr_warmup_epochs: {solver.lr_warmup_epochs} is more than all epochs ({solver.epochs}),"
-                " so solver.lr is never reached"
-            )
+        for place, phase in self._solvers():
+            late = [milestone for milestone in phase.milestones if milestone >= phase.epochs]
+            if late:
+                warnings.append(
+                    f"{place}.milestones: {shown(late)} lie at or past the last epoch ({phase.epochs}) and have no"
+                    " effect"
+                )
+            if phase.lr_warmup_epochs > phase.epochs:
+                warnings.append(
+                    f"{place}.lr_warmup_epochs: {phase.lr_warmup_epochs} is more than all epochs ({phase.epochs}),"
+                    f" so {place}.lr is never reached"
+                )
         if solver.average_from is not None and solver.average_from > solver.epochs:
             warnings.append(
                 f"solver.average_from: {solver.average_from} lies past the last epoch ({solver.epochs}),"
@@ -217,6 +229,11 @@ class Config(_Section):
         if length != solver.epochs:
             warnings.append(f"distiller.epochs: the method counts on {length} epochs, solver.epochs is {solver.epochs}")
         return warnings
+
+    def _solvers(self) -> Iterator[tuple[str, SolverConfig]]:
+        """Every section that is a solver, with its dotted key."""
+        yield "solver", self.solver
+        yield from ((f"phases.{name}", phase) for name, phase in self.phases.items())
 
 
 COMPONENTS: dict[str, tuple[Registry[Any], type[_Component]]] = {
@@ -281,7 +298,8 @@ def without_defaults(config: Config) -> dict[str, Any]:
     settings = config.model_dump(exclude_defaults=True)
     for section, (registry, model) in COMPONENTS.items():
         given = settings.get(section)
-        for component in [given, *given.get("ensemble", ())] if given else ():
+        more = settings.get("phases", {}).values() if section == "solver" else (given or {}).get("ensemble", ())
+        for component in [given, *more] if given else ():
             usual = {key: each.default for key, each in registry.arguments(component["name"]).items()}
             usual |= _added(component["name"])
             for key in component.keys() - model.model_fields.keys():
@@ -350,11 +368,14 @@ def check(tree: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
                 for number, member in enumerate(teacher["ensemble"])
             ]
         }
+    if isinstance(complete.get("phases"), dict):
+        complete["phases"] = _phases(complete, problems)
     config = None
     try:
         config = Config.model_validate(complete)
     except ValidationError as error:
         problems += _schema_problems(error)
+    problems = [line for line in problems if not _is_inherited(line, tree, problems)]
     if config is not None and not problems:
         problems += _cross_checks(config)
     return (None if problems else config), problems
@@ -376,6 +397,45 @@ def _filled(place: str, given: Any, registry: Registry[Any], model: type[_Compon
     arguments, mistakes = registry.check(own["name"], rest, where=f"{place}.", beside=tuple(model.model_fields))
     problems += mistakes
     return {**own, **arguments}
+
+
+def phases_of(method: Any) -> tuple[str, ...]:
+    """The first phases of a method by its canonical name; none of what is no method."""
+    known: tuple[str, ...] = getattr(DISTILLERS.get(method), "phases", ()) if method in DISTILLERS.names() else ()
+    return known
+
+
+def _phases(tree: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """``phases:`` of ``tree`` in the method's order, each a complete solver: what it leaves out is as in ``solver:``.
+
+    Its number of epochs is its own, and averages of weights are of the last phase alone.
+    """
+    given, solver = tree["phases"], tree.get("solver")
+    inherited = solver if isinstance(solver, dict) else {}
+    inherited = {key: value for key, value in inherited.items() if key not in ("epochs", *AVERAGES)}
+    phases = {}
+    method = tree["distiller"].get("name") if isinstance(tree.get("distiller"), dict) else None
+    for name in dict.fromkeys([*(name for name in phases_of(method) if name in given), *given]):
+        phase = given[name]
+        if isinstance(phase, dict):
+            complete = {key: value for key, value in inherited.items() if _applies(key, phase.get("name"))} | phase
+            phase = _filled(f"phases.{name}", complete, SOLVERS, SolverConfig, problems)
+        phases[name] = phase
+    return phases
+
+
+def _applies(key: str, solver: Any) -> bool:
+    """Whether ``key`` is one of the solver that a phase names, where it names another one."""
+    return solver not in SOLVERS.names() or key in SolverConfig.model_fields or key in SOLVERS.arguments(solver)
+
+
+def _is_inherited(problem: str, tree: Mapping[str, Any], problems: Sequence[str]) -> bool:
+    """Whether ``problem`` is of a phase, in a key that it has from ``solver:``, where it is told already."""
+    section, *place = problem.split(":")[0].split(".")
+    given = tree["phases"].get(place[0]) if section == "phases" and len(place) > 1 else None
+    if not isinstance(given, dict) or place[1] in given or place[1] == "epochs":
+        return False
+    return any(other.split(":")[0].split(".")[:2] == ["solver", place[1]] for other in problems)
 
 
 def _schema_problems(error: ValidationError) -> list[str]:
@@ -405,13 +465,14 @@ def _known_keys(section: tuple[int | str, ...]) -> list[str]:
 
 
 def _cross_checks(config: Config) -> list[str]:
-    milestones = config.solver.milestones
-    problems = []
-    if list(milestones) != sorted(set(milestones)) or any(milestone < 1 for milestone in milestones):
-        problems.append(f"solver.milestones: should be epochs from 1 in rising order, found {shown(list(milestones))}")
-    if config.solver.schedule == "cosine" and milestones:
-        found = shown(list(milestones))
-        problems.append(f"solver.milestones: a cosine schedule takes none, found {found}; set it to []")
+    problems = _phase_problems(config)
+    for place, solver in config._solvers():
+        milestones = list(solver.milestones)
+        if milestones != sorted(set(milestones)) or any(milestone < 1 for milestone in milestones):
+            problems.append(f"{place}.milestones: should be epochs from 1 in rising order, found {shown(milestones)}")
+        if solver.schedule == "cosine" and milestones:
+            found = shown(milestones)
+            problems.append(f"{place}.milestones: a cosine schedule takes none, found {found}; set it to []")
     if config.teacher is not None and config.teacher.average != "probabilities" and not config.teacher.ensemble:
         problems.append(
             f"teacher.average: {config.teacher.average!r} says what to average over teacher.ensemble, which is empty"
@@ -438,4 +499,27 @@ def _cross_checks(config: Config) -> list[str]:
         problems.append(f"data.mixing.pick: cutmix_pick alone picks, found {mixing.pick!r} with {mixing.name!r}")
     if mixing is not None and mixing.name == "cutmix_pick" and mixing.pick == "teacher" and config.teacher is None:
         problems.append("data.mixing.name: cutmix_pick lets the teacher pick, and the configuration has no teacher")
+    return problems
+
+
+def _phase_problems(config: Config) -> list[str]:
+    """Phases that the method wants and are not there, or the other way round; averages of a first phase."""
+    method = config.distiller.name
+    known = phases_of(method)
+    problems = [
+        f"phases.{name}: missing; the method {method!r} trains it first: add phases: {{{name}: {{epochs: ...}}}}"
+        for name in known
+        if name not in config.phases
+    ]
+    for name, phase in config.phases.items():
+        if name not in known:
+            allowed = f"allowed: {', '.join(known)}" if known else "it has none"
+            problems.append(
+                f"phases.{printable(name)}: no phase of the method {method!r}{suggestion(name, known)} ({allowed})"
+            )
+        problems += [
+            f"phases.{printable(name)}.{key}: averages are of the last phase alone; set solver.{key}"
+            for key in AVERAGES
+            if getattr(phase, key) is not None
+        ]
     return problems

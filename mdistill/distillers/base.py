@@ -2,6 +2,9 @@
 
 A method is one class, in a file of its paper: it says what it ``needs`` and writes ``distillation(signals)``. The
 forward pass of both networks, the task loss, logit standardisation and the loss warm-up are written here, once.
+
+A run has one phase, or several: ``phases`` names the first ones of a method, each with a loss, ``first_phase``, and a
+solver of its own, and ``trained`` says what a phase trains. The last phase, called None, is that of ``distillation``.
 """
 
 from abc import ABC, abstractmethod
@@ -64,7 +67,7 @@ class Signals:
     raw_teacher_logits: Tensor  # (B, C)
     target: Tensor  # (B,) int64; of mixed images in the place of plain ones (``needs.labels`` is not "hard") (B, C)
     index: Tensor  # (B,) int64, which training sample
-    epoch: Tensor  # (), counted from 1
+    epoch: Tensor  # (), counted from 1 over all phases
     seed: int = 0  # of the run, for draws within a step: ``functional.uniform``
     student_features: Features | None = None  # when needs.student is "features", or the teacher's are needed
     teacher_features: Features | None = None  # when needs.teacher is "features"
@@ -114,6 +117,8 @@ class Distiller(nn.Module, ABC):
     """
 
     needs: Needs = Needs()  # a setting that changes them does so before ``super().__init__``, for its instance alone
+    phases: ClassVar[tuple[str, ...]] = ()  # what comes before the last phase, in order
+    needs_at_last: ClassVar[Needs | None] = None  # of the last phase, where that reads less than ``needs``
     smooths_labels: ClassVar[bool] = False  # whether a ``task`` of the method's own heeds label_smoothing
     student: nn.Module
     teacher: nn.Module | None
@@ -160,6 +165,9 @@ class Distiller(nn.Module, ABC):
         self.standardize_logits = standardize_logits
         self.label_smoothing = label_smoothing
         self.seed = 0  # of the run; set by the engine, as what the networks run in (None: as it comes)
+        self.phase: str | None = None  # the one under way
+        self.epochs_before = 0  # in the phases before it
+        self._fixed: frozenset[str] | None = None  # weights that no phase trains, once ``enter_phase`` was called
         self._rank_counts: tuple[int, ...] = ()  # ``Batch.rank_counts`` of the step
         self.student_precision: Precision | None = None
         self.teacher_precision: Precision | None = None
@@ -186,6 +194,17 @@ class Distiller(nn.Module, ABC):
                 changed since, it leaves in ``signals.computed``.
         """
 
+    def first_phase(self, phase: str, signals: Signals) -> dict[str, Tensor]:
+        """The loss of one of ``phases``: named, weighted scalars; no task term or warm-up joins them."""
+        raise NotImplementedError
+
+    def trained(self, phase: str | None) -> Iterable[nn.Module]:
+        """The modules that ``phase`` trains, of a method with ``phases``; all others are frozen and in eval mode.
+
+        By default all but the teacher.
+        """
+        return [module for name, module in self.named_children() if name != "teacher"]
+
     def students(self) -> dict[str, nn.Module]:
         """The networks to evaluate and export, the headline first; by default the bare student.
 
@@ -210,17 +229,22 @@ class Distiller(nn.Module, ABC):
         """
         self._rank_counts = batch.rank_counts
         batch = self._picked(batch)
-        signals = self._signals(batch, epoch)
-        mixed = None if batch.mixed is None else self._signals(self._picked(batch.mixed), epoch)
+        signals, mixed = self._signals(batch, epoch), None
+        if batch.mixed is not None and self.phase is None:
+            mixed = self._signals(self._picked(batch.mixed), epoch)
+        task: dict[str, Tensor] = {}
         with torch.autocast(batch.image.device.type, enabled=False):  # float32, also under a caller's autocast
-            distillation = self._checked_terms("distillation", self.distillation(signals))
-            if mixed is not None:
-                beside = self._checked_terms("distillation", self.distillation(mixed))
-                beside = {f"{name}_mixed": term for name, term in beside.items()}
-                distillation = {**distillation, **self._checked_terms("distillation", beside, distillation)}
-            task = self._checked_terms("task", self.task(signals), distillation)
-        if self.warmup_epochs:
-            ramp = (epoch / self.warmup_epochs).clamp(max=1.0)
+            if self.phase is not None:
+                distillation = self._checked_terms("first_phase", self.first_phase(self.phase, signals))
+            else:
+                distillation = self._checked_terms("distillation", self.distillation(signals))
+                if mixed is not None:
+                    beside = self._checked_terms("distillation", self.distillation(mixed))
+                    beside = {f"{name}_mixed": term for name, term in beside.items()}
+                    distillation = {**distillation, **self._checked_terms("distillation", beside, distillation)}
+                task = self._checked_terms("task", self.task(signals), distillation)
+        if self.warmup_epochs and self.phase is None:
+            ramp = ((epoch - self.epochs_before) / self.warmup_epochs).clamp(max=1.0)
             distillation = {name: ramp * term for name, term in distillation.items()}
         images = len(batch.target)
         share = images / sum(batch.rank_counts) if batch.rank_counts else 1.0
@@ -232,6 +256,24 @@ class Distiller(nn.Module, ABC):
     def fits_labels(self) -> bool:
         """Whether cross-entropy fixes the scale of the logits, so that losses on the labels compare."""
         return self.ce_weight > 0
+
+    def enter_phase(self, phase: str | None, *, epochs_before: int = 0) -> None:
+        """Go over to one of ``phases``, or with None to the last one; gradients of the one before are dropped.
+
+        Args:
+            epochs_before: in the phases before it.
+        """
+        self.phase, self.epochs_before = phase, epochs_before
+        if not self.phases:
+            return
+        own = {name: weight for name, weight in self.named_parameters() if not name.startswith("teacher.")}
+        if self._fixed is None:
+            self._fixed = frozenset(name for name, weight in own.items() if not weight.requires_grad)
+        trained = {id(weight) for module in self.trained(phase) for weight in module.parameters()}
+        for name, weight in own.items():
+            weight.grad = None
+            weight.requires_grad_(id(weight) in trained and name not in self._fixed)
+        self.train(self.training)
 
     def require_a_term(self, **weights: float) -> None:
         """Refuse, when a method is built, a loss without any term: ``ce_weight`` and all of ``weights`` are 0.
@@ -274,11 +316,22 @@ class Distiller(nn.Module, ABC):
         return replace(signals, strong=strong, **rows)
 
     def train(self, mode: bool = True) -> "Distiller":
-        """Switch the student's mode; the teacher stays frozen."""
+        """Switch the mode of what the phase trains; the rest, such as the teacher, stays in eval mode."""
         super().train(mode)
+        if mode and self.phases:
+            for name, module in self.named_children():
+                if name != "teacher":
+                    module.eval()
+            for module in self.trained(self.phase):
+                module.train()
         if self.teacher is not None:
             self._set_teacher_mode(self.teacher)
         return self
+
+    @property
+    def _needs(self) -> Needs:
+        """What the phase under way reads."""
+        return self.needs if self.phase is not None or self.needs_at_last is None else self.needs_at_last
 
     def _set_teacher_mode(self, teacher: nn.Module) -> None:
         teacher.eval()
@@ -314,9 +367,9 @@ class Distiller(nn.Module, ABC):
             teacher_pooled: Tensor | None = None
             if known is not None:
                 teacher_logits, teacher_pooled = known
-            elif self.teacher is not None:
+            elif self.teacher is not None and self._needs.teacher != "none":
                 teacher_logits, teacher_features = self._run_teacher(image)
-                if teacher_features is not None and self.needs.teacher == "pooled":
+                if teacher_features is not None and self._needs.teacher == "pooled":
                     teacher_pooled, teacher_features = teacher_features.pooled, None
             else:
                 teacher_logits = student_logits.new_zeros(len(student_logits), 0)
@@ -339,8 +392,8 @@ class Distiller(nn.Module, ABC):
 
     def _views(self, batch: Batch) -> Iterable[tuple[Tensor, tuple[Tensor, Tensor | None] | None]]:
         """The images (B, 3, H, W) of each view that the method needs, with what it needs of the teacher where known."""
-        logits, pooled = batch.teacher_logits, batch.teacher_pooled
-        if logits is None or self.needs.teacher == "features" or (self.needs.teacher == "pooled" and pooled is None):
+        logits, pooled, read = batch.teacher_logits, batch.teacher_pooled, self._needs.teacher
+        if logits is None or read == "features" or (read == "pooled" and pooled is None):
             yield batch.image, None
         else:
             yield batch.image, (widen(logits), None if pooled is None else widen(pooled))
@@ -350,12 +403,12 @@ class Distiller(nn.Module, ABC):
 
     def _run_student(self, image: Tensor) -> tuple[Tensor, Features | None]:
         """Its logits and features; a method whose network at inference is another one returns that one's."""
-        return self._run(self.student, image, self.student_precision, features=self.needs.student_features)
+        return self._run(self.student, image, self.student_precision, features=self._needs.student_features)
 
     @torch.no_grad()
     def _run_teacher(self, image: Tensor) -> tuple[Tensor, Features | None]:
         assert self.teacher is not None
-        return self._run(self.teacher, image, self.teacher_precision, features=self.needs.teacher_features)
+        return self._run(self.teacher, image, self.teacher_precision, features=self._needs.teacher_features)
 
     def _run(
         self, network: nn.Module, image: Tensor, precision: Precision | None, *, features: bool
@@ -393,7 +446,7 @@ class Distiller(nn.Module, ABC):
                 raise UserError(f"{place}: the term {shown(name)} should be a scalar tensor, found {_what(term)}")
             if not isinstance(name, str) or name in others:
                 raise UserError(f"{place}: {shown(name)} is no name of its own for a term")
-        if part == "task" and not terms and not others:
+        if part != "distillation" and not terms and not others:
             raise UserError(f"{type(self).__name__} returned no term at all, so there is no loss")
         return terms
 

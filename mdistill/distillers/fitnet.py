@@ -33,14 +33,18 @@ def fitnet_loss(regressed_map: Tensor, teacher_map: Tensor) -> Tensor:
 
 
 class Regressor(nn.Sequential):
-    """From the student's map to the shape of the teacher's: a convolution, BatchNorm and ReLU.
+    """From the student's map to the shape of the teacher's: a convolution, BatchNorm and, as a rule, ReLU.
 
     The convolution is 3x3 of stride 2 where the student's map is twice as high, a transposed 4x4 of stride 2 where it
     is half as high, else one without padding whose kernel takes up the difference: 1x1 between equal sizes.
     """
 
-    def __init__(self, student: Shape, teacher: Shape) -> None:
-        """Args: the two shapes (C, H, W); ``UserError`` if no such convolution leads from one to the other."""
+    def __init__(self, student: Shape, teacher: Shape, *, relu: bool = True, where: str = "distiller.hint") -> None:
+        """Args: the two shapes (C, H, W), whether ReLU comes last, and what to name in a message.
+
+        Raises:
+            UserError: no such convolution leads from one shape to the other.
+        """
         super().__init__()
         (inputs, height, width), (outputs, teacher_height, teacher_width) = student, teacher
         if height == 2 * teacher_height and width == 2 * teacher_width:
@@ -51,12 +55,13 @@ class Regressor(nn.Sequential):
             conv = nn.Conv2d(inputs, outputs, (1 + height - teacher_height, 1 + width - teacher_width))
         else:
             raise UserError(
-                f"distiller.hint: the student's map is {height}x{width} and the teacher's {teacher_height}x"
+                f"{where}: the student's map is {height}x{width} and the teacher's {teacher_height}x"
                 f"{teacher_width}; the regressor needs one at least as large, or exactly half as large"
             )
         self.add_module("conv", conv)
         self.add_module("norm", nn.BatchNorm2d(outputs))
-        self.add_module("relu", nn.ReLU())
+        if relu:
+            self.add_module("relu", nn.ReLU())
 
 
 @DISTILLERS.register("fitnet")

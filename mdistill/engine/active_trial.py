@@ -17,7 +17,7 @@ from mdistill.data.loader import BatchLoader
 from mdistill.data.sampling import derive_seed
 from mdistill.distributed import PeerLost
 from mdistill.engine import checkpoint
-from mdistill.engine.build import Experiment, Trial
+from mdistill.engine.build import Experiment, Phase, Trial
 from mdistill.engine.checkpoint import Snapshot, Writer
 from mdistill.engine.console import Stopwatch, end_line, epoch_line, print_line, start_line
 from mdistill.engine.cuda_graph import CapturedStep, Engine, choose_engine, compile_network, side_stream, uncompiled
@@ -43,6 +43,7 @@ class ActiveTrial:
         several: whether other trials run beside this one, so that lines name its seed.
 
     Attributes:
+        phase: the stretch of epochs under way; ``solver``, ``metrics`` and ``averages`` are of it alone.
         epoch: (), the epoch under way, on the device.
         stream: a context in which the trial's work is launched, on CUDA a stream of its own.
         ended: what stopped the trial before its last epoch.
@@ -58,16 +59,10 @@ class ActiveTrial:
         several: bool = False,
     ) -> None:
         self.experiment, self.config, self.device = experiment, trial.config, experiment.device
-        self.distiller, self.solver, self.averages, self.students = (
-            trial.distiller,
-            trial.solver,
-            trial.averages,
-            trial.students,
-        )
+        self.distiller, self.students, self._trial, self._folder = trial.distiller, trial.students, trial, folder
         self.student = next(iter(self.students.values()))
-        self._folder, self._terms = folder, trial.terms
         self._label = f"seed {trial.config.seed}: " if several else ""
-        self.metrics, self.progress = RunningMetrics(self.device), Progress()
+        self.progress = Progress()
         self.epoch: Tensor = torch.ones((), dtype=torch.int64, device=self.device)
         self.engine = engine or choose_engine(self.config.run.engine, self.device)
         make_logits = None
@@ -89,7 +84,6 @@ class ActiveTrial:
             mixing=self.config.data.mixing_settings,
             teacher_logits=make_logits,
         )
-        self._step: CapturedStep | None = None  # what ``run`` was first given
         self.writer = Writer(self.device)
         self.ended: UserError | Stopped | None = None
         self._draws = draws_in_training(self.distiller)
@@ -98,7 +92,16 @@ class ActiveTrial:
         self._saved: Progress | None = None  # where the checkpoint stands
         if self.engine.name == "compile":
             self._compile()
+        self.enter(trial.phases[0])
         self.stream = side_stream(self.device)  # behind all of the above
+
+    def enter(self, phase: Phase) -> None:
+        """Begin a phase: its solver is fresh, its step is captured anew, and averages are of the last one alone."""
+        self.phase, self.solver = phase, phase.solver
+        self.averages = self._trial.averages if phase.name is None else {}
+        self.metrics = RunningMetrics(self.device)
+        self._step: CapturedStep | None = None  # what ``run`` was first given
+        phase.enter(self.distiller)
 
     @property
     def folder(self) -> RunFolder:
@@ -120,8 +123,16 @@ class ActiveTrial:
             if self.folder.resumable:
                 path, steps = self.folder.checkpoint, self.loader.steps
                 saved = checkpoint.read(path, self.config, self.experiment.fingerprints, steps=steps)
+                self.enter(phase := self._trial.phase(saved.progress.epoch))
                 checkpoint.restore(
-                    saved, path, self.distiller, self.averages, self.solver, self.metrics, terms=self._terms
+                    saved,
+                    path,
+                    self.distiller,
+                    self.averages,
+                    self.solver,
+                    self.metrics,
+                    terms=phase.terms,
+                    epochs_before=phase.before,
                 )
                 self.progress, self._saved = saved.progress, saved.progress.model_copy()
                 self._tell_what_differs(saved.versions.torch)
@@ -145,9 +156,9 @@ class ActiveTrial:
 
     def set_rate(self, step: int) -> None:
         """The learning rate of ``step`` of the epoch under way, from 0, where a warm-up gives each step its own."""
-        epoch, solver = self.progress.epoch, self.config.solver
-        if epoch <= solver.lr_warmup_epochs:
-            self.solver.set_lr(solver.rate(epoch, (step + 1) / self.loader.steps))
+        epoch, settings = self.progress.epoch - self.phase.before, self.phase.settings
+        if epoch <= settings.lr_warmup_epochs:
+            self.solver.set_lr(settings.rate(epoch, (step + 1) / self.loader.steps))
 
     def run(self, step: "Callable[[ActiveTrial, int], None]", size: int) -> None:
         """``step(self, size)``, always the same one; on CUDA it is captured after a few calls and then replayed.
@@ -224,7 +235,7 @@ class ActiveTrial:
 
     def print_start(self) -> None:
         """What this session begins with."""
-        self._print(start_line(self.folder, self.progress, self.config.solver.epochs))
+        self._print(start_line(self.folder, self.progress, self.config.epochs, self.phase.name))
 
     # ---- an epoch ----
 
@@ -234,7 +245,7 @@ class ActiveTrial:
 
     def begin_epoch(self, epoch: int) -> None:
         """Set rate, mode and batches for what is left of ``epoch``."""
-        self.solver.set_lr(self.config.solver.rate(epoch))
+        self.solver.set_lr(self.phase.settings.rate(epoch - self.phase.before))
         self.epoch.fill_(epoch)
         self.distiller.train()
         self.loader.begin(epoch, self.progress.step)
@@ -252,10 +263,11 @@ class ActiveTrial:
     def launch_evaluations(self, epoch: int) -> dict[str, LaunchedEvaluation]:
         """Every student on every split, where ``epoch`` is evaluated; the host does not wait.
 
-        The first student is the headline; the keys of the others start with their name.
+        A first phase is not evaluated: nothing has trained the classifier yet. The first student is the headline; the
+        keys of the others start with their name.
         """
         config = self.config
-        if epoch % config.run.evaluate_every and epoch != config.solver.epochs:
+        if self.phase.name is not None or (epoch % config.run.evaluate_every and epoch != config.epochs):
             return {}
         launched = {}
         for number, (name, student) in enumerate(self.students.items()):
@@ -291,10 +303,11 @@ class ActiveTrial:
         self.progress.seconds += seconds
         results: dict[str, Any] = {
             "epoch": epoch,
-            "lr": self.config.solver.rate(epoch),
+            **({} if self.phase.name is None else {"phase": self.phase.name}),
+            "lr": self.phase.settings.rate(epoch - self.phase.before),
             "train/loss": train.loss,
             **{f"train/loss_{name}": value for name, value in train.terms.items()},
-            "train/top1": train.top1,
+            **({"train/top1": train.top1} if self.phase.name is None else {}),
             "images_per_second": (train.images - self._images_before) / max(seconds, 1e-9),
         }
         for name, evaluation in evaluated.items():
@@ -302,7 +315,7 @@ class ActiveTrial:
         return results | {"seconds/train": self.progress.seconds, "seconds/eval": self._clock.seconds_since_stop()}
 
     def complete_epoch(self, results: dict[str, Any]) -> None:
-        """Note the best epoch in ``results``, and stand before the next epoch."""
+        """Note the best epoch in ``results``, and stand before the next epoch, which may begin another phase."""
         progress, headline = self.progress, self.experiment.dataset.splits[0]
         top1 = results.get(f"{headline}/top1")
         if top1 is not None and (progress.best is None or top1 > progress.best.top1):
@@ -311,6 +324,9 @@ class ActiveTrial:
             results |= {"best/epoch": progress.best.epoch, "best/top1": progress.best.top1}
         self.progress = Progress(epoch=progress.epoch + 1, best=progress.best)
         self.metrics.reset()
+        phase = self._trial.phase(self.progress.epoch)
+        if phase is not self.phase:
+            self.enter(phase)
 
     def save(self, results: Mapping[str, Any] | None) -> None:
         """Copy the state as it is; a thread logs ``results``, if there are any, and writes checkpoint and students.
@@ -333,7 +349,8 @@ class ActiveTrial:
             config=self.config,
             fingerprints=self.experiment.fingerprints,
         )
-        students = {name: student.state_dict() for name, student in self.students.items()}
+        trained = results is not None and "phase" not in results
+        students = {name: student.state_dict() for name, student in self.students.items() if trained}
         self.writer.wait()  # one copy at a time in memory
         self.writer.submit(partial(self._write, Snapshot({"state": state, "students": students}), results))
 
@@ -354,7 +371,7 @@ class ActiveTrial:
         checkpoint.write(self.folder.checkpoint, copied["state"])
         if results is not None:
             self._export(copied["students"])
-            self._print(epoch_line(results, self.config.solver.epochs, self.experiment.dataset.splits[0]))
+            self._print(epoch_line(results, self.config.epochs, self.experiment.dataset.splits[0]))
 
     def _export(self, students: Mapping[str, Mapping[str, Tensor]]) -> None:
         for name, state in students.items():
@@ -365,6 +382,7 @@ class ActiveTrial:
         return [*own, *(value for average in self.averages.values() for value in average.state_dict().values())]
 
     def _compile(self) -> None:
+        self._trial.phases[-1].enter(self.distiller)  # which trains the student
         size = self.experiment.dataset.image_size
         blank = torch.zeros(self.loader.own_batch_size, 3, size, size, device=self.device)
         compiled = compile_network(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mdistill import distributed
-from mdistill.config import Config, MemberConfig
+from mdistill.config import Config, MemberConfig, SolverConfig
 from mdistill.data import DATASETS, Batch, DataInfo, Dataset, StreamedDataset
 from mdistill.data.sampling import derive_seed
 from mdistill.distillers import DISTILLERS, Distiller, Needs
@@ -54,15 +54,38 @@ LARGE_STATE = 2**30
 """Bytes that a method keeps beside the networks, from which on a run says so."""
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a run's epochs with a loss and a solver of its own."""
+
+    name: str | None  # as the method has it; None for the last one
+    settings: SolverConfig
+    solver: Solver
+    terms: tuple[str, ...]  # of its loss, by name
+    before: int  # epochs before it
+
+    @property
+    def last_epoch(self) -> int:
+        """Counted from 1 over all phases."""
+        return self.before + self.settings.epochs
+
+    def enter(self, distiller: Distiller) -> None:
+        """Set ``distiller`` to it."""
+        distiller.enter_phase(self.name, epochs_before=self.before)
+
+
 @dataclass
 class Trial:
-    """One seed of a configuration: its own student, method state, optimiser and averages of weights."""
+    """One seed of a configuration: its own student, method state, optimisers and averages of weights."""
 
     config: Config
     distiller: Distiller
-    solver: Solver
-    averages: dict[str, AveragedNetwork]  # of the headline student's weights, by name
-    terms: tuple[str, ...]  # of its loss, by name
+    phases: list[Phase]  # in order; most methods have the last one alone
+    averages: dict[str, AveragedNetwork]  # of the headline student's weights in the last phase, by name
+
+    def phase(self, epoch: int) -> Phase:
+        """That of ``epoch``, counted from 1 over all of them."""
+        return next((phase for phase in self.phases if epoch <= phase.last_epoch), self.phases[-1])
 
     @property
     def students(self) -> dict[str, nn.Module]:
@@ -240,6 +263,7 @@ def build_distiller(
     with _seeded(config.seed, "distiller"):
         distiller = DISTILLERS.get(method)(student, teacher, info, **config.distiller.arguments)
     distiller.seed = config.seed
+    distiller.enter_phase(None)
     _check_students(distiller.students(), method)
     return distiller
 
@@ -326,14 +350,13 @@ def large_state(distillers: Sequence[Distiller], device: torch.device) -> str | 
 
 
 def averages_of(config: Config, network: nn.Module) -> dict[str, AveragedNetwork]:
-    """The averages of the weights of ``network`` that ``config`` asks for."""
+    """The averages of the weights of ``network`` that ``config`` asks for, of its last phase."""
     solver, averages = config.solver, {}
     if solver.ema_decay is not None:
         averages["ema"] = AveragedNetwork(network, decay=solver.ema_decay)
     if solver.average_from is not None:
-        averages["average"] = AveragedNetwork(
-            network, first_epoch=solver.average_from, statistics=solver.average_statistics
-        )
+        first_epoch = config.epochs - solver.epochs + solver.average_from
+        averages["average"] = AveragedNetwork(network, first_epoch=first_epoch, statistics=solver.average_statistics)
     return averages
 
 
@@ -454,17 +477,31 @@ def _assemble(
         distiller = distiller.to(device)
         averages = averages_of(each, next(iter(distiller.students().values())))
         distiller.student_precision, distiller.teacher_precision = run.precision, teacher_precision
-        groups = _checked_groups(distiller.param_groups(), each.distiller.name)
-        groups = groups if each.solver.decay_norms else without_decay_of_norms(groups)
-        solver = SOLVERS.get(each.solver.name)(groups, **each.solver.arguments)
-        if run.engine == "compile" and solver.backward_passes > 1:
-            raise UserError(
-                "run.engine: what is compiled allows one backward pass a step and the solver"
-                f" {each.solver.name!r} takes {solver.backward_passes}; use auto, eager or graph"
-            )
-        trials.append(Trial(each, distiller, solver, averages, _try_step(solver, distiller, info, each)))
+        trials.append(Trial(each, distiller, _build_phases(each, distiller, info), averages))
     experiment = Experiment(trials, dataset, device, fingerprints, metadata)
     return experiment, teacher, loaded
+
+
+def _build_phases(config: Config, distiller: Distiller, info: DataInfo) -> list[Phase]:
+    """The phases of a run, a solver for each; one step of each is tried. ``distiller`` is in the last one then."""
+    phases: list[Phase] = []
+    for name, settings in (*config.phases.items(), (None, config.solver)):
+        before = phases[-1].last_epoch if phases else 0
+        distiller.enter_phase(name, epochs_before=before)
+        groups = _checked_groups(distiller.param_groups(), config.distiller.name)
+        groups = groups if settings.decay_norms else without_decay_of_norms(groups)
+        solver = SOLVERS.get(settings.name)(groups, **settings.arguments)
+        if config.run.engine == "compile" and solver.backward_passes > 1:
+            raise UserError(
+                "run.engine: what is compiled allows one backward pass a step and the solver"
+                f" {settings.name!r} takes {solver.backward_passes}; use auto, eager or graph"
+            )
+        try:
+            terms = _try_step(solver, distiller, info, config)
+        except UserError as error:
+            raise error if name is None else UserError(f"phases.{name}: {error}") from error.__cause__
+        phases.append(Phase(name, settings, solver, terms, before))
+    return phases
 
 
 def _last_batch(batch_size: int, samples: int) -> int:
@@ -550,6 +587,8 @@ def _try_step(solver: Solver, distiller: Distiller, info: DataInfo, config: Conf
             "data.mixing.mode: 'beside' computes a method's own terms on mixed images, and the method"
             f" {config.distiller.name!r} has none; set it to replace or take another method"
         )
+    if not output.total.requires_grad:
+        raise UserError(f"{type(distiller).__name__}: no term of the loss depends on a weight that is trained")
     solver.check(output)
     return tuple(output.terms)
 
@@ -558,9 +597,11 @@ def _place_teacher(experiment: Experiment, teacher: nn.Module, cache_root: Path 
     """Compute the teacher's outputs ahead of the steps, through a cache, where the method leaves room for that."""
     config, needs, dataset = experiment.trials[0].config, experiment.trials[0].distiller.needs, experiment.dataset
     run, streamed = config.run, isinstance(dataset, StreamedDataset)
+    needs_at_last = experiment.trials[0].distiller.needs_at_last
     in_every_step = _why_in_every_step(config, needs, dataset)
     if in_every_step is not None:
-        experiment.teacher_note = f"runs in every step: {in_every_step}"
+        steps = "every step" if needs_at_last is None else "every step of the first phases"
+        experiment.teacher_note = f"runs in {steps}: {in_every_step}"
         return
     pooled = feature_shapes(teacher, dataset.image_size).pooled[0] if needs.teacher == "pooled" else 0
     experiment.teacher = _frozen(experiment, teacher, pooled=pooled > 0)

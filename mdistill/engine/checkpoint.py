@@ -167,9 +167,9 @@ def read(path: Path, config: Config, fingerprints: Mapping[str, str], *, steps: 
                 f"{path}: cannot resume with another {what}: its fingerprint was {old[:12]}, it is now {new[:12]}"
             )
     epoch, step = saved.progress.epoch, saved.progress.step
-    if epoch > config.solver.epochs + 1 or step >= (steps if epoch <= config.solver.epochs else 1):
+    if epoch > config.epochs + 1 or step >= (steps if epoch <= config.epochs else 1):
         raise UserError(
-            f"{path} is damaged: it stands at step {step} of epoch {epoch}, and the run has {config.solver.epochs}"
+            f"{path} is damaged: it stands at step {step} of epoch {epoch}, and the run has {config.epochs}"
             f" epochs of {steps} steps"
         )
     return saved
@@ -184,11 +184,13 @@ def restore(
     metrics: RunningMetrics,
     *,
     terms: Sequence[str],
+    epochs_before: int = 0,
 ) -> None:
     """Put a state from ``read`` back where it was; all of it is compared with where it goes before any is loaded.
 
     Args:
         terms: names of the loss terms.
+        epochs_before: in the phases before the one that ``solver`` is of.
 
     Raises:
         UserError: names, shapes or types are not those of this method, network and solver; or a value is not finite.
@@ -198,7 +200,7 @@ def restore(
     problem = (
         _misfit("model", saved.model, _without_teacher(distiller))
         or _misfit("averages", saved.averages, own)
-        or solver.misfit(saved.solver, stepped=(saved.progress.epoch, saved.progress.step) > (1, 0))
+        or solver.misfit(saved.solver, stepped=(saved.progress.epoch, saved.progress.step) > (epochs_before + 1, 0))
         or metrics.misfit(vars(saved.metrics), terms)
     )
     if problem:

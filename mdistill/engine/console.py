@@ -218,13 +218,13 @@ def print_line(message: str) -> None:
         sys.stdout.flush()
 
 
-def start_line(folder: "RunFolder", progress: "Progress", epochs: int) -> str:
-    """What a session begins with."""
+def start_line(folder: "RunFolder", progress: "Progress", epochs: int, phase: str | None = None) -> str:
+    """What a session begins with; ``phase`` is the first phase that it is in, if any."""
     if progress.epoch > epochs:
         return f"{folder.path} is complete: {epochs} of {epochs} epochs"
     if progress.epoch == 1 and progress.step == 0:
         return f"writing to {folder.path}"
-    return f"resuming {folder.path} at epoch {progress.epoch}, step {progress.step}"
+    return f"resuming {folder.path} at epoch {progress.epoch}, step {progress.step}{f' ({phase})' if phase else ''}"
 
 
 def epoch_line(results: Mapping[str, Any], epochs: int, headline: str) -> str:
@@ -242,9 +242,11 @@ def epoch_line(results: Mapping[str, Any], epochs: int, headline: str) -> str:
             f"  {headline} top-1 {results[f'{headline}/top1']:.2f}  top-5 {results[f'{headline}/top5']:.2f}"
             f"{beside}  best {results['best/top1']:.2f} @ {results['best/epoch']}"
         )
+    phase = f" ({results['phase']})" if results.get("phase") else ""
+    train = f"  train top-1 {results['train/top1']:.2f}" if "train/top1" in results else ""
     return (
-        f"epoch {results['epoch']}/{epochs}  lr {results['lr']:g}  loss {results['train/loss']:.4f} ({terms})"
-        f"  train top-1 {results['train/top1']:.2f}{evaluated}  {results['images_per_second']:.0f} images/s"
+        f"epoch {results['epoch']}/{epochs}{phase}  lr {results['lr']:g}  loss {results['train/loss']:.4f} ({terms})"
+        f"{train}{evaluated}  {results['images_per_second']:.0f} images/s"
     )
 
 

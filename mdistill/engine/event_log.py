@@ -22,7 +22,10 @@ class EventLog:
         self._off = False
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """One epoch: every number in ``line`` as a scalar of the step ``line["epoch"]``."""
+        """One epoch: every number in ``line`` as a scalar of the step ``line["epoch"]``.
+
+        Before those of a first phase stands its name.
+        """
         if self._off:
             return
         try:
@@ -69,7 +72,8 @@ class EventLog:
             self._file = open(self.folder / name, "xb")  # noqa: SIM115  (closed by ``close``)
             records.append(Event(wall_time=time.time(), file_version="brain.Event:2"))
         scalars = {key: value for key, value in line.items() if isinstance(value, (int, float)) and key != "epoch"}
-        summary = Summary(value=[Summary.Value(tag=key, simple_value=value) for key, value in scalars.items()])
+        phase = f"{line['phase']}/" if line.get("phase") else ""
+        summary = Summary(value=[Summary.Value(tag=phase + key, simple_value=value) for key, value in scalars.items()])
         records.append(Event(wall_time=time.time(), step=line["epoch"], summary=summary))
         for record in records:
             RecordWriter(self._file).write(record.SerializeToString())

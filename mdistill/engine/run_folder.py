@@ -271,7 +271,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     if path.is_file():
         for text in read_text(path).splitlines():
             with suppress(ValueError):
-                lines.append(EpochLine.model_validate_json(text).model_dump())
+                lines.append(EpochLine.model_validate_json(text).model_dump(exclude_unset=True))
     return lines
 
 

@@ -1,7 +1,8 @@
 """Training, read from top to bottom: one step, one epoch, the run.
 
-A trial is one seed of a configuration; several advance step by step in turn. Nothing waits for the device before the
-end of an epoch, and files are written in a thread while the next epoch trains.
+A trial is one seed of a configuration; several advance step by step in turn. Epochs count over all phases of a run;
+``trial.solver``, ``trial.averages`` and what the method computes are those of the phase under way. Nothing waits for
+the device before the end of an epoch, and files are written in a thread while the next epoch trains.
 """
 
 import signal
@@ -66,14 +67,14 @@ def end_epoch(trial: ActiveTrial, epoch: int, stop: StopRequest) -> None:
     finished = trial.progress.step == trial.loader.steps
     trial.end_training()
     evaluations = trial.launch_evaluations(epoch) if finished else {}
-    if finished and epoch < trial.config.solver.epochs:
+    if finished and epoch < trial.config.epochs:
         trial.loader.prepare(epoch + 1)  # while the device is at work
     results = trial.collect_results(epoch, evaluations)  # here the host waits for the epoch's last step
     if finished:
-        trial.complete_epoch(results)
+        trial.complete_epoch(results)  # after the last one of a phase, the next one begins, with a fresh solver
     trial.save(results if finished else None)
     asked = distributed.highest(stop.number)
-    if asked and trial.progress.epoch <= trial.config.solver.epochs:
+    if asked and trial.progress.epoch <= trial.config.epochs:
         trial.writer.wait()
         done = f"step {trial.progress.step} of epoch {epoch}" if trial.progress.step else f"epoch {epoch}"
         when = "after" if finished or trial.progress.step else "before"
@@ -135,7 +136,7 @@ def fit(experiment: Experiment, folders: Sequence[RunFolder]) -> list[list[dict[
             provide_class_distances(experiment.class_distances, trials, stop)
         for trial in trials:
             trial.print_start()
-        epochs = trials[0].config.solver.epochs
+        epochs = trials[0].config.epochs
         for epoch in range(min(trial.progress.epoch for trial in trials), epochs + 1):
             while running := [trial for trial in trials if trial.ended is None and trial.progress.epoch == epoch]:
                 with trials[0].telling_what_is_saved():
@@ -155,20 +156,25 @@ def fit(experiment: Experiment, folders: Sequence[RunFolder]) -> list[list[dict[
 
 
 def dry_run(experiment: Experiment) -> str:
-    """Do the first step of the first trial, write nothing, and describe what it computed.
+    """Do the first step of each phase of the first trial, write nothing, and describe what it computed.
 
     Raises:
         RunFailed: a loss term is not finite.
     """
     trial = ActiveTrial(experiment, experiment.trials[0], engine=Engine("eager", "one step"))
-    trial.begin_epoch(1)
-    train_step(trial, trial.loader.fetch(0))
-    trial.loader.finish()
-    result = trial.metrics.read(epoch=1)
+    told = []
+    for phase in experiment.trials[0].phases:
+        trial.enter(phase)
+        trial.begin_epoch(phase.before + 1)
+        train_step(trial, trial.loader.fetch(0))
+        trial.loader.finish()
+        result = trial.metrics.read(epoch=phase.before + 1)
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in result.terms.items())
+        told.append(f"{f'{phase.name}: ' if phase.name else ''}loss {result.loss:.4g} ({terms})")
     trial.loader.close()
-    terms = ", ".join(f"{name} {value:.4g}" for name, value in result.terms.items())
     left_out = "" if experiment.class_distances is None else "distances between classes were left at 0 and "
+    steps = "one step" if len(told) == 1 else "one step of each phase,"
     return (
-        f"dry run: one step of {result.images} images on {experiment.device}, loss {result.loss:.4g} ({terms});"
+        f"dry run: {steps} of {result.images} images on {experiment.device}, {', '.join(told)};"
         f" {left_out}nothing was written"
     )

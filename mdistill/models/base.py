@@ -5,6 +5,7 @@ Letters: B batch, C classes, D pooled width, K channels of a stage, H and W heig
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -97,23 +98,57 @@ def feature_shapes(network: nn.Module, image_size: int) -> FeatureShapes:
     Raises:
         UserError: ``network`` has no ``forward_features``, or its code reads values, which the copy has not.
     """
-    name = type(network).__name__
-    if not hasattr(network, "forward_features"):
-        raise UserError(f"{name} has no forward_features, from which the shapes of features are read")
-    try:
-        with torch.no_grad(), torch.device("meta"):
-            features = _without_values(network).eval().forward_features(torch.empty(1, 3, image_size, image_size))  # type: ignore[operator]
-    except Exception as error:  # whatever the network's own code raises
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{name}.forward_features fails on {image_size}x{image_size} images: {reason}") from error
-    if not isinstance(features, Features):
-        raise UserError(f"{name}.forward_features returns a {type(features).__name__}, not Features")
+    with torch.no_grad():
+        features = _features(_without_values(network), type(network).__name__, image_size)
     return FeatureShapes(
         stages=tuple(_shape(stage) for stage in features.stages),
         preacts=tuple(_shape(preact) for preact in features.preacts),
         last_map=_shape(features.last_map),
         pooled=_shape(features.pooled),
     )
+
+
+def trunk(network: nn.Module, image_size: int) -> list[nn.Module]:
+    """The modules of ``network`` whose weights its stages depend on: all but what comes behind the last one.
+
+    A module of which this holds in part is replaced by those of its parts. As in ``feature_shapes``, nothing is
+    computed and ``network`` stays as it is.
+
+    Raises:
+        UserError: as there.
+    """
+    copied = _without_values(network).requires_grad_()
+    names, weights = zip(*copied.named_parameters(), strict=True)
+    with torch.enable_grad():
+        stages = _features(copied, type(network).__name__, image_size).stages
+        gradients = torch.autograd.grad([stage.sum() for stage in stages], weights, allow_unused=True)
+    behind = {name for name, gradient in zip(names, gradients, strict=True) if gradient is None}
+    return list(_modules_without(network, behind))
+
+
+def _modules_without(module: nn.Module, names: set[str], prefix: str = "") -> Iterator[nn.Module]:
+    """The largest modules in ``module`` that have parameters, but none of ``names``, which begin with ``prefix``."""
+    own = [prefix + name for name, _ in module.named_parameters()]
+    if own and names.isdisjoint(own):
+        yield module
+    elif own:
+        for name, child in module.named_children():
+            yield from _modules_without(child, names, f"{prefix}{name}.")
+
+
+def _features(network: nn.Module, name: str, image_size: int) -> Features:
+    """What ``network``, a copy on the meta device of the network ``name``, gives for one image, in eval mode."""
+    if not hasattr(network, "forward_features"):
+        raise UserError(f"{name} has no forward_features, from which the shapes of features are read")
+    try:
+        with torch.device("meta"):
+            features = network.eval().forward_features(torch.empty(1, 3, image_size, image_size))  # type: ignore[operator]
+    except Exception as error:  # whatever the network's own code raises
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{name}.forward_features fails on {image_size}x{image_size} images: {reason}") from error
+    if not isinstance(features, Features):
+        raise UserError(f"{name}.forward_features returns a {type(features).__name__}, not Features")
+    return features
 
 
 def _without_values(network: nn.Module) -> nn.Module:

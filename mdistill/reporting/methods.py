@@ -126,7 +126,7 @@ def describe(name: str, configs: Path) -> Method:
         kind=KINDS[needs.teacher],
         paper=_paper(sys.modules[builder.__module__].__doc__ or ""),
         loss=_markdown(_paragraphs(builder)[0].split(". ")[0].rstrip(".")),
-        needs="; ".join(_needs(needs)),
+        needs="; ".join([*_needs(needs), *(f"a first phase, `{phase}`" for phase in builder.phases)]),
         cache=_cache(needs.teacher, needs.views),
         settings=settings,
         config=path,

@@ -97,6 +97,9 @@ OF_SOME_PAIRS = {
     "sdd_dkd": 11,
     "sdd_nkd": 11,
     "wkd_l": 2,
+    "ab": 10,
+    "ft": 10,
+    "fsp": 6,
 }
 WITH_ONE_EXAMPLE = {
     *("mlkd_noaug", "nkd", "dhkd", "sinkd", "pesf_kd", "bd_kd", "taid", "uskd", "ps_kd"),
@@ -283,6 +286,9 @@ DISTILLER_VALUES: dict[str, dict[str, Any]] = {  # some of them, by hand from wh
     "pkt/res32x4_shuv2.yaml": {"ce_weight": 1.0, "pkt_weight": 30000.0},
     "cc/res32x4_shuv2.yaml": {"ce_weight": 1.0, "cc_weight": 0.02, "width": 128},
     "vid/res32x4_shuv2.yaml": {"ce_weight": 1.0, "vid_weight": 1.0, "initial_variance": 5.0},
+    "ab/res32x4_shuv2.yaml": {"ce_weight": 1.0, "margin": 1.0},
+    "ft/res32x4_shuv2.yaml": {"ce_weight": 1.0, "ft_weight": 200.0, "paraphrase_rate": 0.5},
+    "fsp/res110_res32.yaml": {"ce_weight": 1.0},
     "catkd/wrn40_2_wrn16_2.yaml": {"ce_weight": 1.0, "catkd_weight": 12.0, "resolution": 2, "normalize": False},
     "catkd/res32x4_shuv2.yaml": {"ce_weight": 1.0, "catkd_weight": 600.0, "resolution": 4, "normalize": True},
     "simkd/vgg13_vgg8.yaml": {"ce_weight": 0.0, "simkd_weight": 1.0, "factor": 2},
@@ -330,6 +336,9 @@ PUBLISHED = {  # some figures of results/published.csv, by hand: value, source, 
     "pkt/res32x4_res8x4": [("73.64", "README of HobbitLong/RepDistiller", "")],
     "cc/wrn40_2_wrn16_2": [("73.56", "README of HobbitLong/RepDistiller", "")],
     "vid/res50_mv2": [("67.57", "README of HobbitLong/RepDistiller", "")],
+    "ab/res32x4_res8x4": [("73.17", "README of HobbitLong/RepDistiller", "")],
+    "ft/res50_mv2": [("60.99", "README of HobbitLong/RepDistiller", "")],
+    "fsp/wrn40_2_wrn16_2": [("72.91", "README of HobbitLong/RepDistiller", "")],
     "catkd/res50_mv2": [("71.36", "MCLD paper", "1"), ("71.36", "RLD paper", "2")],
     "simkd/res32x4_res8x4": [("78.08", "MCLD paper", "2"), ("78.08", "RLD paper", "3")],
     "reviewkd/res32x4_wrn16_2": [("76.11", "MCLD paper", "1"), ("76.11", "RLD paper", "2")],
@@ -391,7 +400,7 @@ def test_finds_all_files() -> None:
     for folder in WITH_ONE_EXAMPLE:
         assert names[folder] == {"resnet8x4.yaml" if folder in {"uskd", "ps_kd"} else EXAMPLE}
     assert set(names) == {*OF_ALL_PAIRS, *OF_SOME_PAIRS, *WITH_ONE_EXAMPLE, "vanilla"}
-    assert len(CIFAR100) == 14 * len(OF_ALL_PAIRS) + sum(OF_SOME_PAIRS.values()) + 22 + 26 == 554
+    assert len(CIFAR100) == 14 * len(OF_ALL_PAIRS) + sum(OF_SOME_PAIRS.values()) + 22 + 26 == 580
     assert len(FILES) - len(CIFAR100) - len(IMAGENET) == 6
     imagenet = {folder.name: {path.stem for path in IMAGENET if path.parent == folder} for folder in imagenet_folders()}
     assert imagenet == IMAGENET_FILES
@@ -592,6 +601,27 @@ def test_cifar100_recipe(path: Path) -> None:
         assert config.distiller.arguments["ce_weight"] == (config.teacher.name in {"resnet56", "resnet110"})
     if "epochs" in config.distiller.arguments:
         assert config.distiller.arguments["epochs"] == config.solver.epochs
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        ("ab/res32x4_res8x4", 0.05),
+        ("ab/vgg13_mv2", 0.01),
+        ("fsp/vgg13_vgg8", 0.05),
+        ("ft/res32x4_res8x4", 0.01),
+        ("ft/wrn40_2_wrn16_2", 0.01),
+        ("ft/res32x4_shuv2", 0.01),
+        ("ft/vgg13_vgg8", 0.05),
+    ],
+)
+def test_first_phases(name: str, rate: float) -> None:
+    """30 epochs at a constant rate, by the solver of the run."""
+    config = load(CONFIGS / "cifar100" / f"{name}.yaml")
+    (phase,) = config.phases.values()
+    assert (phase.epochs, phase.lr, phase.milestones) == (30, rate, ())
+    assert (phase.name, phase.arguments) == (config.solver.name, config.solver.arguments)
+    assert config.epochs == 270
 
 
 @pytest.mark.parametrize("name", DISTILLER_VALUES)

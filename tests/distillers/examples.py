@@ -18,6 +18,7 @@ CLASSES, SAMPLES, BATCH = 7, 40, 8
 
 METHODS = [name for name in DISTILLERS.names() if DISTILLERS.get(name).__module__.startswith("mdistill.")]
 HOOKS = list(hooks.SETTINGS)  # methods of the tests alone, which the contract holds for as well
+PHASES = [f"{name}:{phase}" for name in [*METHODS, *HOOKS] for phase in DISTILLERS.get(name).phases]  # first ones
 
 
 def goes_with_images_beside(name: str) -> bool:
@@ -111,6 +112,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "student_preacts": False,
         "warmup_epochs": 20,
     },
+    "ft": {"ce_weight": 1.0, "ft_weight": 200.0, "paraphrase_rate": 0.5},
+    "ab": {"ce_weight": 1.0, "margin": 1.0},
+    "fsp": {"ce_weight": 1.0},
     "fitnet": {"ce_weight": 1.0, "fitnet_weight": 100.0, "hint": 1},
     "ofd": {"ce_weight": 1.0, "ofd_weight": 1e-3, "teacher_batch_statistics": True},
     "uskd": {"ce_weight": 1.0, "alpha": 0.1, "beta": 0.1, "mu": 0.1, "stage": -2, "variant": "released"},
@@ -290,7 +294,8 @@ def data_info(**changes: Any) -> DataInfo:
 
 
 def build(name: str, *, data: DataInfo | None = None, **changes: Any) -> Distiller:
-    """The method with its example settings, over tiny networks."""
+    """The method with its example settings, over tiny networks; ``name:phase`` is in one of its first phases."""
+    name, _, phase = name.partition(":")
     builder = DISTILLERS.get(name)
     teacher = None if builder.needs.teacher == "none" else network(1)
     with torch.random.fork_rng(devices=[]):
@@ -298,6 +303,7 @@ def build(name: str, *, data: DataInfo | None = None, **changes: Any) -> Distill
         built = DISTILLERS.build(name, network(0), teacher, data or data_info(), **{**SETTINGS[name], **changes})
     if built.needs.class_distances is not None:
         built.class_distances.copy_(class_distances())
+    built.enter_phase(phase or None)
     return built
 
 

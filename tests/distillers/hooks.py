@@ -13,12 +13,14 @@ from mdistill.data.batch import DataInfo
 from mdistill.distillers import DISTILLERS, Distiller, Needs, Signals
 from mdistill.distillers.functional import uniform
 from mdistill.distillers.kd import kd_loss
+from mdistill.models import trunk
 from mdistill.models.base import Features
 from mdistill.registry import Fraction, NonNegative, Positive
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "hooks_projector": {"ce_weight": 1.0, "map_weight": 1.0, "projector_lr_scale": 0.5},
     "hooks_memory": {"ce_weight": 1.0, "memory_weight": 1.0, "drop": 0.25},
+    "hooks_phases": {"ce_weight": 1.0, "map_weight": 1.0, "warmup_epochs": 2},
     "hooks_batch_statistics": {"ce_weight": 0.1, "kd_weight": 0.9, "temperature": 4.0},
 }
 
@@ -130,6 +132,51 @@ class HooksMemory(Distiller):
     def after_step(self, signals: Signals) -> None:
         probs = self.gather(signals.student_logits.softmax(dim=1))
         self.memory.index_copy_(0, self.gather(signals.index), probs.to(self.memory.dtype))
+
+
+@DISTILLERS.register("hooks_phases")
+class HooksPhases(Distiller):
+    """Two first phases, which train other modules each; draws and a buffer of its own in all of them.
+
+    Args:
+        map_weight: weight of the projected features' distance to the teacher's, less their running mean.
+    """
+
+    needs = Needs(teacher="features", features=("pooled",), labels="none")
+    phases = ("projector", "student")
+    seen: Tensor  # (E,), running mean of the teacher's pooled features
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module | None, data: DataInfo, *, map_weight: Positive, **shared: Any
+    ) -> None:
+        super().__init__(student, teacher, data, **shared)
+        assert teacher is not None
+        self.map_weight = map_weight
+        width, teacher_width = (last_map_shape(network, data.image_size)[0] for network in (student, teacher))
+        self.projector = nn.Sequential(nn.Linear(width, teacher_width), nn.BatchNorm1d(teacher_width))
+        self.trunk = trunk(student, data.image_size)
+        self.register_buffer("seen", torch.zeros(teacher_width))
+
+    def trained(self, phase: str | None) -> list[nn.Module]:
+        first = {"projector": [self.projector], "student": self.trunk}
+        return [self.student, self.projector] if phase is None else first[phase]
+
+    def first_phase(self, phase: str, signals: Signals) -> dict[str, Tensor]:
+        return {phase: self.distance(signals)}
+
+    def distillation(self, signals: Signals) -> dict[str, Tensor]:
+        return {"map": self.map_weight * self.distance(signals)}
+
+    def distance(self, signals: Signals) -> Tensor:
+        assert signals.student_features is not None
+        assert signals.teacher_features is not None
+        projected = self.run_module(self.projector, signals.student_features.pooled.to(self.projector[0].weight.dtype))
+        gap = projected - signals.teacher_features.pooled + self.seen
+        return (gap.square() * uniform(signals.seed, signals.epoch, signals.index, gap.shape[1])).mean()
+
+    def after_step(self, signals: Signals) -> None:
+        assert signals.teacher_features is not None
+        self.seen.lerp_(self.gather(signals.teacher_features.pooled).mean(dim=0).to(self.seen.dtype), 0.1)
 
 
 @DISTILLERS.register("hooks_batch_statistics")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistill.distillers import DISTILLERS, Distiller, Signals
+from mdistill.distillers import DISTILLERS, Distiller
 from mdistill.errors import UserError
 from mdistill.models import MODELS
 
@@ -20,7 +20,7 @@ from . import examples, hooks
 
 METHODS = examples.METHODS
 every_published_method = pytest.mark.parametrize("name", METHODS)
-every_method = pytest.mark.parametrize("name", [*METHODS, *examples.HOOKS])
+every_method = pytest.mark.parametrize("name", [*METHODS, *examples.PHASES, *examples.HOOKS])
 LEFT_OUT = {"simkd": ("student.4.weight", "student.4.bias")}  # the student's own classifier is in none of its networks
 ONE_LOSS = {"pesf_kd": {"variant": "paper"}}  # where two sides, each held still for the other, have no common loss
 EQUAL_DEPTHS = {"reviewkd"}  # it takes networks of as many stages alone
@@ -121,7 +121,7 @@ def test_a_small_step_down_the_gradient_lowers_the_loss(name, standardize_logits
     before = distiller(batch, epoch).total
     before.backward()
     with torch.no_grad():
-        for parameter in distiller.student.parameters():
+        for parameter in distiller.parameters():
             if parameter.grad is not None:
                 parameter -= 1e-3 * parameter.grad
         after = distiller(batch, epoch).total
@@ -135,24 +135,31 @@ def test_the_gradient_reaches_the_student_and_the_method_s_own_modules_alone(nam
     distiller.zero_grad()
     distiller(examples.batch(1), examples.epoch()).total.backward()
     with_gradient = {key: value for key, value in distiller.named_parameters() if value.grad is not None}
-    own = {key for key, _ in distiller.named_parameters() if not key.startswith("teacher.")}
+    own = {key for key, value in distiller.named_parameters() if value.requires_grad}
     assert with_gradient.keys() == own - set(LEFT_OUT.get(name, ()))
+    if distiller.phases:
+        of_phase = [value for module in distiller.trained(distiller.phase) for value in module.parameters()]
+        assert {id(value) for value in with_gradient.values()} == {id(value) for value in of_phase}
+    else:
+        assert own == {key for key, _ in distiller.named_parameters() if not key.startswith("teacher.")}
     trained = {id(parameter) for group in distiller.param_groups() for parameter in group["params"]}
     assert trained == {id(value) for key, value in distiller.named_parameters() if key in own}
     assert all(parameter.grad.isfinite().all() for parameter in with_gradient.values())
-    assert distiller.student[1 if name in LEFT_OUT else -1].weight.grad.abs().max() > 0
+    if distiller.phase is None:
+        assert distiller.student[1 if name in LEFT_OUT else -1].weight.grad.abs().max() > 0
 
 
 @every_method
 def test_a_step_s_output_holds_the_signals_that_distillation_saw(name, monkeypatch):
     distiller, seen = examples.build(name).train(), []
-    distillation = distiller.distillation
+    loss = "distillation" if distiller.phase is None else "first_phase"
+    terms = getattr(distiller, loss)
 
-    def recorded(signals: Signals) -> dict[str, Tensor]:
-        seen.append(signals)
-        return distillation(signals)
+    def recorded(*arguments: Any) -> dict[str, Tensor]:
+        seen.append(arguments[-1])
+        return terms(*arguments)
 
-    monkeypatch.setattr(distiller, "distillation", recorded)
+    monkeypatch.setattr(distiller, loss, recorded)
     signals = distiller(examples.batch(), examples.epoch()).signals
     assert len(seen) == 1
     assert seen[0] is signals
@@ -217,7 +224,7 @@ def test_evaluation_leaves_everything_as_it_is(name):
     assert distiller(examples.batch(), examples.epoch()).total == first
 
 
-@pytest.mark.parametrize("name", [name for name in [*METHODS, *examples.HOOKS] if examples.build(name).teacher])
+@pytest.mark.parametrize("name", [name for name in every_method.args[1] if examples.build(name).teacher])
 @pytest.mark.slow
 def test_the_teacher_stays_as_it_is_in_every_mode(name):
     distiller = examples.build(name)
@@ -281,7 +288,7 @@ def test_logits_of_1e4_give_finite_terms_and_gradients(name):
                 network[-1].weight.mul_(1e4)
     for number in range(3):
         assert examples.step(distiller, examples.batch(number)).isfinite()
-        gradients = [each.grad for each in distiller.student.parameters() if each.grad is not None]
+        gradients = [each.grad for each in distiller.parameters() if each.grad is not None]
         assert gradients
         assert all(gradient.isfinite().all() for gradient in gradients)
 

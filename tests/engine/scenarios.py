@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mdistill.distillers import DISTILLERS
 from mdistill.engine import cuda_graph, teacher
 
 from .. import runs, streamed
@@ -54,7 +55,8 @@ class Scenario:
             assert not fallen_back, fallen_back[0]
             in_every_step = any(line.startswith("teacher: runs in every step") for line in lines)
             ahead = any(line.startswith("teacher: ") for line in lines) and not in_every_step
-            assert capture.call_count == (1 + ahead) * len(self.seeds) * (engine == "graph")
+            phases = 1 + len(DISTILLERS.get(self.method).phases)
+            assert capture.call_count == (phases + ahead) * len(self.seeds) * (engine == "graph")
 
     def logits(self, cfg: Path, output: Path) -> tuple[list[int], Tensor]:
         """The entries that are in the teacher's cache, and their logits."""

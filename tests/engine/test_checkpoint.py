@@ -38,7 +38,7 @@ def state_of(experiment: Experiment, progress: Progress | None = None) -> dict[s
     return checkpoint.state_of(
         trial.distiller,
         trial.averages,
-        trial.solver,
+        trial.phases[-1].solver,
         progress or Progress(),
         RunningMetrics(experiment.device).state_dict(),
         config=trial.config,
@@ -151,12 +151,13 @@ def test_a_state_read_back_is_the_one_written(cfg: Path, tmp_path: Path) -> None
     trial, metrics = built.trials[0], RunningMetrics(built.device)
     path = tmp_path / "seed0" / "last.pt"
     saved = checkpoint.read(path, trial.config, built.fingerprints, steps=runs.STEPS)
-    checkpoint.restore(saved, path, trial.distiller, trial.averages, trial.solver, metrics, terms=trial.terms)
+    (phase,) = trial.phases
+    checkpoint.restore(saved, path, trial.distiller, trial.averages, phase.solver, metrics, terms=phase.terms)
     assert saved.progress.model_dump() == before["progress"]
     after = checkpoint.state_of(
         trial.distiller,
         trial.averages,
-        trial.solver,
+        trial.phases[-1].solver,
         saved.progress,
         metrics.state_dict(),
         config=trial.config,
@@ -372,7 +373,8 @@ def restored(built: Experiment, change: Callable[[dict[str, Any]], object]) -> N
     trial, path = built.trials[0], Path("last.pt")
     saved = checked(Checkpoint, state, path)
     metrics = RunningMetrics(built.device)
-    checkpoint.restore(saved, path, trial.distiller, trial.averages, trial.solver, metrics, terms=trial.terms)
+    (phase,) = trial.phases
+    checkpoint.restore(saved, path, trial.distiller, trial.averages, phase.solver, metrics, terms=phase.terms)
 
 
 def momentum(value: Any) -> Callable[[dict[str, Any]], object]:
@@ -443,7 +445,7 @@ def test_momenta_that_share_memory_get_memory_of_their_own(cfg: Path) -> None:
     """A file may hold views of one value; the update writes each entry."""
     built = runs.experiment(cfg)
     restored(built, momentum(torch.ones(1).expand(3)))
-    (optimizer,) = [built.trials[0].solver.optimizer]
+    (optimizer,) = [built.trials[0].phases[-1].solver.optimizer]
     buffer = optimizer.state[optimizer.param_groups[0]["params"][0]]["momentum_buffer"]
     assert buffer.tolist() == [1.0, 1.0, 1.0]
     assert buffer.stride() == (1,)

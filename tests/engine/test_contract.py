@@ -125,7 +125,7 @@ def test_after_step_gets_the_signals_of_each_training_step_once_the_solver_has_s
     trial = experiment.trials[0]
     calls: list[tuple[str, Any]] = []
     watch(calls, "forward", trial.distiller, "forward", lambda output: output.signals)
-    watch(calls, "solver", trial.solver, "step", lambda nothing: None)
+    watch(calls, "solver", trial.phases[-1].solver, "step", lambda nothing: None)
     after_step = trial.distiller.after_step
 
     def noted(signals: Signals) -> None:

@@ -214,7 +214,8 @@ def test_a_replayed_and_resumed_run_equals_an_eager_one(recipe: str, tmp_path: P
     for options in ({"stop_at": 7}, {"mode": "resume"}):
         with emulated() as recorder:
             runs.train(cfg, tmp_path / "graph", *overrides, **options)
-        assert max(replay.calls for replay in recorder.replays) == 6 - WARM_UP
+        steps = 12 if "mode" in options and DISTILLERS.get(method).phases else 6  # full ones of a phase, at most
+        assert max(replay.calls for replay in recorder.replays) == steps - WARM_UP
     runs.assert_same_runs(tmp_path / "eager", tmp_path / "graph")
 
 

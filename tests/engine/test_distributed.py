@@ -39,7 +39,7 @@ from ..same import assert_same
 ROOT = Path(__file__).resolve().parents[2]
 assert streamed  # registers its data set, in the processes that are started here too
 RANKS = 2
-METHODS = [*examples.METHODS, *HOOKS]
+METHODS = [*examples.METHODS, *examples.PHASES, *HOOKS]
 SIZES = (12, 13)  # of the steps in which every method is compared with one process
 BESIDE = ("kd", "dist", "luminet", "rkd")  # whose second step has mixed images beside the plain ones
 PATIENCE = 120  # seconds until a pair that hangs fails
@@ -76,6 +76,8 @@ def net_without_batchnorm(num_classes: int) -> nn.Module:
 def write_configs(folder: Path) -> None:
     runs.write_config(folder, "gathered_queue", solver=NARROW)
     runs.write_config(folder, "hooks_memory", distiller=hooks.SETTINGS["hooks_memory"], solver={"epochs": 2})
+    phases = {"projector": {"epochs": 1}, "student": {"epochs": 1}}
+    runs.write_config(folder, "hooks_phases", solver={"epochs": 2}, phases=phases)
     (folder / "plain").mkdir()  # with a teacher of its own
     runs.write_config(folder / "plain", "kd", student="net_without_batchnorm", solver={"epochs": 2})
     runs.write_config(folder, "vanilla", data={"name": "streamed_blobs"}, solver={"epochs": 2})
@@ -87,7 +89,7 @@ def write_configs(folder: Path) -> None:
 def train_whole(folder: Path, rank: int) -> Any:
     """Into a folder of its own for each rank, to see who writes."""
     results = {}
-    for method in ("gathered_queue", "hooks_memory", "vanilla"):
+    for method in ("gathered_queue", "hooks_memory", "hooks_phases", "vanilla"):
         experiment = runs.experiment(folder / f"{method}.yaml", cache=False, output=folder / f"rank{rank}")
         trainer.fit(experiment, [RunFolder(folder / f"rank{rank}" / method / "seed0", "new")])
         distiller = experiment.trials[0].distiller
@@ -97,7 +99,7 @@ def train_whole(folder: Path, rank: int) -> Any:
 
 def train_in_parts(folder: Path, rank: int) -> Any:
     """One epoch and then another, in one folder."""
-    for method in ("gathered_queue", "hooks_memory", "vanilla"):
+    for method in ("gathered_queue", "hooks_memory", "hooks_phases", "vanilla"):
         cfg, output = folder / f"{method}.yaml", folder / "parts" / method
         runs.train(cfg, output, "solver.epochs=1", cache=False)
         distributed.highest(0)  # both are here
@@ -312,7 +314,7 @@ def results_of_three(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str,
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]  # whose fixtures take seconds
-TRAINED = pytest.mark.parametrize("method", ["gathered_queue", "hooks_memory", "vanilla"])
+TRAINED = pytest.mark.parametrize("method", ["gathered_queue", "hooks_memory", "hooks_phases", "vanilla"])
 
 
 @TRAINED
@@ -324,7 +326,7 @@ def test_both_ranks_end_with_equal_weights_and_method_state(method: str, results
 
 @TRAINED
 def test_they_learn(method: str, folder: Path) -> None:
-    first, last = read_metrics(folder / "rank0" / method / "seed0")
+    *_, first, last = read_metrics(folder / "rank0" / method / "seed0")
     assert last["train/loss"] < first["train/loss"]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mdistill.errors import UserError
 from mdistill.models import MODELS, Features, Network
-from mdistill.models.base import FeatureShapes, feature_shapes
+from mdistill.models.base import FeatureShapes, feature_shapes, trunk
 
 from ..same import assert_same
 from .zoo import FAMILIES
@@ -93,3 +93,13 @@ def test_a_network_without_features_is_refused(network: nn.Module, expected: str
     with pytest.raises(UserError, match=expected) as caught:
         feature_shapes(network, 64)
     assert "\n" not in str(caught.value)
+
+
+def test_the_trunk_is_all_that_the_stages_depend_on_and_the_network_stays_as_it_is() -> None:
+    network = MODELS.build("wrn_16_2", 10).train()
+    network.block1.requires_grad_(False)
+    before = copy.deepcopy(network.state_dict())
+    assert trunk(network, 32) == [network.conv1, network.block1, network.block2, network.block3]
+    assert_same(network.state_dict(), before)
+    assert not any(parameter.requires_grad for parameter in network.block1.parameters())
+    assert all(parameter.grad is None for parameter in network.parameters())
