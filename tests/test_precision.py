@@ -286,7 +286,7 @@ def test_bf16_is_for_networks_alone(standardize: bool, conv_cfg: Callable[[str],
     own = [value for name, value in state.items() if not name.startswith("teacher.")]
     assert {value.dtype for value in own if value.is_floating_point()} == WIDE
     assert {parameter.grad.dtype for parameter in trial.distiller.student.parameters()} == WIDE
-    momentum = [entry["momentum_buffer"] for entry in trial.solver.state_dict()["state"].values()]
+    momentum = [entry["momentum_buffer"] for entry in trial.phases[-1].solver.state_dict()["state"].values()]
     assert momentum
     assert {value.dtype for value in momentum} == WIDE
     assert (metrics.totals.dtype, metrics.read(1).images) == (torch.float64, 32)

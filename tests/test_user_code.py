@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mdistill import user_code
 from mdistill.errors import UserError
 from mdistill.user_code import import_user_module, traceback_of
 
@@ -15,6 +16,7 @@ from mdistill.user_code import import_user_module, traceback_of
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = set(sys.modules)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(user_code, "_places", [])  # those of other tests
     yield
     for name in set(sys.modules) - before:
         del sys.modules[name]

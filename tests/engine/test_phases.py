@@ -234,7 +234,10 @@ def test_the_teacher_of_a_last_phase_on_labels_alone_runs_in_the_first_phases(
     cfg = runs.write_config(tmp_path, "ab", solver={"epochs": 1})
     runs.train(cfg, tmp_path)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("teacher: "))
-    assert line == "teacher: runs in every step of the first phases: this method reads more of it than its logits"
+    assert line == (
+        "teacher: runs in every step of the first phases: this method reads more of it than its logits and pooled"
+        " features"
+    )
 
 
 # --- mistakes ---

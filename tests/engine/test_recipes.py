@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from mdistill import config
 from mdistill.data import DATASETS, InMemoryDataset
+from mdistill.distillers import DISTILLERS, Distiller, Needs, Signals
 from mdistill.engine import trainer
 from mdistill.engine.run_folder import Mode, RunFolder, read_metrics
 from mdistill.errors import UserError
@@ -19,7 +22,16 @@ from .. import runs
 from ..conftest import TinyNet, tiny_arrays
 
 Train = Callable[..., int]
-DHKD = "{name: dhkd, ce_weight: 1, kd_weight: 1, temperature: 2, align: true}"
+
+
+@DISTILLERS.register("soft_label_method")
+class SoftLabelMethod(Distiller):
+    """Its own term reads class probabilities."""
+
+    needs = Needs(labels="soft")
+
+    def distillation(self, signals: Signals) -> dict[str, Tensor]:
+        return {"own": F.cross_entropy(signals.student_logits, signals.target)}
 
 
 @DATASETS.register("one_view")
@@ -118,9 +130,9 @@ class TestMixedImages:
              "command line: data.mixing.pick: cutmix_pick alone picks, found 'student' with 'mixup'"),
             (["data.mixing={name: mixup, alpha: 1, share: epoch}"],
              "command line: data.mixing.share: should be 'image' or 'batch', found 'epoch'"),
-            (["data.mixing={name: mixup,alpha: 1,mode: beside}", f"distiller={DHKD}"],
+            (["data.mixing={name: mixup,alpha: 1,mode: beside}", "distiller={name: soft_label_method, ce_weight: 1}"],
              "data.mixing.mode: 'beside' computes a method's own terms on mixed images, which have no label there, and"
-             " the method 'dhkd' reads labels; set it to replace or take another method"),
+             " the method 'soft_label_method' reads labels; set it to replace or take another method"),
             (["data.mixing={name: mixup,alpha: 1,mode: beside}",
               "distiller={name: la, ce_weight: 0, kd_weight: 1, temperature: 4}"],
              "data.mixing.mode: 'beside' computes a method's own terms on mixed images, which have no label there, and"

@@ -774,7 +774,7 @@ def test_a_method_that_reads_features_runs_the_live_teacher_and_says_so(
     assert "teacher cache" not in out
 
 
-@DISTILLERS.register("pooled_method")
+@DISTILLERS.register("pooled_reader")
 class PooledMethod(FeatureMethod):
     """Reads logits and pooled features, and writes down which."""
 
@@ -802,7 +802,7 @@ def pooled_cfg(kd_cfg: Path, tmp_path: Path) -> Path:
         kd_cfg,
         teacher={"name": "featured_net", "checkpoint": "featured.pt"},
         student={"name": "featured_net"},
-        distiller={"name": "pooled_method", "ce_weight": 1.0},
+        distiller={"name": "pooled_reader", "ce_weight": 1.0},
     )
 
 
