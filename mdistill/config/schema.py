@@ -152,7 +152,7 @@ class SolverConfig(_Component):
         )
 
 
-AVERAGES = ("ema_decay", "average_from")
+AVERAGES = ("ema_decay", "average_from", "average_statistics")
 """Settings of a solver that are of the last phase alone."""
 
 
@@ -520,6 +520,6 @@ def _phase_problems(config: Config) -> list[str]:
         problems += [
             f"phases.{printable(name)}.{key}: averages are of the last phase alone; set solver.{key}"
             for key in AVERAGES
-            if getattr(phase, key) is not None
+            if getattr(phase, key) != SolverConfig.model_fields[key].default
         ]
     return problems

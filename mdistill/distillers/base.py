@@ -329,7 +329,7 @@ class Distiller(nn.Module, ABC):
         return self
 
     @property
-    def _needs(self) -> Needs:
+    def needs_now(self) -> Needs:
         """What the phase under way reads."""
         return self.needs if self.phase is not None or self.needs_at_last is None else self.needs_at_last
 
@@ -367,9 +367,9 @@ class Distiller(nn.Module, ABC):
             teacher_pooled: Tensor | None = None
             if known is not None:
                 teacher_logits, teacher_pooled = known
-            elif self.teacher is not None and self._needs.teacher != "none":
+            elif self.teacher is not None and self.needs_now.teacher != "none":
                 teacher_logits, teacher_features = self._run_teacher(image)
-                if teacher_features is not None and self._needs.teacher == "pooled":
+                if teacher_features is not None and self.needs_now.teacher == "pooled":
                     teacher_pooled, teacher_features = teacher_features.pooled, None
             else:
                 teacher_logits = student_logits.new_zeros(len(student_logits), 0)
@@ -392,7 +392,7 @@ class Distiller(nn.Module, ABC):
 
     def _views(self, batch: Batch) -> Iterable[tuple[Tensor, tuple[Tensor, Tensor | None] | None]]:
         """The images (B, 3, H, W) of each view that the method needs, with what it needs of the teacher where known."""
-        logits, pooled, read = batch.teacher_logits, batch.teacher_pooled, self._needs.teacher
+        logits, pooled, read = batch.teacher_logits, batch.teacher_pooled, self.needs_now.teacher
         if logits is None or read == "features" or (read == "pooled" and pooled is None):
             yield batch.image, None
         else:
@@ -403,12 +403,12 @@ class Distiller(nn.Module, ABC):
 
     def _run_student(self, image: Tensor) -> tuple[Tensor, Features | None]:
         """Its logits and features; a method whose network at inference is another one returns that one's."""
-        return self._run(self.student, image, self.student_precision, features=self._needs.student_features)
+        return self._run(self.student, image, self.student_precision, features=self.needs_now.student_features)
 
     @torch.no_grad()
     def _run_teacher(self, image: Tensor) -> tuple[Tensor, Features | None]:
         assert self.teacher is not None
-        return self._run(self.teacher, image, self.teacher_precision, features=self._needs.teacher_features)
+        return self._run(self.teacher, image, self.teacher_precision, features=self.needs_now.teacher_features)
 
     def _run(
         self, network: nn.Module, image: Tensor, precision: Precision | None, *, features: bool

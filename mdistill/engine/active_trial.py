@@ -389,7 +389,7 @@ class ActiveTrial:
             self.distiller.train().student,
             to_layout(self.distiller.student, blank),
             self.config.run.precision,
-            features=self.distiller.needs.student_features,
+            features=self.distiller.needs_now.student_features,
         )
         if not compiled:
             self.engine = choose_engine("auto", self.device)

@@ -217,7 +217,39 @@ def build_distiller(
     Raises:
         UserError: the method needs what the data set, the mixing or a network does not give.
     """
-    needs: Needs = DISTILLERS.get(config.distiller.name).needs  # type: ignore[attr-defined]
+    method = config.distiller.name
+    needs: Needs = DISTILLERS.get(method).needs  # type: ignore[attr-defined]
+    compares_maps = distances_by(config, needs) == "last_map"
+    if (needs.teacher_features or compares_maps) and isinstance(teacher, Ensemble):
+        raise UserError(
+            f"teacher.ensemble: the method {method!r} reads the teacher's features, and several networks"
+            " share none; remove teacher.ensemble or take another method"
+        )
+    student = build_network("student", config.student.name, config.student.arguments, info, seed=config.seed)
+    for section, network, features in (
+        ("student", student, needs.student_features),
+        ("teacher", teacher, needs.teacher_features or compares_maps),
+    ):
+        why = getattr(network, "no_features", None) if hasattr(network, "forward_features") else "no forward_features"
+        if features and network is not None and why:
+            name = getattr(config, section).name
+            has = f"has {why}" if why.startswith("no ") else f"gives none: {why}"
+            raise UserError(f"{section}.name: {method!r} reads features and {name!r} {has}")
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise UserError(f"student.name: {config.student.name!r} has no trainable parameters")
+    if start is not None:
+        start(student)
+    with _seeded(config.seed, "distiller"):
+        distiller = DISTILLERS.get(method)(student, teacher, info, **config.distiller.arguments)
+    _check_views_and_labels(config, info, distiller.needs)
+    distiller.seed = config.seed
+    distiller.enter_phase(None)
+    _check_students(distiller.students(), method)
+    return distiller
+
+
+def _check_views_and_labels(config: Config, info: DataInfo, needs: Needs) -> None:
+    """Refuse data or mixing that do not give what a method needs with its settings."""
     method, mixing = config.distiller.name, config.data.mixing
     if needs.views > 1 and not info.strong_views:
         raise UserError(
@@ -240,37 +272,10 @@ def build_distiller(
             f"data.mixing: images are mixed in one view and the method {method!r} needs two;"
             " remove data.mixing or take another method"
         )
-    compares_maps = distances_by(config) == "last_map"
-    if (needs.teacher_features or compares_maps) and isinstance(teacher, Ensemble):
-        raise UserError(
-            f"teacher.ensemble: the method {method!r} reads the teacher's features, and several networks"
-            " share none; remove teacher.ensemble or take another method"
-        )
-    student = build_network("student", config.student.name, config.student.arguments, info, seed=config.seed)
-    for section, network, features in (
-        ("student", student, needs.student_features),
-        ("teacher", teacher, needs.teacher_features or compares_maps),
-    ):
-        why = getattr(network, "no_features", None) if hasattr(network, "forward_features") else "no forward_features"
-        if features and network is not None and why:
-            name = getattr(config, section).name
-            has = f"has {why}" if why.startswith("no ") else f"gives none: {why}"
-            raise UserError(f"{section}.name: {method!r} reads features and {name!r} {has}")
-    if not any(parameter.requires_grad for parameter in student.parameters()):
-        raise UserError(f"student.name: {config.student.name!r} has no trainable parameters")
-    if start is not None:
-        start(student)
-    with _seeded(config.seed, "distiller"):
-        distiller = DISTILLERS.get(method)(student, teacher, info, **config.distiller.arguments)
-    distiller.seed = config.seed
-    distiller.enter_phase(None)
-    _check_students(distiller.students(), method)
-    return distiller
 
 
-def distances_by(config: Config) -> Any:
+def distances_by(config: Config, needs: Needs) -> Any:
     """What of the teacher the method compares classes by; None where it does not."""
-    needs: Needs = DISTILLERS.get(config.distiller.name).needs  # type: ignore[attr-defined]
     return None if needs.class_distances is None else config.distiller.arguments[needs.class_distances]
 
 
@@ -412,7 +417,7 @@ def build(
             metadata["teacher"]["top1"] = measured[0] if len(measured) == 1 else measured
         with distributed.together():
             _place_teacher(experiment, teacher, cache_root)
-            if (by := distances_by(config)) is not None:
+            if (by := distances_by(config, experiment.trials[0].distiller.needs)) is not None:
                 frozen = experiment.teacher or _frozen(experiment, teacher)
                 experiment.class_distances = ClassDistances(
                     frozen, experiment.dataset, by, fingerprints=experiment.fingerprints, root=cache_root
@@ -491,6 +496,11 @@ def _build_phases(config: Config, distiller: Distiller, info: DataInfo) -> list[
         groups = _checked_groups(distiller.param_groups(), config.distiller.name)
         groups = groups if settings.decay_norms else without_decay_of_norms(groups)
         solver = SOLVERS.get(settings.name)(groups, **settings.arguments)
+        if name is not None and solver.backward_passes > 1:
+            raise UserError(
+                f"phases.{name}.name: {settings.name!r} takes the task's gradient apart from the distillation's, and a"
+                f" first phase has one loss; set phases.{name}.name=sgd"
+            )
         if config.run.engine == "compile" and solver.backward_passes > 1:
             raise UserError(
                 "run.engine: what is compiled allows one backward pass a step and the solver"
@@ -669,6 +679,8 @@ def _check_sparse(config: Config, needs: Needs, in_every_step: str | None) -> No
     reason = None
     if needs.sparse_logits is None:
         reason = "it reads more of the teacher than its largest probabilities"
+    elif needs.teacher == "pooled":
+        reason = "it reads the teacher's pooled features too"
     elif wrong:
         reason = f"that takes {' and '.join(wrong)}"
     elif in_every_step is not None:

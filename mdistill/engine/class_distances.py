@@ -207,7 +207,7 @@ class ClassDistances:
         teacher = self._teacher
         for image in self._dataset.plain_batches(index, teacher.batch_size):
             if self._by == "logits":
-                yield teacher(image)[:, None]
+                yield teacher(image)[:, None, : self._classes]  # without pooled features, where it gives them too
                 continue
             with computing(teacher.precision, teacher.device):
                 features: Features = teacher.network.forward_features(to_layout(teacher.network, image))  # type: ignore[operator]

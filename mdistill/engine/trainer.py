@@ -7,7 +7,7 @@ the device before the end of an epoch, and files are written in a thread while t
 
 import signal
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -86,18 +86,21 @@ def provide_class_distances(source: ClassDistances, trials: Sequence[ActiveTrial
     """Write the distances of the teacher's classes to the methods of all trials that begin; others resumed with them.
 
     Raises:
-        Stopped: a stop was asked for before they were there.
+        Stopped: a stop was asked for, of any process, before they were there.
     """
 
     def stopped() -> None:
         if stop.signal is not None:
-            raise Stopped(f"{stop.signal}: stopped before the first step, while class distances were computed")
+            raise Stopped("before the distances were there")  # told below, by all processes
 
     beginning = [trial for trial in trials if (trial.progress.epoch, trial.progress.step) == (1, 0)]
     if not beginning:
         return
-    with distributed.together():
+    with distributed.together(), suppress(Stopped):
         distances = source.provide(stopped=stopped)
+    if asked := distributed.highest(stop.number):
+        name = signal.Signals(asked).name
+        raise Stopped(f"{name}: stopped before the first step, while class distances were computed")
     for trial in beginning:
         with trial.stream, torch.no_grad():
             trial.distiller.class_distances.copy_(distances)
@@ -134,6 +137,7 @@ def fit(experiment: Experiment, folders: Sequence[RunFolder]) -> list[list[dict[
         print_line(f"engine: {trials[0].engine}; precision {trials[0].config.run.precision}; memory format {layout}")
         if experiment.class_distances is not None:
             provide_class_distances(experiment.class_distances, trials, stop)
+            experiment.class_distances = None  # and its copy of the teacher
         for trial in trials:
             trial.print_start()
         epochs = trials[0].config.epochs

@@ -273,6 +273,7 @@ def test_a_phase_that_is_missing_or_unknown_is_named(tmp_path: Path) -> None:
         (["phases.student=3"], "phases.student: should be a section of `key: value` lines, found 3"),
         (["phases=[student]"], "phases: should be a section of `key: value` lines, found ['student']"),
         (["phases.student.ema_decay=0.9"], "averages are of the last phase alone; set solver.ema_decay"),
+        (["phases.student.average_statistics=first"], "are of the last phase alone; set solver.average_statistics"),
         (["phases.student.milestones=[2, 1]"], "phases.student.milestones: should be epochs from 1 in rising order"),
         (["phases.student.lrr=1"], "phases.student.lrr: unknown key (value 1) for solver 'sgd'; did you mean 'lr'?"),
         (["phases.student.name=sdg"], "phases.student.name: unknown solver 'sdg'; did you mean 'sgd'?"),
@@ -291,11 +292,17 @@ def test_a_mistake_in_the_solver_is_told_once(cfg: Path) -> None:
 def test_a_solver_that_cannot_take_the_steps_of_a_phase_is_named(tmp_path: Path) -> None:
     cfg = runs.write_config(tmp_path, "hooks_phases")
     dot = ("solver.name=dot", "solver.delta=0.05")
-    with pytest.raises(UserError, match=r"^phases\.projector: solver\.name: dot needs a task and a distillation term"):
+    with pytest.raises(UserError, match=r"^phases\.projector\.name: 'dot' takes .* set phases\.projector\.name=sgd$"):
         runs.experiment(cfg, *dot)
     others = ("phases.projector.name=sgd", "phases.student.name=sgd")
     (first, *_, last) = runs.experiment(cfg, *dot, *others).trials[0].phases
     assert [type(phase.solver).__name__ for phase in (first, last)] == ["SGD", "DOT"]
+
+
+def test_averages_of_the_last_phase_are_no_setting_of_the_first(cfg: Path) -> None:
+    averaged = load(cfg, ["solver.average_from=1", "solver.average_statistics=first", "solver.ema_decay=0.9"])
+    for phase in averaged.phases.values():
+        assert (phase.average_from, phase.average_statistics, phase.ema_decay) == (None, "averaged", None)
 
 
 def test_a_loss_that_trains_nothing_is_named(cfg: Path, monkeypatch: pytest.MonkeyPatch) -> None:

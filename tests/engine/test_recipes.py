@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -32,6 +32,20 @@ class SoftLabelMethod(Distiller):
 
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
         return {"own": F.cross_entropy(signals.student_logits, signals.target)}
+
+
+@DISTILLERS.register("needs_by_setting")
+class NeedsBySetting(Distiller):
+    """What it reads is a setting."""
+
+    needs = Needs(labels="hard")
+
+    def __init__(self, *networks: Any, labels: Literal["none", "hard"], views: Literal[1, 2], **shared: Any) -> None:
+        self.needs = Needs(labels=labels, views=views)
+        super().__init__(*networks, **shared)
+
+    def distillation(self, signals: Signals) -> dict[str, Tensor]:
+        return {"own": (signals.student_logits - signals.teacher_logits).square().mean()}
 
 
 @DATASETS.register("one_view")
@@ -93,6 +107,22 @@ class TestTwoViews:
 
 class TestMixedImages:
     MIXUP = "data.mixing={name: mixup, alpha: 1.0}"
+
+    def test_what_a_method_needs_with_its_settings_decides(self, kd_cfg, teacher_file):
+        def build(labels: str, views: int) -> object:
+            return runs.experiment(
+                kd_cfg,
+                self.MIXUP,
+                f"distiller={{name: needs_by_setting, ce_weight: 1, labels: {labels}, views: {views}}}",
+            )
+
+        build("none", 1)
+        for labels, views, line in (
+            ("hard", 1, "needs one class per image"),
+            ("none", 2, "in one view and the method"),
+        ):
+            with pytest.raises(UserError, match=line):
+                build(labels, views)
 
     def test_the_teacher_sees_the_same_mixed_images(self, kd_cfg, teacher_file):
         experiment = runs.experiment(kd_cfg, self.MIXUP)

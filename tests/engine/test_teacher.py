@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -834,6 +835,16 @@ def test_pooled_features_come_with_the_logits_from_a_cache_that_changes_no_bit(
         said = teacher.forward_features(made.dataset.train_batch(*pairs_of(1)).image)
     for found, exact in ((heard[0][1], said.logits), (heard[0][2], said.pooled)):
         torch.testing.assert_close(found, exact[:64], rtol=2**-10 if dtype == "float16" else 1e-5, atol=1e-5)
+
+
+def test_pooled_features_are_not_among_the_largest_probabilities(
+    pooled_cfg: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PooledMethod, "needs", replace(PooledMethod.needs, sparse_logits=()))
+    with pytest.raises(
+        UserError, match=r"cannot read 'sparse' logits here: it reads the teacher's pooled features too"
+    ):
+        experiment(pooled_cfg, None, "run.teacher_logits=sparse", "run.teacher_top_k=5")
 
 
 def pairs_of(epoch: int) -> tuple[Tensor, Tensor]:
