@@ -106,27 +106,30 @@ def load(
 def sources(path: Path) -> dict[str, str]:
     """Where the settings of ``path`` come from, as ``sources:`` of it and its bases say.
 
-    A line of a later file takes the place of what earlier ones say of its key or of keys in its section.
+    A line for a section speaks for those keys of it that its own file sets; where the file sets none of them, for those
+    that the files before it set. The line of a key goes before that of its section. A key that a file sets without a
+    line has no source, whatever earlier files say of it.
 
     Returns:
-        for each dotted key or section that is told of, in the order of the files: "certain: ", "inferred: " or
-        "ours: ", and from where.
+        for each dotted key that a file sets and tells of: "certain: ", "inferred: " or "ours: ", and from where.
 
     Raises:
         UserError: a file cannot be read, or its ``sources:`` are none.
     """
-    found: dict[str, str] = {}
-    for _, _, told in _with_bases(path):
-        found = {key: text for key, text in found.items() if not any(key.startswith(f"{line}.") for line in told)}
-        found |= told
-    return found
+    found: dict[str, str] = {}  # of every key that is set so far; "" where nothing is told of it
+    for _, tree, told in _with_bases(path):
+        own = {(dotted := ".".join(key)): _line_for(dotted, told) for key, _ in leaves(tree)}
+        taken = {"", *own.values()}
+        lines = {key: line for key in found if (line := _line_for(key, told)) not in taken} | own
+        found |= {key: told.get(line, "") for key, line in lines.items()}
+    return {key: text for key, text in found.items() if text}
 
 
-def source_of(key: str, told: Mapping[str, str]) -> str | None:
-    """Where ``key``, such as ``distiller.beta``, comes from: its own line in ``told``, else its section's."""
-    while key not in told and "." in key:
+def _line_for(key: str, told: Mapping[str, str]) -> str:
+    """Which line of ``told`` is for ``key``, such as ``distiller.beta``: its own or its section's; "" for none."""
+    while key and key not in told:
         key = key.rpartition(".")[0]
-    return told.get(key)
+    return key
 
 
 def for_pair(cfg: Path, pair: str) -> tuple[list[Path], str]:

@@ -112,7 +112,6 @@ def describe(name: str, configs: Path) -> Method:
     Raises:
         UserError: there is no such method.
     """
-    from mdistill.config import source_of
     from mdistill.distillers import DISTILLERS, Distiller
 
     builder = DISTILLERS.get(name)
@@ -130,7 +129,7 @@ def describe(name: str, configs: Path) -> Method:
         cache=_cache(needs.teacher, needs.views),
         settings=settings,
         config=path,
-        sources={key: text for key in settings if (text := source_of(f"distiller.{key}", told))},
+        sources={key: text for key in settings if (text := told.get(f"distiller.{key}"))},
         differences=tuple(_differences(builder)),
     )
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -539,24 +540,44 @@ def test_differences_names_keys_and_values(kd_cfg: Path) -> None:
 
 
 class TestSources:
+    @staticmethod
+    def tell(path: Path, settings: dict[str, dict[str, Any]], sources: dict[str, str]) -> None:
+        """Add ``settings`` and ``sources`` to the file ``path``."""
+        tree = yaml.safe_load(path.read_text())
+        for section, values in settings.items():
+            tree[section] = tree.get(section, {}) | values
+        path.write_text(yaml.safe_dump(tree | {"sources": sources}))
+
     def test_are_merged_and_no_setting(self, student_cfg: Path, recipe: Path) -> None:
         plain = config.load(student_cfg)
-        recipe.write_text(recipe.read_text() + 'sources: {solver: "certain: a table", student: "ours: small"}\n')
-        student_cfg.write_text(student_cfg.read_text() + 'sources: {student: "inferred: its\n  text"}\n')
-        assert config.sources(student_cfg) == {"solver": "certain: a table", "student": "inferred: its text"}
+        self.tell(recipe, {}, {"solver.lr": "certain: a table"})
+        self.tell(student_cfg, {}, {"student": "inferred: its\n  text"})
+        assert config.sources(student_cfg) == {"solver.lr": "certain: a table", "student.name": "inferred: its text"}
         assert config.load(student_cfg) == plain
 
-    def test_a_later_line_for_a_section_takes_the_place_of_those_for_its_keys(
+    def test_a_line_for_a_section_speaks_for_the_keys_that_its_file_sets(self, student_cfg: Path, recipe: Path) -> None:
+        before = {"solver": "certain: a", "solver.gamma": "inferred: b"}
+        self.tell(recipe, {}, before)
+        self.tell(student_cfg, {"solver": {"lr": 0.5, "epochs": 3}}, {"solver": "ours: c", "solver.epochs": "ours: d"})
+        told = config.sources(student_cfg)
+        assert (told["solver.lr"], told["solver.epochs"]) == ("ours: c", "ours: d")
+        assert (told["solver.momentum"], told["solver.gamma"]) == ("certain: a", "inferred: b")
+
+    def test_it_speaks_for_what_the_bases_set_where_its_file_sets_nothing(
         self, student_cfg: Path, recipe: Path
     ) -> None:
-        recipe.write_text(recipe.read_text() + 'sources: {solver: "ours: a", solver.lr: "ours: b", data: "ours: c"}\n')
-        student_cfg.write_text(student_cfg.read_text() + 'sources: {solver: "ours: d", solver.gamma: "ours: e"}\n')
+        self.tell(recipe, {}, {"solver": "certain: a", "data": "certain: a"})
+        self.tell(student_cfg, {}, {"solver": "inferred: those of another pair", "data.batch_size": "ours: b"})
         told = config.sources(student_cfg)
-        assert told == {"data": "ours: c", "solver": "ours: d", "solver.gamma": "ours: e"}
-        assert config.source_of("solver.lr", told) == "ours: d"
-        assert config.source_of("solver.gamma", told) == "ours: e"
-        assert config.source_of("data.mixing.alpha", told) == "ours: c"
-        assert config.source_of("student.name", told) is None
+        assert {text for key, text in told.items() if key.startswith("solver.")} == {"inferred: those of another pair"}
+        assert (told["data.batch_size"], told["data.name"]) == ("ours: b", "certain: a")
+
+    def test_a_key_that_a_later_file_sets_without_a_line_has_none(self, student_cfg: Path, recipe: Path) -> None:
+        self.tell(recipe, {}, {"solver": "certain: a"})
+        self.tell(student_cfg, {"solver": {"lr": 0.5}}, {})
+        told = config.sources(student_cfg)
+        assert "solver.lr" not in told
+        assert told["solver.gamma"] == "certain: a"
 
     @pytest.mark.parametrize(
         ("text", "pattern"),

@@ -13,7 +13,8 @@ import torch
 import yaml
 from torch import nn
 
-from mdistill.config import Config, cell_identity, for_pair, load, source_of
+from mdistill.config import Config, cell_identity, for_pair, load, sources
+from mdistill.config.schema import leaves
 from mdistill.data import DataInfo
 from mdistill.data.folder import IMAGENET_MEAN, IMAGENET_STD
 from mdistill.data.mixing import Mixing
@@ -252,9 +253,52 @@ BATCHES_AND_DROPS = {  # images a step, drops of the rate and their factor where
 BATCH_SIZES = {  # images a step where they are not 64
     f"ckd/{pair}.yaml": 32 for pair in ("res32x4_shuv1", "wrn40_2_shuv1", "res50_mv2", "vgg13_mv2", "wrn40_2_wrn40_1")
 }
-RELEASED = re.compile(
-    r"\b[\w-]+/[\w.-]+|\bpaper, (Table|Section|appendix|Eq\.|Algorithm)s? "
-)  # owner/repository or paper
+RELEASED = re.compile(  # owner/repository, then a file or folder; or a place in a paper
+    r"certain: ([\w-]+/[\w.-]+ \S*\w[./]\S*\w|\w+ paper, (Tables?|Sections?|appendix|Eq\.|Algorithm) \S*\d)"
+)
+WITH_SETTINGS_OF_OTHERS = ("uskd", "dhkd", "ps_kd", "sinkd", "taid", "nkd", "wttm")
+RECIPE = (
+    "certain: RLD paper, appendix B.1; megvii-research/mdistiller configs/cifar100. The MCLD paper states SGD and 240"
+    " epochs"
+)
+TOLD: dict[str, dict[str, str]] = {  # some of what a pair's file and its bases tell
+    "cifar100/wkd_l/res32x4_res8x4": {
+        "distiller.wkd_weight": "certain: JiamingLv/WKD configs/cifar100/wkd_l/res32x4_res8x4.yaml",
+        "run.precision": "ours: JiamingLv/WKD runs both networks under float16 autocast",
+    },
+    "cifar100/mlkd/res50_mv2": {
+        "solver.epochs": "certain: Jin-Ying/Multi-Level-Logit-Distillation configs/cifar100/ours/res50_mv2.yaml",
+        "solver.momentum": RECIPE,
+    },
+    "cifar100/gdkd/res56_res20": {
+        "distiller.w1": "certain: ZaberKo/GDKD configs/cifar100/gdkd/res56_res20.yaml, mdistiller/engine/cfg.py",
+        "distiller.k": "certain: ZaberKo/GDKD mdistiller/engine/cfg.py",
+    },
+    "cifar100/dkd_dot/res56_res20": {
+        "distiller.beta": "inferred: DKD's for the pair, without DOT",
+        "solver.delta": "inferred: that of KD under DOT, megvii-research/mdistiller configs/cifar100/dot",
+        "solver.epochs": RECIPE,
+    },
+    "cifar100/ft/res32x4_shuv2": {
+        "distiller.ft_weight": "certain: HobbitLong/RepDistiller scripts/run_cifar_distill.sh, for all pairs",
+        "distiller.paraphrase_rate": "certain: HobbitLong/RepDistiller models/util.py",
+    },
+    "imagenet/wkd_l/res50_mv1": {
+        "distiller.sharpen": "certain: JiamingLv/WKD configs/imagenet/r50_mv1/wkd_l.yaml",
+        "distiller.regularization": "inferred: as for CIFAR-100",
+        "distiller.iterations": "inferred: as for CIFAR-100",
+    },
+    "imagenet/ikl/res34_res18": {
+        "distiller.beta": "certain: jiequancui/DKL DKLv1/KD-dkl/imagenet_kd_dkl_configs/r34_r18_ikl_kd.yaml",
+        "distiller.warmup_epochs": "inferred: its default, since the files name none",
+    },
+    "imagenet/sld/res34_res18": {
+        "distiller.student_after": "certain: StephenEkaputra/Swapped-Logit-Distillation mdistiller/distillers/SLD.py",
+        "distiller.kd_weight": (
+            "certain: StephenEkaputra/Swapped-Logit-Distillation configs/imagenet/r34_r18/sld.yaml"
+        ),
+    },
+}
 
 DISTILLER_VALUES: dict[str, dict[str, Any]] = {  # some of them, by hand from what is published
     "dkd/wrn40_2_mv2.yaml": {"alpha": 1.0, "beta": 6.0, "temperature": 4.0, "warmup_epochs": 20},
@@ -437,28 +481,71 @@ def test_holds_something_published_or_is_an_example(path: Path) -> None:
     assert len(own) <= 5
 
 
+@functools.cache
+def content(path: Path) -> dict[str, Any]:
+    tree = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    assert isinstance(tree, dict)
+    return tree
+
+
+def own_lines(path: Path) -> dict[str, str]:
+    """``sources:`` of ``path`` itself."""
+    return {key: " ".join(text.split()) for key, text in content(path).get("sources", {}).items()}
+
+
+def lines_of_settings(path: Path) -> dict[str, str | None]:
+    """Of each key that ``path`` itself sets, the line of its own that is for it."""
+    keys = [".".join(key) for key, _ in leaves(content(path)) if key[0] not in {"base", "sources"}]
+    lines = sorted(own_lines(path), key=len)
+    return {key: next((line for line in lines[::-1] if f"{key}.".startswith(f"{line}.")), None) for key in keys}
+
+
 def test_what_a_file_sets_it_tells_the_source_of() -> None:
     """So that every setting of a configuration has one, and none of a base is taken for that of a value set later."""
     untold = []
     for path in EVERY:
-        tree = yaml.safe_load(path.read_text())
-        keys = [
-            f"{section}.{key}"
-            for section in ("data", "teacher", "solver", "distiller")
-            for key in tree.get(section, ())
-        ]
-        keys = [key for key in keys if not key.endswith(".name") and not source_of(key, tree.get("sources", {}))]
-        if keys:
-            untold.append((str(path.relative_to(CONFIGS)), keys))
+        for key, line in lines_of_settings(path).items():
+            section, *within = key.split(".")
+            if section in {"data", "teacher", "solver", "distiller"} and within != ["name"] and line is None:
+                untold.append(f"{path.relative_to(CONFIGS)}: {key}")
     assert untold == []
 
 
-def test_what_is_certain_names_released_code_or_a_place_in_a_paper() -> None:
-    vague = []
+def test_every_line_of_sources_is_that_of_a_setting() -> None:
+    """Of one that its file sets, or, where that sets none, of one of its bases or of the pair of its folder's files."""
+    idle = []
     for path in EVERY:
-        told = yaml.safe_load(path.read_text()).get("sources", {})
-        vague += [(path, text) for text in told.values() if text.startswith("certain: ") and not RELEASED.search(text)]
-    assert vague == []
+        for line in own_lines(path).keys() - {*lines_of_settings(path).values()}:
+            users = [path, *(other for other in FILES if path in BASES and other.parent == path.parent)]
+            if not any(f"{key}.".startswith(f"{line}.") for user in users[:2] for key in sources(user)):
+                idle.append(f"{path.relative_to(CONFIGS)}: {line}")
+    assert idle == []
+
+
+def test_what_is_certain_names_a_released_file_or_a_place_in_a_paper() -> None:
+    lines = [(path, text) for path in EVERY for text in own_lines(path).values() if text.startswith("certain: ")]
+    assert [(str(path), text) for path, text in lines if not RELEASED.match(text)] == []
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_what_some_configurations_tell(name: str) -> None:
+    found = sources(CONFIGS / f"{name}.yaml")
+    assert {key: found[key] for key in TOLD[name]} == TOLD[name]
+
+
+@pytest.mark.parametrize("folder", [*WITH_SETTINGS_OF_OTHERS])
+def test_settings_of_other_networks_or_tasks_are_inferred(folder: str) -> None:
+    path = next(path for path in CIFAR100 if path.parent.name == folder)
+    certain = {
+        key for key, text in sources(path).items() if text.startswith("certain: ") and key.startswith("distiller.")
+    }
+    assert certain == set()
+
+
+def test_lines_are_at_most_120_characters() -> None:
+    """But for a command that is to be copied."""
+    lines = [(path, line) for path in EVERY for line in path.read_text().splitlines() if len(line) > 120]
+    assert [(str(path), line) for path, line in lines if not line.startswith("# python tools/train.py ")] == []
 
 
 def test_every_base_is_used() -> None:
