@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from mdistill.distillers import DISTILLERS
 from mdistill.user_code import import_user_module
 
 from . import runs
+from .distillers.examples import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -107,6 +109,13 @@ def named_paths() -> list[str]:
 @pytest.mark.parametrize("path", named_paths())
 def test_what_the_pages_name_exists(path: str) -> None:
     assert (ROOT / path).exists()
+
+
+def test_the_methods_whose_cache_holds_pooled_features_are_listed() -> None:
+    listed = re.search(r"pooled features and nothing further inside it \(([^)]*)\)", TEXT["docs/teacher.md"])
+    assert listed
+    reading = {name for name in METHODS if DISTILLERS.get(name).needs.teacher == "pooled"}
+    assert set(re.findall(r"\w+", listed[1])) == reading
 
 
 @pytest.mark.parametrize("page", TEXT)

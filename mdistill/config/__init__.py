@@ -1,6 +1,6 @@
 """The typed, strict configuration: everything that changes a result, from YAML files, their bases and overrides."""
 
-from mdistill.config.files import for_pair, inline_section, load, sources
+from mdistill.config.files import for_pair, inline_section, load, retire, sources
 from mdistill.config.schema import (
     Config,
     MemberConfig,
@@ -25,6 +25,7 @@ __all__ = [
     "inline_section",
     "load",
     "results_only",
+    "retire",
     "sources",
     "without_defaults",
 ]

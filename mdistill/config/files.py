@@ -39,6 +39,13 @@ RETIRED = {
 """Settings of methods (``*``: of all) in the run folders of earlier versions: the value that had no effect, and what to
 write now. A setting that a method does take is its own."""
 
+CHANGED = {
+    "taid.variant": "moved its target once an epoch, as no variant does",
+    "pesf_kd.variant": "had an adapter of the teacher's logits, as no variant has",
+    "sinkd.variant": "was 'paper' with a kd_temperature equal to temperature and a kd_anneal_epochs of null",
+}
+"""Settings without which a run is of an earlier version, where no value alone says what the method did: what it did."""
+
 RENAMED = {"mlkd.reading": "variant"}
 """Settings of methods that have a new name."""
 
@@ -96,8 +103,9 @@ def load(
     for module in modules:
         import_user_module(module, folders)
     draft.drop_foreign_arguments()
-    retired = _retire(tree)
+    retired = retire(tree)
     config, problems = check(tree)
+    problems = [_of_earlier_version(line, tree) for line in problems]
     if config is None or retired:
         raise UserError("\n".join(f"{draft.origin(line, files[-1])}: {line}" for line in [*retired, *problems]))
     return config
@@ -274,7 +282,7 @@ def _apply_overrides(draft: _Draft, overrides: Sequence[str]) -> str:
     return _variant(changed)
 
 
-def _retire(tree: dict[str, Any]) -> list[str]:
+def retire(tree: dict[str, Any]) -> list[str]:
     """Take settings of earlier versions out of ``tree``; a line for each that did something."""
     given = tree.get("distiller")
     if not isinstance(given, dict) or (method := _canonical(DISTILLERS, given.get("name"))) is None:
@@ -291,6 +299,19 @@ def _retire(tree: dict[str, Any]) -> list[str]:
                 f"distiller.{key}: {shown(value)} is no setting of {method!r} any more; {RETIRED[setting][1]}"
             )
     return problems
+
+
+def _of_earlier_version(problem: str, tree: Mapping[str, Any]) -> str:
+    """``problem`` of ``tree``; where a setting of ``CHANGED`` is missing, with what its method did without."""
+    method = _canonical(DISTILLERS, _get(tree, ("distiller", "name")))
+    for setting, did in CHANGED.items():
+        owner, key = setting.split(".")
+        if owner == method and problem.startswith(f"distiller.{key}: missing"):
+            return (
+                f"{problem}; of earlier versions, where {method!r} had none and {did}, a run is evaluated and resumed"
+                " by the version that began it (env.json names its commit)"
+            )
+    return problem
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------

@@ -252,6 +252,11 @@ ADDED: dict[str, Any] = {
     "mcld.queue_start": "empty",
     "mcld.category_mean": "positives",
     "mcld.category_denominator": "others",
+    "reviewkd.student_preacts": False,
+    "uskd.variant": "paper",
+    "nd.embedding": "linear",
+    "nd.kd_warmup_epochs": 0,
+    "dhkd.head": "linear",
 }
 """Settings of methods that earlier versions did not have, with the value that says what the method did then. A
 configuration without one means that value, and no identity holds it, so that runs of earlier versions remain trials of

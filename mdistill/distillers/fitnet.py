@@ -14,6 +14,7 @@ from mdistill.distillers.maps import both_features
 from mdistill.errors import UserError
 from mdistill.models import feature_shapes
 from mdistill.models.base import Shape
+from mdistill.models.layers import LenientBatchNorm2d
 from mdistill.registry import NonNegativeInt, Positive
 
 
@@ -59,7 +60,7 @@ class Regressor(nn.Sequential):
                 f"{teacher_width}; the regressor needs one at least as large, or exactly half as large"
             )
         self.add_module("conv", conv)
-        self.add_module("norm", nn.BatchNorm2d(outputs))
+        self.add_module("norm", LenientBatchNorm2d(outputs))
         if relu:
             self.add_module("relu", nn.ReLU())
 

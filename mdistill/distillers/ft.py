@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from mdistill.data.batch import DataInfo
 from mdistill.distillers.at import attention
 from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
-from mdistill.distillers.maps import both_features, of_one_size, stage_pairs
+from mdistill.distillers.maps import both_features, of_one_size, stage_shapes
 from mdistill.errors import UserError
-from mdistill.models import feature_shapes
+from mdistill.models.layers import LenientBatchNorm2d
 from mdistill.registry import Positive
 
 SLOPE = 0.1  # of the leaky ReLUs, below 0
@@ -64,7 +64,7 @@ def encoder(channels: int, width: int, *, norm: bool) -> nn.Sequential:
     for number, (inputs, outputs) in enumerate(((channels, channels), (channels, width), (width, width)), start=1):
         layers.add_module(f"conv{number}", nn.Conv2d(inputs, outputs, 3, padding=1))
         if norm:
-            layers.add_module(f"norm{number}", nn.BatchNorm2d(outputs))
+            layers.add_module(f"norm{number}", LenientBatchNorm2d(outputs))
         layers.add_module(f"relu{number}", nn.LeakyReLU(SLOPE))
     return layers
 
@@ -110,10 +110,7 @@ class FT(Distiller):
     ) -> None:
         super().__init__(student, teacher, data, **shared)
         assert teacher is not None
-        stage_pairs(self, data)
-        channels, teacher_channels = (
-            feature_shapes(network, data.image_size).stages[-1][0] for network in (student, teacher)
-        )
+        channels, teacher_channels = (shapes[-1][0] for shapes in stage_shapes(self, data))
         width = int(teacher_channels * paraphrase_rate)
         if width < 1:
             raise UserError(

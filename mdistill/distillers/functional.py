@@ -58,6 +58,26 @@ def kl_divergence_per_sample(teacher_log_probs: Tensor, student_log_probs: Tenso
     return F.kl_div(student_log_probs, teacher_log_probs, log_target=True, reduction="none").sum(dim=1)
 
 
+def soft_target_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float | Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """-sum p^t log p^s, both softened by T: cross-entropy with soft targets, without the factor T^2 of KD.
+
+    Args:
+        student_logits: (B, C), of p^s.
+        teacher_logits: (B, C), of p^t.
+        temperature: T, a number or ().
+        weights: of each sample, (B,), which the mean does not divide by; None for 1.
+
+    Returns:
+        (), the mean over B.
+    """
+    student, targets = student_logits / temperature, (teacher_logits / temperature).softmax(dim=1)
+    if weights is not None:
+        return (weights * F.cross_entropy(student, targets, reduction="none")).mean()
+    return F.cross_entropy(student, targets)
+
+
 def class_mask(classes: Tensor, num_classes: int) -> Tensor:
     """True at each row's class: (B,) int64 -> (B, C) bool. Unlike ``F.one_hot`` it never reads a value on the host."""
     return classes[:, None] == torch.arange(num_classes, device=classes.device)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from mdistill.data.batch import DataInfo
 from mdistill.distillers.base import DISTILLERS, Signals
-from mdistill.distillers.ikl import IKL, difference_per_sample, soft_target_loss
+from mdistill.distillers.functional import soft_target_loss
+from mdistill.distillers.ikl import IKL, difference_per_sample
 from mdistill.registry import Fraction
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mdistill.data.batch import DataInfo
 from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
-from mdistill.distillers.functional import class_mask
+from mdistill.distillers.functional import class_mask, soft_target_loss
 from mdistill.registry import NonNegative, Positive
 
 
@@ -52,29 +52,13 @@ def difference_loss(student_logits: Tensor, teacher_logits: Tensor, weights: Ten
     return difference_per_sample(student_logits, teacher_logits, weights).mean()
 
 
-def soft_target_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
-    """-sum p^t log p^s, both softened by T: arXiv:2305.13948, the component of cross-entropy with soft labels.
-
-    Differs from the paper: nothing; without T^2, as in the published code.
-
-    Args:
-        student_logits: (B, C), z^s.
-        teacher_logits: (B, C), z^t.
-        temperature: T.
-
-    Returns:
-        (), the mean over B.
-    """
-    return F.cross_entropy(student_logits / temperature, F.softmax(teacher_logits / temperature, dim=1))
-
-
 def ikl_loss(
     student_logits: Tensor, teacher_logits: Tensor, weights: Tensor, *, alpha: float, beta: float, temperature: float
 ) -> Tensor:
     """beta wMSE + alpha cross-entropy with soft labels: arXiv:2305.13948, the IKL loss.
 
     Differs from the paper in names alone: there alpha weighs the wMSE and beta the cross-entropy; here they are as in
-    its code.
+    its code, which has no T^2 either.
 
     Args:
         student_logits: (B, C), z^s.

@@ -1,5 +1,6 @@
 """Maths on feature maps that two or more methods use. Letters: B batch, C channels, H and W height and width."""
 
+from collections.abc import Sequence
 from typing import cast
 
 from torch import Tensor, nn
@@ -78,8 +79,8 @@ def both_pooled(signals: Signals) -> tuple[Tensor, Tensor]:
     return signals.student_features.pooled, signals.teacher_pooled
 
 
-def stage_pairs(distiller: Distiller, data: DataInfo) -> list[tuple[Shape, Shape]]:
-    """The shapes (C, H, W) of the student's and the teacher's stages after the stem, paired from the front.
+def stage_shapes(distiller: Distiller, data: DataInfo) -> tuple[Sequence[Shape], Sequence[Shape]]:
+    """The shapes (C, H, W) of the student's and of the teacher's stages after the stem; preacts have the same.
 
     Raises:
         UserError: a network has no stage after its stem.
@@ -90,7 +91,12 @@ def stage_pairs(distiller: Distiller, data: DataInfo) -> list[tuple[Shape, Shape
         if len(stages) < 2:
             raise UserError(f"{type(distiller).__name__} compares the stages after the stem; the {side} has none")
         shapes.append(stages[1:])
-    return list(zip(*shapes, strict=False))
+    return shapes[0], shapes[1]
+
+
+def stage_pairs(distiller: Distiller, data: DataInfo) -> list[tuple[Shape, Shape]]:
+    """``stage_shapes``, paired from the front; surplus ones are left out."""
+    return list(zip(*stage_shapes(distiller, data), strict=False))
 
 
 def classifier_of(network: nn.Module, side: str = "network") -> nn.Linear:

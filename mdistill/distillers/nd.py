@@ -15,6 +15,7 @@ from mdistill.data.batch import DataInfo
 from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
 from mdistill.distillers.functional import class_mask, dropout_factors
 from mdistill.distillers.kd import kd_loss
+from mdistill.distillers.maps import both_pooled
 from mdistill.models import feature_shapes
 from mdistill.models.layers import BatchNorm1d
 from mdistill.registry import NonNegative, NonNegativeInt, Positive
@@ -115,7 +116,7 @@ class ND(Distiller):
         embedding: "released": BatchNorm, dropout of 0.5 and a linear layer; "linear": the last alone.
     """
 
-    needs = Needs(teacher="features", features=("pooled",))
+    needs = Needs(teacher="pooled", features=("pooled",))
     class_means: Tensor  # (C, D), of the teacher's pooled features
     class_counts: Tensor  # (C,), how many each rests on
 
@@ -153,8 +154,9 @@ class ND(Distiller):
                 loss = ((signals.epoch - 1) / self.kd_warmup_epochs).clamp(max=1.0) * loss
             terms["kd"] = self.kd_weight * loss
         if self.nd_weight:
-            student, means = self._embedded(signals), self._means(signals)[0].to(signals.student_logits.dtype)
-            terms["nd"] = self.nd_weight * nd_loss(student, _teacher_features(signals), means, signals.target)
+            student, teacher = both_pooled(signals)
+            means = self._means(signals)[0].to(teacher.dtype)
+            terms["nd"] = self.nd_weight * nd_loss(self._embedded(signals, student), teacher, means, signals.target)
         return terms
 
     def after_step(self, signals: Signals) -> None:
@@ -164,10 +166,8 @@ class ND(Distiller):
             self.class_means.copy_(means)
             self.class_counts.copy_(counts)
 
-    def _embedded(self, signals: Signals) -> Tensor:
-        """The student's pooled features in the teacher's width, (B, D)."""
-        assert signals.student_features is not None  # what ``needs`` asks for
-        pooled = signals.student_features.pooled.to(signals.student_logits.dtype)
+    def _embedded(self, signals: Signals, pooled: Tensor) -> Tensor:
+        """The student's ``pooled`` features in the teacher's width, (B, D)."""
         inputs = [pooled]
         if self.training and isinstance(self.embedding, Embedding):
             draws = signals.seed, signals.epoch, signals.index, pooled.shape[1]
@@ -176,10 +176,6 @@ class ND(Distiller):
 
     def _means(self, signals: Signals) -> tuple[Tensor, Tensor]:
         """Class means (C, D) and counts (C,) with the batch of all processes; nothing in them has a gradient."""
-        features, target = self.gather(_teacher_features(signals)), self.gather(signals.target)
+        _, teacher = both_pooled(signals)
+        features, target = self.gather(teacher), self.gather(signals.target)
         return running_means(self.class_means, self.class_counts, features, target)
-
-
-def _teacher_features(signals: Signals) -> Tensor:
-    assert signals.teacher_features is not None  # what ``needs`` asks for
-    return signals.teacher_features.pooled.to(signals.student_logits.dtype)

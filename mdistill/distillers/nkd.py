@@ -14,7 +14,9 @@ from mdistill.distillers.functional import class_mask, masked_log_softmax, of_cl
 from mdistill.registry import NonNegative, Positive
 
 
-def target_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
+def target_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, weights: Tensor | None = None
+) -> Tensor:
     """Target term: -T_t log S_t, neither of them softened.
 
     Paper: arXiv:2303.13005, the first term of the normalised loss; T, S are the softmax of the teacher's and of the
@@ -26,12 +28,14 @@ def target_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) 
         student_logits: (B, C), of S.
         teacher_logits: (B, C), of T.
         target: (B,) int64, t.
+        weights: of each sample, (B,), which the mean does not divide by; None for 1.
 
     Returns:
         (), the mean over B.
     """
-    weight = of_class(F.softmax(teacher_logits, dim=1), target)
-    return -(weight * of_class(F.log_softmax(student_logits, dim=1), target)).mean()
+    log_prob = of_class(F.log_softmax(student_logits, dim=1), target)  # (B, 1)
+    each = of_class(F.softmax(teacher_logits, dim=1), target) * log_prob
+    return -(each if weights is None else weights[:, None] * each).mean()
 
 
 def non_target_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, temperature: float) -> Tensor:

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from mdistill.data.batch import DataInfo
 from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
-from mdistill.distillers.maps import both_features, pooled_to
+from mdistill.distillers.maps import both_features, pooled_to, stage_shapes
 from mdistill.errors import UserError
-from mdistill.models import feature_shapes
 from mdistill.models.base import Network
-from mdistill.models.layers import conv, init_convolutions
+from mdistill.models.layers import LenientBatchNorm2d, conv, init_convolutions
 from mdistill.precision import widen
 from mdistill.registry import Positive
 
@@ -93,7 +92,7 @@ class Connector(nn.Sequential):
         """Args: K and C."""
         super().__init__()
         self.add_module("conv", conv(inputs, outputs, 1))
-        self.add_module("norm", nn.BatchNorm2d(outputs))
+        self.add_module("norm", LenientBatchNorm2d(outputs))
         init_convolutions(self)
 
 
@@ -129,9 +128,7 @@ class OFD(Distiller):
         super().__init__(student, teacher, data, **shared)
         assert teacher is not None
         self.ofd_weight = ofd_weight
-        inputs, outputs = (
-            _widths(network, data, side) for network, side in ((student, "student"), (teacher, "teacher"))
-        )
+        inputs, outputs = ([channels for channels, *_ in shapes] for shapes in stage_shapes(self, data))
         _check_norms(teacher, outputs)
         count = min(len(inputs), len(outputs))
         self.connectors = nn.ModuleList(map(Connector, inputs[-count:], outputs[-count:]))
@@ -152,14 +149,6 @@ class OFD(Distiller):
         norms = _norms(self.teacher)
         weight, bias = (widen(torch.cat([getattr(norm, name) for norm in norms])) for name in ("weight", "bias"))
         return channel_margins(weight, bias).split_with_sizes([len(norm.weight) for norm in norms])
-
-
-def _widths(network: nn.Module, data: DataInfo, side: str) -> list[int]:
-    """Channels of the stages after the stem."""
-    shapes = feature_shapes(network, data.image_size).preacts[1:]
-    if not shapes:
-        raise UserError(f"OFD compares the stages after the stem; the {side} has none")
-    return [channels for channels, *_ in shapes]
 
 
 def _norms(teacher: nn.Module | None) -> list[nn.BatchNorm2d]:

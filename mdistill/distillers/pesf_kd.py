@@ -82,7 +82,7 @@ class PESFKD(Distiller):
         variant: "released" or "paper".
     """
 
-    needs = Needs(teacher="features", features=("pooled",))
+    needs = Needs(teacher="pooled", features=("pooled",))
 
     def __init__(
         self,
@@ -108,9 +108,9 @@ class PESFKD(Distiller):
 
     def distillation(self, signals: Signals) -> dict[str, Tensor]:
         """``kd`` and ``adapter_ce``, whichever has a weight."""
-        assert signals.teacher_features is not None  # what ``needs`` asks for
+        assert signals.teacher_pooled is not None  # what ``needs`` asks for
         student, teacher = signals.student_logits, signals.teacher_logits
-        adapted, terms = teacher - self.adapter(signals.teacher_features.pooled), {}
+        adapted, terms = teacher - self.adapter(signals.teacher_pooled), {}
         if self.kd_weight:
             if self.variant == "released":
                 loss = swapped_loss(student, teacher, adapted, signals.target, temperature=self.temperature)

@@ -15,6 +15,7 @@ from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
 from mdistill.distillers.maps import both_features, pooled_to
 from mdistill.errors import UserError
 from mdistill.models import feature_shapes
+from mdistill.models.layers import LenientBatchNorm2d
 from mdistill.registry import Positive, PositiveInt
 
 PYRAMID = (4, 2, 1)
@@ -68,7 +69,7 @@ class Fusion(nn.Module):
         super().__init__()
         self.reduce = nn.Conv2d(inputs, width, 1, bias=False)
         nn.init.kaiming_uniform_(self.reduce.weight, a=1)
-        self.reduce_norm = nn.BatchNorm2d(width)
+        self.reduce_norm = LenientBatchNorm2d(width)
         self.attention = None if deepest else nn.Conv2d(2 * width, 2, 1)
         self.size = size
 
@@ -95,7 +96,7 @@ class Output(nn.Sequential):
         super().__init__()
         self.add_module("output", conv := nn.Conv2d(width, outputs, 3, padding=1, bias=False))
         nn.init.kaiming_uniform_(conv.weight, a=1)
-        self.add_module("output_norm", nn.BatchNorm2d(outputs))
+        self.add_module("output_norm", LenientBatchNorm2d(outputs))
 
 
 @DISTILLERS.register("reviewkd")

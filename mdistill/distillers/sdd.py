@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from mdistill.data.batch import DataInfo
 from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
 from mdistill.distillers.dkd import dkd_loss
-from mdistill.distillers.functional import of_class, standardize
+from mdistill.distillers.functional import soft_target_loss, standardize
 from mdistill.distillers.kd import kd_loss
 from mdistill.distillers.maps import both_features, classifier_of, pooled_to
+from mdistill.distillers.nkd import target_loss
 from mdistill.errors import UserError, shown
 from mdistill.precision import widen
 from mdistill.registry import NonNegative, Positive
@@ -59,22 +60,6 @@ def complementary(teacher_logits: Tensor, target: Tensor) -> Tensor:
     """
     right = teacher_logits.argmax(dim=2) == target[:, None]
     return right != right[:, :1]
-
-
-def nkd_per_sample(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, gamma: float, temperature: float
-) -> Tensor:
-    """Each sample's -p^t_t log p^s_t - gamma T^2 sum_c p^t_c(T) log p^s_c(T): (B, C), (B, C), (B,) -> (B,).
-
-    The second sum runs over all classes, t included.
-    """
-    weight = of_class(F.softmax(teacher_logits, dim=1), target)
-    loss = -(weight * of_class(F.log_softmax(student_logits, dim=1), target)).squeeze(1)
-    if gamma:
-        probs = F.softmax(teacher_logits / temperature, dim=1)
-        log_probs = F.log_softmax(student_logits / temperature, dim=1)
-        loss = loss - gamma * temperature**2 * (probs * log_probs).sum(dim=1)
-    return loss
 
 
 def sdd_kd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, temperature: float) -> Tensor:
@@ -136,9 +121,11 @@ def sdd_nkd_loss(
     Returns:
         (), the mean over B and N.
     """
-    rows = _rows(student_logits, teacher_logits, target)
-    each = nkd_per_sample(*rows, gamma=gamma, temperature=temperature)
-    return (_weights(teacher_logits, target) * each).mean()
+    rows, weights = _rows(student_logits, teacher_logits, target), _weights(teacher_logits, target)
+    loss = target_loss(*rows, weights=weights)
+    if gamma:  # over all classes
+        loss = loss + gamma * temperature**2 * soft_target_loss(*rows[:2], temperature=temperature, weights=weights)
+    return loss
 
 
 def _rows(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

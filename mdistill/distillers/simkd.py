@@ -17,6 +17,7 @@ from mdistill.distillers.maps import both_features, classifier_of, pooled_to
 from mdistill.errors import UserError
 from mdistill.models import feature_shapes
 from mdistill.models.base import Features
+from mdistill.models.layers import LenientBatchNorm2d
 from mdistill.precision import widen
 from mdistill.registry import Positive, PositiveInt
 
@@ -44,11 +45,11 @@ class Projector(nn.Module):
         super().__init__()
         inner = outputs // factor
         self.conv1 = nn.Conv2d(inputs, inner, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(inner)
+        self.norm1 = LenientBatchNorm2d(inner)
         self.conv2 = nn.Conv2d(inner, inner, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(inner)
+        self.norm2 = LenientBatchNorm2d(inner)
         self.conv3 = nn.Conv2d(inner, outputs, 1, bias=False)
-        self.norm3 = nn.BatchNorm2d(outputs)
+        self.norm3 = LenientBatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """The map that stands in for the teacher's, (B, D, H, W), not negative.

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mdistill.data.batch import DataInfo
 from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
+from mdistill.distillers.functional import soft_target_loss
 from mdistill.distillers.kd import kd_loss
 from mdistill.errors import UserError
 from mdistill.registry import NonNegative, Positive, PositiveInt
@@ -65,22 +65,6 @@ def sinkhorn_loss(
     return (transport_plan(cost, regularization=regularization, iterations=iterations) * cost).sum()
 
 
-def soft_target_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float | Tensor) -> Tensor:
-    """KD as released: cross-entropy of the softened student with the softened teacher, -sum p^t log p^s.
-
-    Differs from the paper's KD: no factor T^2, and the teacher's entropy is not taken off.
-
-    Args:
-        student_logits: (B, C), of p^s.
-        teacher_logits: (B, C), of p^t.
-        temperature: T, a number or ().
-
-    Returns:
-        (), the mean over B.
-    """
-    return F.cross_entropy(student_logits / temperature, (teacher_logits / temperature).softmax(dim=1))
-
-
 def annealed(temperature: float, epoch: Tensor, epochs: int) -> Tensor:
     """T + (1 - T) (epoch - 1) / (epochs - 1): from ``temperature`` in epoch 1 straight to 1 in the last of ``epochs``.
 
@@ -100,7 +84,8 @@ class SinKD(Distiller):
     """``ce_weight`` CE + ``kd_weight`` KD + ``sinkhorn_weight`` Sinkhorn distance.
 
     Differs from the paper: "released" sums the Sinkhorn distance over the batch and multiplies it by 0.001, and its KD
-    is ``soft_target_loss``, as in the released code; "paper" is the mean over the batch, and KD with its T^2.
+    is the cross-entropy with soft targets, ``soft_target_loss``, without T^2, as in the released code; "paper" is the
+    mean over the batch, and KD with its T^2.
 
     Args:
         kd_weight: weight of KD, alpha of the paper (its cross-entropy has 1 - alpha); 0 leaves it out.

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mdistill.data.batch import DataInfo
 from mdistill.distillers.base import DISTILLERS, Distiller, Needs, Signals
+from mdistill.distillers.functional import soft_target_loss
 from mdistill.distillers.kd import kd_loss
 from mdistill.errors import UserError
 from mdistill.registry import Fraction, NonNegative, Positive, PositiveInt
@@ -56,7 +56,7 @@ def taid_loss(
     target = interpolate(student_logits, teacher_logits, coefficient)
     if variant == "paper":
         return kd_loss(student_logits, target, temperature=temperature)
-    return temperature**2 * F.cross_entropy(student_logits / temperature, (target / temperature).softmax(dim=1))
+    return temperature**2 * soft_target_loss(student_logits, target, temperature=temperature)
 
 
 class MovingTarget(nn.Module):

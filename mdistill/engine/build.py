@@ -15,7 +15,7 @@ from mdistill import distributed
 from mdistill.config import Config, MemberConfig, SolverConfig
 from mdistill.data import DATASETS, Batch, DataInfo, Dataset, StreamedDataset
 from mdistill.data.sampling import derive_seed
-from mdistill.distillers import DISTILLERS, Distiller, Needs
+from mdistill.distillers import DISTILLERS, Distiller, Needs, StepOutput
 from mdistill.engine.class_distances import ClassDistances
 from mdistill.engine.cuda_graph import choose_engine
 from mdistill.engine.evaluate import evaluate
@@ -469,7 +469,7 @@ def _assemble(
     if ranks > 1 and len(configs) > 1:
         raise UserError(f"--seeds: {len(configs)} trials at once need one process, found {ranks}; give one --seed")
     _check_shares(config.data.batch_size, dataset.num_samples, ranks)
-    _check_single_image(config.data.batch_size, distillers[0].student, info, ranks)
+    _check_single_image(config, distillers[0], info, ranks)
     note = large_state(distillers, device)
     metadata["notes"] += [note] if note else []
     dataset = dataset.to(device)
@@ -534,17 +534,18 @@ def _check_shares(batch_size: int, samples: int, ranks: int) -> None:
         )
 
 
-def _check_single_image(batch_size: int, student: nn.Module, info: DataInfo, ranks: int) -> None:
-    """Refuse an epoch that ends in a single image of a process, where the student cannot be trained on one.
+def _check_single_image(config: Config, distiller: Distiller, info: DataInfo, ranks: int) -> None:
+    """Refuse an epoch that ends in a single image of a process, where a phase cannot be trained on one.
 
-    BatchNorm has nothing to normalise by where its map is one pixel.
+    BatchNorm has nothing to normalise by where its map is one pixel. ``distiller`` is in the last phase then.
     """
+    batch_size = config.data.batch_size
     if _last_batch(batch_size, info.num_samples) // ranks != 1:
         return
-    image = torch.zeros(1, 3, info.image_size, info.image_size)
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            copy.deepcopy(student).train()(image)
+        for phase in (*distiller.phases, None):
+            distiller.enter_phase(phase)
+            _blank_step(distiller, info, config, images=1)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -578,21 +579,8 @@ def _try_step(solver: Solver, distiller: Distiller, info: DataInfo, config: Conf
         UserError: a network or the method returns what it should not, or the solver cannot take such steps; or mixed
             images have no term.
     """
-    device = next(distiller.student.parameters()).device
-    image = torch.zeros(2, 3, info.image_size, info.image_size, device=device)
-    number = torch.arange(2, device=device)
-    batch = Batch(image, number, number, number, strong_image=image if distiller.needs.views > 1 else None)
-    beside = config.data.mixing is not None and config.data.mixing.mode == "beside"
-    if beside:
-        batch = replace(batch, mixed=batch)
-    before = {name: value.clone() for name, value in distiller.named_buffers() if not name.startswith("teacher.")}
-    with torch.random.fork_rng(devices=[]):
-        output = distiller.train()(batch, torch.ones((), device=device))
-    with torch.no_grad():
-        for name, value in distiller.named_buffers():
-            if name in before and value.shape == before[name].shape:
-                value.copy_(before[name])
-    if beside and not output.distillation:
+    output = _blank_step(distiller, info, config, images=2)
+    if config.data.mixing is not None and config.data.mixing.mode == "beside" and not output.distillation:
         raise UserError(
             "data.mixing.mode: 'beside' computes a method's own terms on mixed images, and the method"
             f" {config.distiller.name!r} has none; set it to replace or take another method"
@@ -601,6 +589,24 @@ def _try_step(solver: Solver, distiller: Distiller, info: DataInfo, config: Conf
         raise UserError(f"{type(distiller).__name__}: no term of the loss depends on a weight that is trained")
     solver.check(output)
     return tuple(output.terms)
+
+
+def _blank_step(distiller: Distiller, info: DataInfo, config: Config, *, images: int) -> StepOutput:
+    """The forward pass of a training step on blank images, after which all buffers are as they were."""
+    device = next(distiller.student.parameters()).device
+    image = torch.zeros(images, 3, info.image_size, info.image_size, device=device)
+    number = torch.arange(images, device=device)
+    batch = Batch(image, number, number, number, strong_image=image if distiller.needs.views > 1 else None)
+    if config.data.mixing is not None and config.data.mixing.mode == "beside":
+        batch = replace(batch, mixed=batch)
+    before = {name: value.clone() for name, value in distiller.named_buffers() if not name.startswith("teacher.")}
+    with torch.random.fork_rng(devices=[]):
+        output: StepOutput = distiller.train()(batch, torch.ones((), device=device))
+    with torch.no_grad():
+        for name, value in distiller.named_buffers():
+            if name in before and value.shape == before[name].shape:
+                value.copy_(before[name])
+    return output
 
 
 def _place_teacher(experiment: Experiment, teacher: nn.Module, cache_root: Path | None) -> None:

@@ -1,5 +1,6 @@
 """The state of a run at a step boundary: saved whole or not at all, and never when it is not finite."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mdistill import __version__, distributed
-from mdistill.config import Config, differences, results_only, without_defaults
+from mdistill.config import Config, differences, results_only, retire, without_defaults
 from mdistill.distillers import Distiller
 from mdistill.engine.metrics import RunningMetrics
 from mdistill.errors import RunFailed, UserError, printable, shown
@@ -141,7 +142,8 @@ def read(path: Path, config: Config, fingerprints: Mapping[str, str], *, steps: 
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a training state in format {FORMAT}, the one that this version resumes from")
     saved = checked(Checkpoint, state, path, "start again with --overwrite, or put back a copy of it")
-    before, now = saved.config, config.resolved()
+    before, now = copy.deepcopy(saved.config), config.resolved()
+    before = saved.config if retire(before) else before  # one that did something is told of below
     changed = differences(results_only(before), results_only(now)) | differences(
         {"seed": before.get("seed")}, {"seed": now["seed"]}
     )

@@ -5,6 +5,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mdistill.precision import widen
 
@@ -33,18 +34,29 @@ class BatchNorm2d(nn.BatchNorm2d):
         )
 
 
-class BatchNorm1d(nn.BatchNorm1d):
-    """``nn.BatchNorm1d`` that normalises a single row, which has no variance, by the stored statistics."""
+class _Lenient(_BatchNorm):
+    """Normalises what has a single value in each channel, and so no variance, by the stored statistics."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The normalised rows (B, D).
+        """What torch's own layer gives, in training for more than one value in each channel.
 
         Args:
-            x: (B, D).
+            x: (B, D) or (B, K, H, W).
         """
-        if len(x) > 1 or not self.training:
+        if not self.training or x.numel() > x.shape[1]:
             return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+class BatchNorm1d(_Lenient, nn.BatchNorm1d):
+    """``nn.BatchNorm1d`` that normalises a single row (1, D) by the stored statistics."""
+
+
+class LenientBatchNorm2d(_Lenient, nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` that normalises a single map of 1 x 1, (1, K, 1, 1), by the stored statistics.
+
+    For the modules of methods: it counts its batches by itself.
+    """
 
 
 class Classifier(nn.Linear):

@@ -1,5 +1,6 @@
 """From files, bases and overrides to a configuration: what is merged, what is told, and what names the run folder."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ import yaml
 from mdistill import config
 from mdistill.config import files
 from mdistill.errors import UserError
+
+from ..distillers.examples import SETTINGS
 
 
 def problems(path: Path, *overrides: str) -> list[str]:
@@ -485,6 +488,29 @@ class TestSettingsOfEarlierVersions:
     def test_that_a_method_takes_are_its_own(self, kd_cfg: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(files, "RETIRED", {"*.temperature": (None, "no")})
         assert config.load(kd_cfg).distiller.arguments["temperature"] == 4.0
+
+
+@pytest.mark.parametrize("setting", files.CHANGED)
+def test_runs_of_earlier_versions_whose_method_was_another_one_are_told_so(kd_cfg: Path, setting: str) -> None:
+    method, key = setting.split(".")
+    settings = {"name": method, **SETTINGS[method]}
+    config.load(kd_cfg, [f"distiller={json.dumps(settings)}"])
+    del settings[key]
+    assert problems(kd_cfg, f"distiller={json.dumps(settings)}") == [
+        f"command line: distiller.{key}: missing; method {method!r} needs it; of earlier versions, where {method!r} had"
+        f" none and {files.CHANGED[setting]}, a run is evaluated and resumed by the version that began it (env.json"
+        " names its commit)"
+    ]
+
+
+def test_a_run_of_dhkd_before_its_alignment_was_a_solver_s_is_read(kd_cfg: Path) -> None:
+    settings = {"name": "dhkd", "ce_weight": 1.0, "kd_weight": 1.0, "temperature": 2.0}
+    read = config.load(kd_cfg, [f"distiller={json.dumps({**settings, 'align': False})}"])
+    assert read.distiller.arguments["head"] == "linear"
+    assert problems(kd_cfg, f"distiller={json.dumps({**settings, 'align': True})}") == [
+        "command line: distiller.align: True is no setting of 'dhkd' any more; its alignment, over all weights, is"
+        " solver.name: aligned_sgd"
+    ]
 
 
 def test_missing_file_suggests_a_sibling(kd_cfg: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mdistill.data.batch import Batch, DataInfo
 from mdistill.distillers import DISTILLERS, Distiller
 from mdistill.models.base import Features
+from mdistill.models.layers import BatchNorm1d
 from mdistill.optim.solvers import SGD
 
 from ..host_reads import NoHostReads
@@ -274,10 +275,10 @@ class TinyNetwork(nn.Sequential):
 
 
 def network(seed: int, classes: int = CLASSES) -> TinyNetwork:
-    """A classifier of 3 x 2 x 2 images with a BatchNorm, so that its mode shows."""
+    """A classifier of 3 x 2 x 2 images, of one too, with a BatchNorm, so that its mode shows."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return TinyNetwork(nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, classes))
+        return TinyNetwork(nn.Flatten(), nn.Linear(12, 5), BatchNorm1d(5), nn.ReLU(), nn.Linear(5, classes))
 
 
 def data_info(**changes: Any) -> DataInfo:

@@ -240,6 +240,20 @@ def test_the_teacher_stays_as_it_is_in_every_mode(name):
     torch.testing.assert_close(dict(distiller.teacher.state_dict()), dict(before), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", [*METHODS, *(name for name in examples.PHASES if name.split(":")[0] in METHODS)])
+def test_an_epoch_may_end_in_a_single_image(name):
+    """Where the networks can be trained on one; what the method adds, BatchNorm on a pixel among it, can."""
+    distiller = examples.build(name).train()
+    assert examples.step(distiller, examples.batch(size=1), lr=0.05).isfinite()
+    assert all(value.isfinite().all() for value in distiller.state_dict().values())
+
+
+@every_published_method
+def test_a_method_that_reads_pooled_features_alone_leaves_them_to_the_cache(name):
+    needs = DISTILLERS.get(name).needs
+    assert needs.features != ("pooled",) or needs.teacher != "features"
+
+
 @every_method
 @pytest.mark.slow
 def test_a_restored_method_continues_bit_for_bit(name):

@@ -14,7 +14,7 @@ from mdistill.distillers.ctkd import ctkd_loss
 from mdistill.distillers.dhkd import binary_kl_norm_loss
 from mdistill.distillers.dist import dist_loss
 from mdistill.distillers.dkd import dkd_loss, nckd_loss, tckd_loss
-from mdistill.distillers.functional import standardize
+from mdistill.distillers.functional import soft_target_loss, standardize
 from mdistill.distillers.gdkd import gdkd_loss
 from mdistill.distillers.kd import kd_loss
 from mdistill.distillers.la import la_loss
@@ -25,7 +25,7 @@ from mdistill.distillers.mlkd import weak_view_terms
 from mdistill.distillers.nkd import nkd_loss
 from mdistill.distillers.normkd import normkd_dkd_loss, normkd_loss
 from mdistill.distillers.rld import masked_correlation_loss, rld_loss, sample_confidence_loss
-from mdistill.distillers.sinkd import sinkhorn_loss, soft_target_loss
+from mdistill.distillers.sinkd import sinkhorn_loss
 from mdistill.distillers.sld import swapped_student_loss, swapped_teacher_loss
 from mdistill.distillers.tekap import tekap_loss
 from mdistill.distillers.ttm import ttm_loss

@@ -51,12 +51,11 @@ def test_the_method_equals_the_released_code(case: Case, monkeypatch: pytest.Mon
     epoch, warmup = settings.pop("epoch"), settings.pop("warmup_epochs")
     distiller = examples.build("nd", kd_warmup_epochs=warmup, **settings).train()
     monkeypatch.setattr(distiller, "_means", lambda signals: (given["centres"], None))
-    student, teacher = (
-        Features(given[side], (), (), torch.empty(0), given[f"{side}_pooled"]) for side in ("student", "teacher")
-    )
+    student = Features(given["student"], (), (), torch.empty(0), given["student_pooled"])
     logits = given["student"], given["teacher"]
     index = torch.arange(len(given["target"]))
-    signals = Signals(*logits, *logits, given["target"], index, torch.tensor(epoch), 0, student, teacher)
+    pooled = {"student_features": student, "teacher_pooled": given["teacher_pooled"]}
+    signals = Signals(*logits, *logits, given["target"], index, torch.tensor(epoch), **pooled)
     terms = {**distiller.task(signals), **distiller.distillation(signals)}
     assert {name: term.item() for name, term in terms.items()} == pytest.approx(case.numbers, rel=1e-9)
     check(case, torch.stack(list(terms.values())).sum(), given)

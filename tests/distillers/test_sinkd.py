@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from mdistill.distillers import Signals
+from mdistill.distillers.functional import soft_target_loss
 from mdistill.distillers.kd import kd_loss
-from mdistill.distillers.sinkd import annealed, sinkhorn_loss, soft_target_loss, transport_plan
+from mdistill.distillers.sinkd import annealed, sinkhorn_loss, transport_plan
 from mdistill.errors import UserError
 
 from . import examples

@@ -473,6 +473,20 @@ def test_a_state_from_before_the_first_evaluation_of_an_earlier_version_is_read(
     assert checkpoint.read(path, built.trials[0].config, built.fingerprints, steps=runs.STEPS).progress.best is None
 
 
+def test_a_run_resumes_that_had_a_setting_without_effect_or_lacked_one_that_came_later(tmp_path: Path) -> None:
+    built, path = runs.experiment(runs.write_config(tmp_path, "dhkd", distiller={"head": "linear"})), tmp_path / "last"
+    state = Snapshot(state_of(built)).get()
+    now, before = built.trials[0].config, state["config"]["distiller"]
+    del before["head"]
+    for align in (False, True):
+        before["align"] = align
+        torch.save(state, path)
+        if not align:
+            assert checkpoint.read(path, now, built.fingerprints, steps=runs.STEPS).config["distiller"] == before
+    with pytest.raises(UserError, match=r"another configuration \(distiller\.align: was True, now None\)"):
+        checkpoint.read(path, now, built.fingerprints, steps=runs.STEPS)
+
+
 @pytest.mark.parametrize(("epoch", "step"), [(1, runs.STEPS), (runs.EPOCHS + 1, 1), (runs.EPOCHS + 2, 0)])
 def test_a_place_beyond_the_run_is_refused(epoch: int, step: int, cfg: Path, tmp_path: Path) -> None:
     built, path = runs.experiment(cfg), tmp_path / "last.pt"

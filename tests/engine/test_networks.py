@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mdistill import config
 from mdistill.data import DATASETS, DataInfo, InMemoryDataset
 from mdistill.distillers import DISTILLERS, Distiller, Needs, Signals
-from mdistill.engine.build import _check_single_image, build_students
+from mdistill.engine.build import _check_single_image, build_distiller, build_students
 from mdistill.errors import UserError
 from mdistill.models import MODELS, feature_shapes, pretrained
 from mdistill.models.imagenet.classes import WNIDS
@@ -69,8 +69,21 @@ def test_a_last_batch_of_one_image_is_refused_where_batchnorm_cannot_take_it(tmp
     with pytest.raises(UserError, match="with 20 the last of an epoch's batches has a single one of the 101 images"):
         runs.experiment(cfg, "data.images=101", "data.batch_size=20", cache=False)
     info = DataInfo(num_classes=10, num_samples=23, image_size=8, num_views=1, batch_size=20)
+    alone = config.load(runs.write_config(tmp_path, "vanilla", student="timm/test_resnet"), ["data.batch_size=20"])
     with pytest.raises(UserError, match="for one of 2 processes"):
-        _check_single_image(20, MODELS.build("timm/test_resnet", 10), info, 2)
+        _check_single_image(alone, build_distiller(alone, info, None), info, 2)
+
+
+def test_a_last_batch_of_one_image_is_refused_where_a_phase_of_the_method_cannot_take_it(tmp_path: Path) -> None:
+    cfg = runs.write_config(tmp_path, "hooks_phases")
+    with pytest.raises(UserError, match="with 24 the last of an epoch's batches has a single one of the 97 images"):
+        runs.experiment(cfg, "data.images=97", cache=False)
+
+
+def test_an_epoch_ends_in_one_image_whose_pooled_map_a_method_normalises(tmp_path: Path) -> None:
+    cfg = runs.write_config(tmp_path, "reviewkd", data={"images": 25}, solver={"epochs": 1})
+    ((line,),) = runs.train(cfg, tmp_path, cache=False)
+    assert line["train/loss_reviewkd"] > 0
 
 
 def test_dropout_inside_of_attention_is_known() -> None:

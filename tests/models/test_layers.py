@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistill.models import MODELS
-from mdistill.models.layers import BatchNorm2d, Classifier, count_batches
+from mdistill.models.layers import BatchNorm1d, BatchNorm2d, Classifier, LenientBatchNorm2d, count_batches
 
 from ..same import assert_same
 from .zoo import FAMILIES
@@ -60,6 +60,28 @@ def test_tracking_switched_off_afterwards_uses_batch_statistics_and_counts_nothi
     run_both(ours, theirs, steps=2)
     run_both(ours.eval(), theirs.eval(), steps=1)
     assert ours.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5, 5), (1, 3, 1, 2), (2, 3, 1, 1), (4, 3)])
+def test_lenient_layers_equal_torchs_where_that_has_a_variance(shape: tuple[int, ...]) -> None:
+    ours, theirs = (
+        (BatchNorm1d(3), nn.BatchNorm1d(3)) if len(shape) == 2 else (LenientBatchNorm2d(3), nn.BatchNorm2d(3))
+    )
+    for step in range(4):
+        ours.train(step < 3)
+        theirs.train(step < 3)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        assert ours(x).equal(theirs(x))
+        assert_same(ours.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (1, 3)])
+def test_lenient_layers_normalise_a_single_pixel_by_the_stored_statistics(shape: tuple[int, ...]) -> None:
+    norm = BatchNorm1d(3) if len(shape) == 2 else LenientBatchNorm2d(3)
+    norm(torch.randn(8, *shape[1:], generator=torch.Generator().manual_seed(0)))
+    before, x = copy.deepcopy(norm.state_dict()), torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    assert norm(x).equal(copy.deepcopy(norm).eval()(x))
+    assert_same(norm.state_dict(), before)
 
 
 def test_forward_pass_alone_counts_nothing() -> None:
