@@ -3,7 +3,6 @@
 import functools
 import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from mdistill.data.mixing import Mixing
 from mdistill.distillers import DISTILLERS
 from mdistill.engine import build
 from mdistill.errors import UserError
-from mdistill.models import MODELS
+from mdistill.models import MODELS, base
 from mdistill.models.names import IMAGENET_SHORT_NAMES, SHORT_NAMES, pair_file_name, student_file_name
 from mdistill.optim.solvers import SOLVERS
 from mdistill.reporting.published import read_published
@@ -419,18 +418,29 @@ def place(path: Path) -> str:
     return "/".join(path.parts[-2:])
 
 
-@functools.cache
-def network(make: Callable[..., nn.Module], section: str, name: str, info: DataInfo) -> nn.Module:
-    """Each network once in each place: without values there is nothing that a method could change in it."""
-    return make(section, name, {}, info, seed=0)
+networks: dict[tuple[str, str, int, int], nn.Module] = {}
+"""Each once in each place: without values there is nothing that a method could change in it."""
+copied, traced = functools.cache(base._without_values), functools.cache(base._features)
+
+
+def features(network: nn.Module, name: str, image_size: int) -> base.Features:
+    """Each once too, where their shapes alone are read."""
+    return (traced.__wrapped__ if torch.is_grad_enabled() else traced)(network, name, image_size)
 
 
 @pytest.fixture
 def shared_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_without_values", copied)
+    monkeypatch.setattr(base, "_features", features)
     make = build.build_network
 
     def shared(section: str, name: str, arguments: dict[str, Any], info: DataInfo, *, seed: int) -> nn.Module:
-        return make(section, name, arguments, info, seed=seed) if arguments else network(make, section, name, info)
+        if arguments:
+            return make(section, name, arguments, info, seed=seed)
+        place = section, name, info.num_classes, info.image_size
+        if place not in networks:
+            networks[place] = make(section, name, {}, info, seed=0)
+        return networks[place]
 
     monkeypatch.setattr(build, "build_network", shared)
 

@@ -36,7 +36,7 @@ def test_what_is_known_of_some_methods():
     assert kd.settings == {"ce_weight": 0.1, "kd_weight": 0.9, "temperature": 4.0}
     assert (kd.kind, kd.needs, kd.cache) == ("logits", "logits", "yes")
     assert (mlkd.needs, mlkd.cache, mlkd.paper.link) == ("logits; two views", "weak view", "CVPR 2023")
-    assert (nd.kind, nd.needs, nd.cache) == ("features", "features of both: pooled; classes", "no")
+    assert (nd.kind, nd.needs, nd.cache) == ("features", "features of both: pooled; classes", "yes")
     assert (uskd.kind, uskd.cache) == ("no teacher", "no teacher")
     assert uskd.needs.startswith("no teacher; features of the student: ")
     assert rc.paper.link == "[doi:10.1109/LSP.2023.3333240](https://doi.org/10.1109/LSP.2023.3333240)"
