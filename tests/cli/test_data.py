@@ -194,6 +194,7 @@ def interrupt_after(count: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(copies, "smaller", smaller)
 
 
+@pytest.mark.slow
 def test_an_interrupted_copy_looks_like_none_and_goes_on(root: Path, tmp_path: Path, capsys: Capture) -> None:
     assert shrunk(root, tmp_path / "whole", "--short-side", "20") == 0
     out, partial = tmp_path / "small", tmp_path / "small.partial"

@@ -194,6 +194,7 @@ ABSURD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ABSURD)
 def test_absurd_yaml_is_one_short_line(name: str, tmp_path: Path, kd_cfg: Path) -> None:
     text, expected = ABSURD[name]

@@ -65,6 +65,7 @@ def test_connectors_are_the_identity_between_equal_shapes_and_have_the_published
     assert parameters(build("shufflenet_v2", "resnet32x4").connectors) == 2_495_808
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("student", "behind"),
     [

@@ -318,6 +318,7 @@ def test_the_methods_of_the_tests_run_on_networks_of_the_zoo(name):
         assert network.eval()(batch.image).shape == (4, examples.CLASSES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in METHODS if DISTILLERS.get(name).needs.teacher == "features"])
 def test_stages_of_other_numbers_and_sizes_are_matched_or_refused_in_a_line(name):
     """The student's are 32, 16 and 8 pixels high, the teacher's 16, 8, 4 and 4."""

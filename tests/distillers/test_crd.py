@@ -121,6 +121,7 @@ def test_lists_depend_on_seed_epoch_and_sample_alone(monkeypatch):
         assert (other.sort(dim=1).values != lists).any(dim=1).all()
 
 
+@pytest.mark.slow
 def test_every_sample_and_every_pair_of_samples_is_equally_likely():
     """Uneven classes; pairs, since draws without replacement are not independent."""
     labels, visits, count = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 2]), 4000, 3

@@ -9,6 +9,7 @@ from mdistill.errors import UserError
 from . import examples, golden_features
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", golden_features.cases("ft"))
 def test_equals_published_values(row):
     given = golden_features.tensors(row)

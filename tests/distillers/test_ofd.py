@@ -115,6 +115,7 @@ def test_parameters_of_the_connectors_are_as_many_as_published(student, count):
     assert distiller.students() == {"student": distiller.student}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("teacher", "student"),
     [("wrn_40_2", "mobilenet_v2"), ("vgg13", "resnet8x4"), ("mobilenet_v2", "shufflenet_v1")],

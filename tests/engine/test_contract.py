@@ -68,6 +68,7 @@ def test_a_run_stopped_in_mid_epoch_and_resumed_equals_an_unbroken_one(case: str
     runs.assert_same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 @cases
 def test_exported_networks_score_as_the_run_s_last_line_tells(case: str, tmp_path: Path) -> None:
     """Rebuilt from the configuration and the files alone; the weights that they begin with do not matter."""

@@ -386,6 +386,7 @@ class Cycle:
         self.itself = self
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("collects", [True, False])
 @pytest.mark.parametrize("fails", [True, False])
 def test_garbage_is_collected_before_a_capture_and_never_within(

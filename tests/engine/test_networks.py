@@ -86,6 +86,7 @@ def test_an_epoch_ends_in_one_image_whose_pooled_map_a_method_normalises(tmp_pat
     assert line["train/loss_reviewkd"] > 0
 
 
+@pytest.mark.slow
 def test_dropout_inside_of_attention_is_known() -> None:
     quiet, drawing = (
         MODELS.build("torchvision/vit_b_32", 2, image_size=32, attention_dropout=rate) for rate in (0.0, 0.1)

@@ -66,6 +66,7 @@ def test_networks_are_written_in_the_last_phase_alone(whole: Path) -> None:
     assert runs.state(whole / "after0")["averages"] == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copy", ["before0", "after0", "before1", "after1", "after2"])
 def test_a_run_that_is_killed_at_a_checkpoint_continues_bit_for_bit(copy: str, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole / copy, tmp_path / "killed")
@@ -73,6 +74,7 @@ def test_a_run_that_is_killed_at_a_checkpoint_continues_bit_for_bit(copy: str, w
     runs.assert_same_runs(whole / "whole", tmp_path / "killed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 5, 6, 13])
 def test_a_run_that_is_stopped_in_any_phase_continues_bit_for_bit(step: int, whole: Path, tmp_path: Path) -> None:
     runs.train(whole / "hooks_phases.yaml", tmp_path / "parts", stop_at=step)

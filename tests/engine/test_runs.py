@@ -479,6 +479,7 @@ def put_foreign_files(folder: Path) -> None:
         (folder / name).write_text(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["resume", "overwrite"])
 @pytest.mark.parametrize("stage", ["nothing", "no checkpoint", "complete"])
 def test_only_the_run_s_own_files_are_ever_removed(mode: Mode, stage: str, student_cfg: Path, tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def test_stored_logits_train_as_a_live_teacher_does(
         runs.assert_same_runs(tmp_path / "live", tmp_path / other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [EXACT, SPARSE])
 def test_a_full_cache_asks_no_teacher_and_changes_no_bit(
     form: tuple[str, ...], tmp_path: Path, shown: list[int], monkeypatch: pytest.MonkeyPatch
@@ -115,6 +116,7 @@ def test_seeds_share_what_either_has_computed(tmp_path: Path, shown: list[int]) 
     assert 0 < len(shown) < first / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [DATA, {"name": "tiny"}])
 @pytest.mark.parametrize("form", [("run.teacher_logits=float16",), SPARSE])
 def test_an_epoch_in_many_blocks_is_as_in_one(
@@ -215,6 +217,7 @@ def test_the_methods_that_read_sparse_logits_are_those_that_are_known_to(tmp_pat
     assert isinstance(runs.experiment(cfg, *SPARSE).logit_format, Sparse)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", READERS)
 def test_a_method_that_reads_sparse_logits_trains_the_same_eager_and_captured(method: str, tmp_path: Path) -> None:
     cfg = write(tmp_path, method)

@@ -423,6 +423,7 @@ def test_what_changes_a_logit_has_a_cache_of_its_own_and_nothing_else_has(
     assert len({plain, *others}) == 1 + len(others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_method_is_given_the_logits_of_its_own_images(
@@ -509,6 +510,7 @@ def test_without_a_cache_the_teacher_sees_every_image_of_every_epoch(
     assert live == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [1, 3, 4])
 def test_a_stopped_run_keeps_what_was_computed_and_computes_the_rest(
     stop_after: int, kd_cfg: Path, teacher_file: Path, tmp_path: Path, small: int, asked: Asked

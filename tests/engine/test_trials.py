@@ -246,6 +246,7 @@ def test_a_taken_folder_of_one_seed_stops_all_before_anything_is_written(kd_cfg:
     assert not (tmp_path / "runs" / "seed0").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["overwrite", "resume"])
 def test_a_folder_of_one_seed_that_is_in_use_leaves_all_others_as_they_are(
     mode: Any, vanilla_cfg: Path, tmp_path: Path
@@ -331,6 +332,7 @@ def test_only_every_so_many_epochs_are_evaluated_and_the_last(
     assert f"test top-1 {metrics[-1]['test/top1']:.2f} after epoch {epochs}, the last one (best " in out
 
 
+@pytest.mark.slow
 def test_evaluating_less_often_trains_the_same(kd_cfg: Path, tmp_path: Path) -> None:
     (often,) = runs.train(kd_cfg, tmp_path / "often")
     (rarely,) = runs.train(kd_cfg, tmp_path / "rarely", "run.evaluate_every=2")
@@ -427,7 +429,8 @@ def test_neither_memory_nor_descriptors_grow_over_epochs(tmp_path: Path) -> None
     assert len(sizes) == 30
     # The first epochs fill the allocators; the least of five, as what is about to be freed comes and goes.
     assert min(sizes[-5:]) - min(sizes[5:10]) < 10e6
-    assert len({descriptors for _, descriptors in watched[2:]}) == 1
+    descriptors = [int(count) for _, count in watched]  # one more while a checkpoint is being written
+    assert min(descriptors[-5:]) == min(descriptors[5:10])
 
 
 def test_saving_within_an_epoch_changes_nothing(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from ..same import assert_same
 from .zoo import FAMILIES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("image_size", [32, 64])
 def test_shapes_are_those_of_a_forward_pass(name: str, image_size: int) -> None:

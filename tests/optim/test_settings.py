@@ -192,6 +192,7 @@ def test_only_weights_of_two_dimensions_decay(name: str) -> None:
 # ---- all of them in runs ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver",
     [
