@@ -95,10 +95,10 @@ class Ours:
     @staticmethod
     def overrides(cfg: Path, scratch: Path, precision: str, engine: str, info: DataInfo) -> list[str]:
         config = load(cfg)
-        words = ["data.name=random_pixels", f"run.precision={precision}", f"run.engine={engine}"]
+        words = ["data.name=random_pixels", f"data.batch_size={info.batch_size}"]
+        words += [f"run.precision={precision}", f"run.engine={engine}"]
         if info is not INFO:
-            words += [f"data.image_size={info.image_size}", f"data.classes={info.num_classes}"]
-            words += [f"data.batch_size={info.batch_size}", "data.test_images=2"]
+            words += [f"data.image_size={info.image_size}", f"data.classes={info.num_classes}", "data.test_images=2"]
         if config.teacher is not None:
             weights = [scratch / f"{member.name.replace('/', '_')}.pt" for member in config.teacher.members]
             for path, member in zip(weights, config.teacher.members, strict=True):
