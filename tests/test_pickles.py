@@ -40,6 +40,7 @@ def nested(depth: int) -> Any:
     return value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_depth_is_that_of_the_objects(protocol: int) -> None:
     """However many there are side by side, and in whatever batches a dictionary or list is filled."""

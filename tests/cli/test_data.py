@@ -140,6 +140,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_copy_is_smaller_and_read_alike(root: Path, tmp_path: Path, capsys: Capture) -> None:
     bee = root / "train" / "bee"
     (bee / "deep.png").write_bytes(encoded(picture(5, 80, 120), "PNG"))

@@ -21,6 +21,7 @@ Train = Callable[..., int]
 Evaluate = Callable[[Sequence[str]], int]
 
 
+@pytest.mark.slow
 def test_trains_and_evaluates_a_run_folder_and_its_files(
     capsys: pytest.CaptureFixture[str],
     train: Train,

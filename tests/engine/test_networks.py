@@ -54,6 +54,7 @@ def state_of(name: str, num_classes: int, path: Path | None = None) -> dict[str,
 # --- runs ---
 
 
+@pytest.mark.slow
 def test_arguments_of_a_teacher_that_change_its_logits_are_in_its_fingerprint(tmp_path: Path) -> None:
     """Its weights are the same, and a cache or a measured top-1 of one must not be taken for the other's."""
     state_of("timm/test_resnet", 10, tmp_path / "big.pt")

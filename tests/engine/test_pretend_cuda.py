@@ -512,6 +512,7 @@ def eager(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[] if number % 12 == 0 else pytest.mark.slow) for number, name in enumerate(FAULTS)],

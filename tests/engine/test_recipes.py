@@ -203,6 +203,7 @@ class TestMixedImages:
 class TestMixedImagesBeside:
     MIXING = "data.mixing={name: cutmix_pick, alpha: 1, candidates: 2, pick: student, mode: beside, partner: batch}"
 
+    @pytest.mark.slow
     def test_plain_images_have_cached_logits_which_changes_nothing(self, kd_cfg, teacher_file):
         experiment = runs.experiment(kd_cfg, self.MIXING)
         assert experiment.cache is not None
@@ -216,6 +217,7 @@ class TestMixedImagesBeside:
         assert {"train/loss_ce", "train/loss_kd", "train/loss_kd_mixed"} <= cached[0].keys()
         assert cached[-1]["train/loss"] < cached[0]["train/loss"]
 
+    @pytest.mark.slow
     def test_a_stopped_run_goes_on_exactly(self, tmp_path):
         cfg = runs.write_config(tmp_path, "kd", solver={"average_from": 2, "average_statistics": "first"})
         runs.train(cfg, tmp_path / "whole", self.MIXING)

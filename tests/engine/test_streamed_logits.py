@@ -107,6 +107,7 @@ def test_a_full_cache_asks_no_teacher_and_changes_no_bit(
     assert shown == []
 
 
+@pytest.mark.slow
 def test_seeds_share_what_either_has_computed(tmp_path: Path, shown: list[int]) -> None:
     cfg = write(tmp_path)
     runs.train(cfg, tmp_path, "solver.epochs=9")
@@ -178,6 +179,7 @@ def test_more_views_than_a_cache_can_have_entries_are_refused(tmp_path: Path) ->
 # ---- sparse ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS + HOOKS)
 def test_every_method_reads_sparse_logits_or_is_refused_in_a_line(method: str, tmp_path: Path) -> None:
     needs = DISTILLERS.get(method).needs

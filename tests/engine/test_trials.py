@@ -362,6 +362,7 @@ def test_a_run_that_grows_evaluates_its_new_last_epoch(vanilla_cfg: Path, tmp_pa
 # --- what a run prints and takes ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cache", "teacher"),
     [
@@ -433,6 +434,7 @@ def test_neither_memory_nor_descriptors_grow_over_epochs(tmp_path: Path) -> None
     assert min(descriptors[-5:]) == min(descriptors[5:10])
 
 
+@pytest.mark.slow
 def test_saving_within_an_epoch_changes_nothing(tmp_path: Path) -> None:
     cfg = runs.write_config(tmp_path, "mcld", solver={"epochs": 2, "ema_decay": 0.9})
     runs.train(cfg, tmp_path / "whole", seeds=(0, 1))
