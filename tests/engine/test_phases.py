@@ -17,7 +17,7 @@ from mdistill.errors import UserError
 
 from .. import replay, runs
 from ..conftest import refused
-from ..distillers import examples
+from ..distillers import examples, hooks
 from ..same import assert_same
 
 PHASES = {"projector": {"epochs": 1, "lr": 0.02}, "student": {"epochs": 1}}
@@ -108,8 +108,7 @@ def test_no_phase_repeats_images_or_draws_of_another(
 ) -> None:
     orders, epochs = [], []
     begin = BatchLoader.begin
-    method = DISTILLERS.get("hooks_phases")
-    distance = method.distance  # type: ignore[attr-defined]
+    distance = hooks.HooksPhases.distance
 
     def noted(loader: BatchLoader, epoch: int, step: int) -> None:
         begin(loader, epoch, step)
@@ -121,7 +120,7 @@ def test_no_phase_repeats_images_or_draws_of_another(
 
     monkeypatch.setattr(BatchLoader, "begin", noted)
     experiment = runs.experiment(cfg, output=tmp_path)
-    monkeypatch.setattr(method, "distance", seen)
+    monkeypatch.setattr(hooks.HooksPhases, "distance", seen)
     trainer.fit(experiment, [runs.RunFolder(tmp_path / "seed0", "new")])
     assert len({tuple(order) for order in orders}) == len(orders) == 4
     assert sorted(set(epochs)) == [1, 2, 3, 4]
