@@ -1,6 +1,6 @@
 """The typed, strict configuration: everything that changes a result, from YAML files, their bases and overrides."""
 
-from mdistill.config.files import for_pair, inline_section, load, source_of, sources
+from mdistill.config.files import Inline, for_pair, inline_section, load, source_of, sources
 from mdistill.config.schema import (
     Config,
     MemberConfig,
@@ -8,6 +8,7 @@ from mdistill.config.schema import (
     SolverConfig,
     TeacherConfig,
     cell_identity,
+    changes,
     differences,
     results_only,
     without_defaults,
@@ -15,11 +16,13 @@ from mdistill.config.schema import (
 
 __all__ = [
     "Config",
+    "Inline",
     "MemberConfig",
     "RunConfig",
     "SolverConfig",
     "TeacherConfig",
     "cell_identity",
+    "changes",
     "differences",
     "for_pair",
     "inline_section",

@@ -43,8 +43,17 @@ RENAMED = {"mlkd.reading": "variant"}
 """Settings of methods that have a new name."""
 
 
+@dataclass(frozen=True)
+class Inline:
+    """Sections of a configuration that stand in a file of another kind."""
+
+    path: Path  # of that file, beside which user modules are
+    tree: Mapping[str, Any]
+    place: str = ""  # in it, for messages
+
+
 def load(
-    path: Path | str | Sequence[Path],
+    path: Path | str | Sequence[Path | Inline],
     overrides: Sequence[str] = (),
     *,
     imports: Sequence[str] = (),
@@ -60,7 +69,7 @@ def load(
     ``sources:`` of a file, which tells where its settings come from, is no setting.
 
     Args:
-        path: a file; or several, which are merged in order, as ``for_pair`` gives them.
+        path: a file; or several, which are merged in order, as ``for_pair`` gives them; or what stands elsewhere.
         overrides: ``solver.lr=0.1`` and the like; values are YAML.
         imports: further modules to load first, as ``imports:`` in the file.
         seed: replaces the file's.
@@ -70,10 +79,14 @@ def load(
     Raises:
         UserError: every unknown, missing and ill-typed key together, one line each with its file and key.
     """
-    files = [Path(path)] if isinstance(path, (str, Path)) else list(path)
+    parts: list[Path | Inline] = [Path(path)] if isinstance(path, (str, Path)) else list(path)
+    files = [part.path if isinstance(part, Inline) else part for part in parts]
     draft = _Draft()
-    for file in files:
-        for source, tree, _ in _with_bases(file):
+    for part in parts:
+        if isinstance(part, Inline):
+            draft.add(part.tree, ": ".join(text for text in (str(part.path), part.place) if text))
+            continue
+        for source, tree, _ in _with_bases(part):
             draft.add(tree, str(source))
     variant = _apply_overrides(draft, overrides)
     tree = draft.tree
@@ -340,6 +353,18 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path
             raise UserError(f"{path}: base: more than {MAX_DEPTH} files are based on each other, from {chain[0]} on")
         yield from _with_bases(base_path, chain)
     yield path, tree, told
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """What a YAML file and its bases hold, unchecked.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    draft = _Draft()
+    for source, tree, _ in _with_bases(path):
+        draft.add(tree, str(source))
+    return draft.tree
 
 
 def _sources(path: Path, given: Any) -> dict[str, str]:

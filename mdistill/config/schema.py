@@ -337,6 +337,16 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
     }
 
 
+def changes(before: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings that change results in which ``config`` differs from a recorded one, resolved, by dotted key.
+
+    One that the older version did not know, at its default, changes nothing.
+    """
+    chosen = differences({}, without_defaults(config))
+    changed = differences(results_only(before), results_only(config.resolved()))
+    return {key: values for key, values in changed.items() if values[0] is not None or key in chosen}
+
+
 def leaves(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every value of ``tree`` that is no section, or an empty one, with its key."""
     for key, value in tree.items():
