@@ -153,6 +153,7 @@ class TableRow(_Named):
     settings: dict[str, Any] | None = None  # all of the method's, in the place of a configuration
     set: Overrides = ()  # for this row's runs
     published: str | None = None  # variant of its published figures, where it is not that of its runs
+    without: dict[str, str] = {}  # pairs that it cannot be trained for, and why
 
     @classmethod
     def _short(cls, name: str) -> dict[str, Any]:

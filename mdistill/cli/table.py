@@ -105,7 +105,7 @@ def _run(args: argparse.Namespace, found: "Table", output: Path, configs: Path) 
         epochs=args.epochs,
     )
     if args.dry_run:
-        _print_plan(runs, args, output)
+        _print_plan(found, runs, args, output)
         return None
     return _train(args, runs, output)
 
@@ -115,7 +115,7 @@ def _recorded(args: argparse.Namespace, output: Path) -> list[Path]:
     return [output, args.output, *sorted(args.output.glob("epochs[0-9]*"))]
 
 
-def _print_plan(runs: "Sequence[Run]", args: argparse.Namespace, output: Path) -> None:
+def _print_plan(found: "Table", runs: "Sequence[Run]", args: argparse.Namespace, output: Path) -> None:
     from mdistill.reporting.table_runs import Speeds
 
     for run in runs:
@@ -128,6 +128,9 @@ def _print_plan(runs: "Sequence[Run]", args: argparse.Namespace, output: Path) -
         print(f"{run.label}: {words[run.state]}{', no teacher' if run.missing else ''}  {run.folder}")
     for why in dict.fromkeys(run.missing for run in runs if run.missing):
         print(f"no teacher: {why}")
+    for row in found.rows:
+        for pair in set(row.without) & set(found.pairs):
+            print(f"left out: {row.name} {pair}: {row.without[pair]}")
     complete = sum(run.state == "complete" for run in runs)
     cannot = sum(bool(run.missing or run.state == "other") for run in runs)
     seconds, unknown = Speeds(runs, dict.fromkeys(_recorded(args, output))).left(runs)
@@ -169,8 +172,8 @@ def _train(args: argparse.Namespace, runs: "Sequence[Run]", output: Path) -> int
             name = stop.signal
     finally:
         claims.close()
-    for run, why in outcome.failed.values():
-        print(f"failed: {run.label}: {why}", file=sys.stderr)
+    for line in outcome.failures():
+        print(f"failed: {line}", file=sys.stderr)
     done = f"{len(outcome.complete)} of {len(runs)} runs are complete"
     if name is not None and outcome.stopped:
         raise Stopped(f"{name}: stopped, {done}; what was running is saved, run the same command again to go on")

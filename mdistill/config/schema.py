@@ -308,6 +308,16 @@ def without_defaults(config: Config) -> dict[str, Any]:
     return settings
 
 
+def changes(before: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings that change results in which ``config`` differs from a recorded one, resolved, by dotted key.
+
+    One that the older version did not know, at its default, changes nothing.
+    """
+    chosen = differences({}, without_defaults(config))
+    changed = differences(results_only(before), results_only(config.resolved()))
+    return {key: values for key, values in changed.items() if values[0] is not None or key in chosen}
+
+
 def _added(name: str) -> dict[str, Any]:
     """``ADDED`` of one method."""
     return {setting.split(".")[1]: value for setting, value in ADDED.items() if setting.split(".")[0] == name}
@@ -335,16 +345,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
         for key in keys
         if old_leaves.get(key) != new_leaves.get(key)
     }
-
-
-def changes(before: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
-    """The settings that change results in which ``config`` differs from a recorded one, resolved, by dotted key.
-
-    One that the older version did not know, at its default, changes nothing.
-    """
-    chosen = differences({}, without_defaults(config))
-    changed = differences(results_only(before), results_only(config.resolved()))
-    return {key: values for key, values in changed.items() if values[0] is not None or key in chosen}
 
 
 def leaves(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

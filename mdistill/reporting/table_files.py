@@ -21,6 +21,7 @@ class Row:
     overrides: tuple[str, ...] = ()
     settings: dict[str, Any] | None = field(default=None, compare=False)
     published: str | None = None  # variant of its published figures, where it is not that of its runs
+    without: dict[str, str] = field(default_factory=dict, compare=False)  # pairs that it has no cell for, and why
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Cell:
     overrides: tuple[str, ...] = ()  # and further ones
     folders: tuple[Path, ...] = ()  # where user modules are looked for
     inline: bool = False  # whether the table file is its configuration, and has ``own`` too
+
+    @property
+    def cfg(self) -> Path:
+        """The file that its configuration begins with; the table's, where that holds a part of it."""
+        return Path(self.train[1])
 
     def config(self, seed: int | None) -> "Config":
         """Of the run with ``seed``; None for the file's."""
@@ -58,14 +64,14 @@ class Table:
     rows: tuple[Row, ...]
     pairs: tuple[str, ...]
     seeds: tuple[int, ...]
-    cells: tuple[Cell, ...]  # row by row
+    cells: tuple[Cell, ...]  # row by row; none for ``row.without``
     metrics: tuple[str, ...] = ("top1",)
     notes: tuple[str, ...] = ()
     dataset: str = ""  # the folder of its configurations
     every_run: tuple[str, ...] = ()  # ``key=value`` for all of them, the command line's last
 
     def cell(self, row: Row, pair: str) -> Cell:
-        """The cell of ``row`` and ``pair``."""
+        """The cell of ``row`` and ``pair``, which is none of ``row.without``."""
         return next(cell for cell in self.cells if (cell.row, cell.pair) == (row, pair))
 
 
@@ -135,7 +141,17 @@ def read_table(
     wanted = given.pairs
     if pairs is not None:
         wanted = tuple(given.pairs[_index(name, pair_names, "--pairs")] for name in dict.fromkeys(pairs))
-    cells = tuple(_cell(row, pair, given, path, configs, tuple(overrides)) for row in rows for pair in wanted)
+    for row in rows:
+        for name in row.without:
+            if name not in pair_names:
+                near = suggestion(name, pair_names)
+                raise UserError(f"{path}: methods: {row.name}: without: {name!r} is no pair of this table{near}")
+    cells = tuple(
+        _cell(row, pair, given, path, configs, tuple(overrides))
+        for row in rows
+        for pair in wanted
+        if pair.name not in row.without
+    )
     chosen = given.seeds if seeds is None else tuple(seeds)
     return Table(
         path,
@@ -172,6 +188,9 @@ def cell_of(
         table = read_table(path, configs, methods=[row], pairs=pairs, overrides=overrides, imports=imports)
     except UserError as error:
         raise UserError(str(error).replace("--methods", "--row").replace("--pairs", "--pair")) from None
+    if not table.cells:
+        (why,) = (table.rows[0].without[name] for name in table.pairs)
+        raise UserError(f"{path}: {row} {table.pairs[0]}: left out, {why}")
     if len(table.cells) > 1:
         raise UserError(f"--pair: {path} has {len(table.cells)} pairs; name one of {', '.join(table.pairs)}")
     return table.cells[0]
@@ -211,12 +230,12 @@ def _row(given: "TableRow", table: "TableFile", path: Path, configs: Path) -> Ro
 
     if given.settings is not None:
         DISTILLERS.canonical(given.method, f"{path}: methods: {given.name}")
-        return Row(given.name, given.method, given.set, given.settings, given.published)
+        return Row(given.name, given.method, given.set, given.settings, given.published, given.without)
     for folder in (configs / table.dataset / given.method, path.parent / given.method):
         if folder.exists():
-            return Row(given.name, str(folder), given.set, None, given.published)
+            return Row(given.name, str(folder), given.set, None, given.published, given.without)
     if given.method in DISTILLERS.names():
-        return Row(given.name, given.method, given.set, {}, given.published)
+        return Row(given.name, given.method, given.set, {}, given.published, given.without)
     known = [each.name for each in (configs / table.dataset).glob("[!_]*") if each.is_dir()]
     raise UserError(
         f"{path}: methods: {given.method!r} is neither a folder of {configs / table.dataset}, nor beside the table"

@@ -342,6 +342,18 @@ class Outcome:
     failed: dict[str, tuple[Run, str]] = field(default_factory=dict)  # by key: and why
     stopped: list[Run] = field(default_factory=list)
 
+    def failures(self) -> list[str]:
+        """A line for each reason, with the runs that failed for it."""
+        runs: dict[str, list[str]] = {}
+        for run, why in self.failed.values():
+            runs.setdefault(why, []).append(run.label)
+        return [f"{_listed(labels)}: {why}" for why, labels in runs.items()]
+
+
+def _listed(labels: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(labels) - most} more" if len(labels) > most else ""
+    return ", ".join(labels[:most]) + more
+
 
 class Process(Protocol):
     """What a run trains in."""
@@ -376,8 +388,6 @@ def train(
     report: Callable[[Sequence[Run], Outcome], None],
     tell: Callable[[str], None] = print,
     start: Start | None = None,
-    poll: float = POLL,
-    scan: float = SCAN,
 ) -> Outcome:
     """Train every run that is not complete, ``jobs`` at a time; a run that fails does not keep the others.
 
@@ -385,13 +395,11 @@ def train(
 
     Args:
         flags: of ``mdistill train``, the same for all.
-        report: is told, every ``poll`` seconds, what is running and what has become of the others.
+        report: is told, every ``POLL`` seconds, what is running and what has become of the others.
         tell: prints a line.
         start: begins a process with arguments, the file that it prints to, and its environment.
-        poll: seconds between two looks at what is running.
-        scan: and at what others have claimed, where nothing else can be begun.
     """
-    return _Training(runs, claims, logs, jobs, flags, tell, start or _start).run(asked_to_stop, report, poll, scan)
+    return _Training(runs, claims, logs, jobs, flags, tell, start or _start).run(asked_to_stop, report)
 
 
 class _Training:
@@ -416,13 +424,7 @@ class _Training:
         except OSError as error:
             raise UserError(f"--output: {logs} cannot be written: {error.strerror}") from None
 
-    def run(
-        self,
-        asked_to_stop: Callable[[], bool],
-        report: Callable[[Sequence[Run], Outcome], None],
-        poll: float,
-        scan: float,
-    ) -> Outcome:
+    def run(self, asked_to_stop: Callable[[], bool], report: Callable[[Sequence[Run], Outcome], None]) -> Outcome:
         """Until nothing is left to do."""
         next_scan = 0.0
         while self.pending or self.active:
@@ -433,10 +435,10 @@ class _Training:
             ended = self._end_jobs(stopping)
             if len(self.active) < self.jobs and (ended or time.monotonic() >= next_scan):
                 self._begin_jobs()
-                next_scan = time.monotonic() + scan
+                next_scan = time.monotonic() + SCAN
             report([job.run for job in self.active.values()], self.outcome)
             if self.pending or self.active:
-                time.sleep(poll)
+                time.sleep(POLL)
         return self.outcome
 
     def _end_jobs(self, stopping: bool) -> bool:
@@ -461,7 +463,8 @@ class _Training:
             elif job.lost:
                 self.pending[key] = job.run
             else:
-                self._fail(job.run, _reason(job.log, code))
+                self._fail(job.run, why := _reason(job.log, code))
+                self.tell(f"failed: {job.run.label}: {why}")
             self.claims.release(key)
         return ended
 
@@ -507,7 +510,6 @@ class _Training:
 
     def _fail(self, run: Run, why: str) -> None:
         self.outcome.failed[run.key] = (run, why)
-        self.tell(f"failed: {run.label}: {why}")
 
     def _hindrance(self, run: Run) -> str | None:
         if run.state == "other":
