@@ -14,7 +14,7 @@ from mdistill.errors import RunFailed, Stopped
 
 if TYPE_CHECKING:
     from mdistill.reporting.table_files import Table
-    from mdistill.reporting.table_runs import Outcome, Run
+    from mdistill.reporting.table_runs import Outcome, Run, Speeds
 
 DESCRIPTION = """A table is pairs x methods x seeds, as a table file says: one of configs/tables, or your own.
 
@@ -35,6 +35,7 @@ EXAMPLES = f"""  mdistill table run mcld_table2 --dry-run                     wh
 
 EVERY = 600.0  # seconds between two lines on how far a table is, where there is no terminal
 LOOK = 2.0  # seconds between two looks at how far it is
+MEASURE = 60.0  # and at how long an epoch takes
 
 
 def _names(text: str) -> list[str]:
@@ -133,7 +134,7 @@ def _print_plan(found: "Table", runs: "Sequence[Run]", args: argparse.Namespace,
             print(f"left out: {row.name} {pair}: {row.without[pair]}")
     complete = sum(run.state == "complete" for run in runs)
     cannot = sum(bool(run.missing or run.state == "other") for run in runs)
-    seconds, unknown = Speeds(runs, dict.fromkeys(_recorded(args, output))).left(runs)
+    seconds, unknown = Speeds(runs, _recorded(args, output)).left(runs)
     print(
         f"{len(runs)} runs, {complete} complete{f', {cannot} cannot be trained' if cannot else ''};"
         f" {_time_left(seconds, unknown, args.jobs)}"
@@ -158,7 +159,7 @@ def _train(args: argparse.Namespace, runs: "Sequence[Run]", output: Path) -> int
     flags += [*(["--device", args.device] if args.device else []), *(["--download"] if args.download else [])]
     claims = Claims(output / ".claims")
     try:
-        with StopRequest() as stop, _progress(runs, Speeds(runs, dict.fromkeys(_recorded(args, output)))) as progress:
+        with StopRequest() as stop, _progress(runs, Speeds(runs, _recorded(args, output))) as progress:
             outcome = train(
                 runs,
                 claims,
@@ -186,9 +187,9 @@ def _train(args: argparse.Namespace, runs: "Sequence[Run]", output: Path) -> int
 class _Progress:
     """One bar over the epochs of all runs, those that others train too; lines instead where there is no terminal."""
 
-    def __init__(self, runs: "Sequence[Run]", speeds: Any, bar: Any, clock: Callable[[], float]) -> None:
+    def __init__(self, runs: "Sequence[Run]", speeds: "Speeds", bar: Any, clock: Callable[[], float]) -> None:
         self._runs, self._speeds, self._bar, self._clock = runs, speeds, bar, clock
-        self._looked, self._printed = -LOOK, clock()
+        self._looked, self._printed, self._measured = -LOOK, clock(), clock()
 
     def report(self, active: "Sequence[Run]", outcome: "Outcome") -> None:
         """How far the table is."""
@@ -196,6 +197,9 @@ class _Progress:
         if now - self._looked < LOOK:
             return
         self._looked = now
+        if now - self._measured >= MEASURE:
+            self._measured = now
+            self._speeds.read()
         open_runs = [run for run in self._runs if run.key not in outcome.failed]
         seconds, unknown = self._speeds.left(open_runs)
         left = f"about {timedelta(seconds=round(seconds / max(1, len(active))))} left" if seconds else ""
@@ -217,7 +221,7 @@ class _Progress:
 
 
 @contextmanager
-def _progress(runs: "Sequence[Run]", speeds: Any) -> "Iterator[_Progress]":
+def _progress(runs: "Sequence[Run]", speeds: "Speeds") -> "Iterator[_Progress]":
     from tqdm import tqdm
 
     total = sum(run.epochs for run in runs)

@@ -1,6 +1,8 @@
 """The runs behind a table: what is there, what is missing, and training what is missing."""
 
+import hashlib
 import importlib
+import json
 import os
 import signal
 import statistics
@@ -9,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -26,6 +29,7 @@ POLL = 0.5  # seconds between two looks at what is running
 SCAN = 5.0  # seconds between two looks at what others have claimed, where nothing else can be begun
 QUIET = 90.0  # seconds without a sign of the owner of a claim, after which it is told of
 RECENT = 20  # epochs of a record by which the speed of a run is judged, its last ones
+MOST_BYTES = 200  # of a run's key, which names files
 TEACHER = "teacher"  # the row that a missing teacher's run is of
 COUNTED = ("epochs", "epoch", "after")  # how names of a method's settings that are counted in epochs end
 
@@ -182,7 +186,10 @@ def _configured(cell: Cell, seed: int, epochs: int | None) -> "tuple[Cell, Confi
 
 def _run(cell: Cell, config: "Config", output: Path) -> Run:
     folder = config.run_folder()
-    return Run(cell, config.seed, config, output / folder, "--".join(folder.parts))
+    key = "--".join(folder.parts)
+    if len(key.encode()) > MOST_BYTES:
+        key = f"{key[:60]}~{hashlib.sha256(key.encode()).hexdigest()[:16]}--{folder.name}"
+    return Run(cell, config.seed, config, output / folder, key)
 
 
 def _teacher(
@@ -281,9 +288,14 @@ class Speeds:
     """
 
     def __init__(self, runs: Sequence[Run], outputs: Iterable[Path]) -> None:
-        self._outputs = list(outputs)
+        self._outputs = list(dict.fromkeys(outputs))
+        self._pairs = sorted({_cell_place(run)[::2] for run in runs})
+        self.read()
+
+    def read(self) -> None:
+        """Look at the records anew."""
         self._cells: dict[tuple[str, str, str], list[float]] = {}
-        for dataset, pair in sorted({_cell_place(run)[::2] for run in runs}):
+        for dataset, pair in self._pairs:
             self._read(dataset, pair)
 
     def epoch(self, run: Run) -> float | None:
@@ -314,10 +326,19 @@ class Speeds:
     def _read(self, dataset: str, pair: str) -> None:
         for output in self._outputs:
             for path in sorted(output.glob(f"{dataset}/*/{pair}/**/metrics.jsonl")):
-                lines = [line for line in read_metrics(path.parent)[-RECENT:] if not line.get("phase")]
-                seconds = [float(line.get("seconds/train", 0)) + float(line.get("seconds/eval", 0)) for line in lines]
                 method = path.relative_to(output).parts[1]
-                self._cells.setdefault((dataset, method, pair), []).extend(each for each in seconds if each > 0)
+                self._cells.setdefault((dataset, method, pair), []).extend(_seconds(path))
+
+
+def _seconds(path: Path) -> list[float]:
+    """Of each of the last epochs in a run's metrics, but for a first phase's."""
+    seconds = []
+    for text in read_text(path).splitlines()[-RECENT:]:
+        with suppress(ValueError, TypeError, KeyError):
+            line = json.loads(text)
+            if "phase" not in line:
+                seconds.append(float(line["seconds/train"]) + float(line["seconds/eval"]))
+    return seconds
 
 
 def _cell_place(run: Run) -> tuple[str, str, str]:

@@ -26,10 +26,10 @@ solver: {name: sgd, epochs: 40, lr: 0.05, milestones: [20, 30], gamma: 0.1, mome
 TABLE = """
 title: a table
 dataset: small
-pairs: [wide_narrow, {name: wide_wider, teacher: {name: tiny_net, width: 32, checkpoint: teacher.pt}, student: {name:
-  tiny_net, width: 48}}]
+pairs: [wide_narrow, {name: wide_deep, teacher: {name: tiny_net, width: 32, checkpoint: teacher.pt}, student: {name:
+  resnet8x4}}]
 methods:
-  - {name: alone, method: vanilla, without: {wide_wider: there is no need}}
+  - {name: alone, method: vanilla, without: {wide_deep: there is no need}}
   - kd
   - {name: hot, method: kd, set: [distiller.temperature=8]}
   - {name: mine, method: kd, settings: {ce_weight: 1.0, kd_weight: 1.0, temperature: 2.0}, set: [variant=mine]}
@@ -119,11 +119,11 @@ def test_runs_come_seed_by_seed_and_a_run_of_two_cells_once(planned: Callable[..
 
 
 def test_a_pair_of_the_table_file(file: Path, configs: Path) -> None:
-    file.write_text(TABLE.replace(", without: {wide_wider: there is no need}", ""))
-    table = read_table(file, configs, pairs=["wide_wider"])
+    file.write_text(TABLE.replace(", without: {wide_deep: there is no need}", ""))
+    table = read_table(file, configs, pairs=["wide_deep"])
     by_row = {cell.row.name: cell.config(3) for cell in table.cells}
     assert by_row["alone"].teacher is None
-    assert {config.student.arguments["width"] for config in by_row.values()} == {48}
+    assert {config.student.name for config in by_row.values()} == {"resnet8x4"}
     assert by_row["kd"].distiller.arguments["temperature"] == 4.0
     assert by_row["hot"].distiller.arguments["temperature"] == 8.0
     assert by_row["mine"].distiller.arguments["warmup_epochs"] == 0
@@ -144,12 +144,12 @@ def test_what_the_table_file_holds_is_trained_from_it(
 
 def test_one_cell(file: Path, configs: Path) -> None:
     assert cell_of(file, configs, "mine", "wide_narrow").config(None).seed == 0
-    with pytest.raises(UserError, match=r"^--pair: .*table.yaml has 2 pairs; name one of wide_narrow, wide_wider$"):
+    with pytest.raises(UserError, match=r"^--pair: .*table.yaml has 2 pairs; name one of wide_narrow, wide_deep$"):
         cell_of(file, configs, "mine", None)
     with pytest.raises(UserError, match=r"^--row: unknown 'mind'; did you mean 'mine'\?"):
         cell_of(file, configs, "mind", None)
-    with pytest.raises(UserError, match=r"table.yaml: alone wide_wider: left out, there is no need$"):
-        cell_of(file, configs, "alone", "wide_wider")
+    with pytest.raises(UserError, match=r"table.yaml: alone wide_deep: left out, there is no need$"):
+        cell_of(file, configs, "alone", "wide_deep")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_one_cell(file: Path, configs: Path) -> None:
         ("  - kd\n", "  - kdd\n", "methods: 'kdd' is neither a folder of "),
         ("dataset: small", "dataset: smal", "dataset: no folder "),
         ("[wide_narrow,", "[wide_narow,", "pairs: unknown pair 'wide_narow' in "),
-        ("{wide_wider: there", "{wide: there", "methods: alone: without: 'wide' is no pair of this table"),
+        ("{wide_deep: there", "{wide: there", "methods: alone: without: 'wide' is no pair of this table"),
         ("method: kd, settings", "method: kdd, settings", "unknown method 'kdd' in "),
     ],
 )
@@ -537,7 +537,7 @@ def test_a_plan_is_printed_and_nothing_is_written(
     assert table_cli.main(["run", str(file), "--dry-run", "--seeds", "0", *flags]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"alone wide_narrow seed 0: 40 epochs to do  {tmp_path}/runs/tiny/vanilla/tiny_net/seed0"
-    assert lines[-2] == "left out: alone wide_wider: there is no need"
+    assert lines[-2] == "left out: alone wide_deep: there is no need"
     assert lines[-1] == "7 runs, 0 complete, 6 cannot be trained; 40 epochs to do, of pairs that nobody has timed"
     assert not (tmp_path / "runs").exists()
 
