@@ -236,7 +236,7 @@ def _teacher_cell(run: Run, table: Table, configs: Path) -> Cell | None:
 
     assert run.config.teacher is not None
     name = run.config.teacher.name
-    cfg = configs / table.dataset / "vanilla" / student_file_name(name)
+    cfg = configs / table.dataset / f"vanilla/{student_file_name(name)}"
     if not cfg.is_file():
         return None
     overrides = tuple(each for each in table.every_run if each.startswith(("data.", "run.")))
