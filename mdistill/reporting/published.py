@@ -66,8 +66,7 @@ def figure_of(
         cell: data set, method, variant, teacher ("" for a network alone) and student; a library's prefix is left out.
         epochs: of its training.
     """
-    dataset, method, variant, teacher, student = cell
-    key = (dataset, method, variant, teacher.rpartition("/")[2], student.rpartition("/")[2])
+    key = tuple(name.rpartition("/")[2] for name in cell)
     own = [each for each in figures if (_cell(each), each.metric, each.source) == (key, metric, source)]
     as_long = [each for each in own if each.epochs in (None, epochs)]
     here = [each for each in as_long if each.table == table]
@@ -85,4 +84,5 @@ def disagreeing(figures: Sequence[Figure], figure: Figure) -> list[Figure]:
 
 
 def _cell(figure: Figure) -> tuple[str, ...]:
-    return figure.dataset, figure.method, figure.variant, figure.teacher, figure.student
+    names = (figure.dataset, figure.method, figure.variant, figure.teacher, figure.student)
+    return tuple(name.rpartition("/")[2] for name in names)
