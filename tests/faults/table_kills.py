@@ -19,9 +19,9 @@ VICTIMS: tuple[Victim, ...] = ("run", "worker", "both", "stop", "claim", "releas
 class Kill:
     """Of whom, and when.
 
-    ``run``, ``worker``, ``both``: SIGKILL, as step ``step`` of the worker's run number ``run`` is fetched; ``stop``:
-    SIGTERM to the worker then. ``claim``: the worker, when it has claimed its run number ``run``; ``release``: before
-    it gives it up.
+    ``run``, ``worker``, ``both``: SIGKILL, as step ``step`` of the worker's run number ``run``, and of those after it,
+    is fetched; ``stop``: SIGTERM to the worker then. ``claim``: the worker, when it has claimed its run number ``run``;
+    ``release``: before it gives it up.
     """
 
     victim: Victim
@@ -82,7 +82,7 @@ def plant(kill: Kill | None, ended: Path) -> None:
     count = {"run": -1, "take": -1, "release": -1}
 
     def within() -> None:
-        if kill is not None and count["run"] == kill.run:
+        if kill is not None and count["run"] >= kill.run:
             _kill_at_step(kill)
 
     def start(arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> Forked:

@@ -105,7 +105,7 @@ def random_kills(seed: int) -> list[Kill]:
     rng = random.Random(seed)
     kinds = [VICTIMS[number % len(VICTIMS)] for number in range(KILLS)]
     rng.shuffle(kinds)
-    return [Kill(kind, rng.randrange(2), rng.randint(1, EPOCHS * STEPS)) for kind in kinds]
+    return [Kill(kind, rng.choice((0, 0, 1)), rng.randint(1, EPOCHS * STEPS)) for kind in kinds]
 
 
 @pytest.mark.parametrize("seed", [0])
