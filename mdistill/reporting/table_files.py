@@ -328,7 +328,8 @@ def _method_parts(row: Row, path: Path, place: str) -> "tuple[Path | Inline, ...
         if not base.is_file():
             raise UserError(f"{path}: {place}: no {base}, which a pair of the table file needs")
         name, parts = str(read_tree(base).get("distiller", {}).get("name")), (base,)
-    if name in DISTILLERS.names() and DISTILLERS.get(name).needs.teacher == "none":
+    needs = getattr(DISTILLERS.get(name), "needs", None) if name in DISTILLERS.names() else None
+    if needs is not None and needs.teacher == "none":
         parts = (*parts, Inline(path, {"teacher": None}, place))
     return parts
 

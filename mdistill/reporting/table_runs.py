@@ -72,6 +72,10 @@ class Run:
         state: State = self._seen["state"]
         return state
 
+    def is_complete(self) -> bool:
+        """Whether it is by now."""
+        return self.state == "complete"
+
     @property
     def difference(self) -> str:
         """In what a run of other settings is another one."""
@@ -500,7 +504,7 @@ class _Training:
                 self._fail(self.pending.pop(key), why)
             elif run.needs not in {*self.pending, *self.active} and not _in_use(run.folder) and self._claim(run):
                 del self.pending[key]
-                if run.state == "complete":  # by another process, a moment ago
+                if run.is_complete():  # by another process, a moment ago
                     self._complete(run)
                     self.claims.release(key)
                     continue
