@@ -30,6 +30,7 @@ SCAN = 5.0  # seconds between two looks at what others have claimed, where nothi
 QUIET = 90.0  # seconds without a sign of the owner of a claim, after which it is told of
 RECENT = 20  # epochs of a record by which the speed of a run is judged, its last ones
 MOST_BYTES = 200  # of a run's key, which names files
+IN_USE = "is in use by another running process"  # as ``lock_folder`` says
 TEACHER = "teacher"  # the row that a missing teacher's run is of
 COUNTED = ("epochs", "epoch", "after")  # how names of a method's settings that are counted in epochs end
 
@@ -93,8 +94,9 @@ class Run:
         if difference:
             state = "other"
         elif lines >= self.epochs and signature[1] and signature[2]:
-            metrics = read_metrics(self.folder)
-            state = "complete" if metrics and metrics[-1]["epoch"] == self.epochs else "begun"
+            with suppress(UserError):  # it has gone this moment, so it is being begun anew
+                metrics = read_metrics(self.folder)
+                state = "complete" if metrics and metrics[-1]["epoch"] == self.epochs else "begun"
         self._seen.update(signature=signature, lines=lines, state=state, difference=difference)
 
 
@@ -121,7 +123,7 @@ def _difference(path: Path, config: "Config") -> str:
     try:
         changed = changes(read_yaml(path), config)
     except UserError as error:
-        return str(error).splitlines()[0]
+        return str(error).splitlines()[0] if path.exists() else ""  # else it is being written
     was, now = changed.get("solver.epochs", (None, None))
     if config.solver.schedule != "cosine" and isinstance(was, int) and isinstance(now, int) and was < now:
         del changed["solver.epochs"]  # it may grow
@@ -336,8 +338,12 @@ class Speeds:
 
 def _seconds(path: Path) -> list[float]:
     """Of each of the last epochs in a run's metrics, but for a first phase's."""
-    seconds = []
-    for text in read_text(path).splitlines()[-RECENT:]:
+    seconds: list[float] = []
+    try:
+        lines = read_text(path).splitlines()[-RECENT:]
+    except UserError:  # it has gone this moment
+        return seconds
+    for text in lines:
         with suppress(ValueError, TypeError, KeyError):
             line = json.loads(text)
             if "phase" not in line:
@@ -485,10 +491,10 @@ class _Training:
                 self._complete(job.run)
             elif stopping:
                 self.outcome.stopped.append(job.run)
-            elif job.lost:
+            elif job.lost or IN_USE in (why := _reason(job.log, code)):  # by a run whose worker was killed
                 self.pending[key] = job.run
             else:
-                self._fail(job.run, why := _reason(job.log, code))
+                self._fail(job.run, why)
                 self.tell(f"failed: {job.run.label}: {why}")
             self.claims.release(key)
         return ended
@@ -503,14 +509,21 @@ class _Training:
             elif why := self._hindrance(run):
                 self._fail(self.pending.pop(key), why)
             elif run.needs not in {*self.pending, *self.active} and not _in_use(run.folder) and self._claim(run):
-                del self.pending[key]
-                if run.is_complete():  # by another process, a moment ago
-                    self._complete(run)
-                    self.claims.release(key)
-                    continue
-                log = self.logs / f"{key}.log"
-                arguments = [*run.cell.arguments(run.seed), "--resume", *self.flags]
-                self.active[key] = _Job(run, self.start(arguments, log, self.environment), log)
+                self._begin(self.pending.pop(key))
+
+    def _begin(self, run: Run) -> None:
+        """Train ``run``, which is ours: nobody else writes its folder now."""
+        if run.is_complete():  # by another process, a moment ago
+            self._complete(run)
+        elif run.difference:
+            settings = f"a run of other settings ({run.difference})"
+            self._fail(run, f"{run.folder} holds {settings}; move it away, or set variant=NAME")
+        else:
+            log = self.logs / f"{run.key}.log"
+            arguments = [*run.cell.arguments(run.seed), "--resume", *self.flags]
+            self.active[run.key] = _Job(run, self.start(arguments, log, self.environment), log)
+            return
+        self.claims.release(run.key)
 
     def _claim(self, run: Run) -> bool:
         """Claim ``run``, and tell of an owner that is not there any more."""
@@ -537,8 +550,6 @@ class _Training:
         self.outcome.failed[run.key] = (run, why)
 
     def _hindrance(self, run: Run) -> str | None:
-        if run.state == "other":
-            return f"{run.folder} holds a run of other settings ({run.difference}); move it away, or set variant=NAME"
         if run.missing is not None:
             return run.missing
         failed = self.outcome.failed

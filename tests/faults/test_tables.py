@@ -117,9 +117,9 @@ def test_a_table_that_is_killed_twenty_times(table: Path, tmp_path: Path, seed: 
         of_both = list(pool.map(functools.partial(worker, table, killed), [kills[::2], kills[1::2]]))
     codes = [code for codes in of_both for code in codes]
     codes.append(worker(table, killed, [])[0])  # what failed while the other worker had it
-    assert codes[-1] == 0
-    assert set(codes) <= {0, 1, 75, -9}
-    assert sum(code != 0 for code in codes) >= 6  # the others came when the table was complete
+    assert codes[-1] == 0, codes
+    assert set(codes) <= {0, 1, 75, -9}, codes
+    assert sum(code != 0 for code in codes) >= 6, codes  # the others came when the table was complete
     left, right = records(quiet), records(killed)
     assert len(left) == RUNS
     assert list(left) == list(right)
