@@ -2,14 +2,23 @@
 
 ``EpochLine``: a line of ``metrics.jsonl``. ``Environment``: ``env.json``. ``Teachers``: ``teachers.json``.
 ``Checkpoint``: the plain part of ``last.pt``; its tensors are compared with those that they go into. ``ChunkHeader``:
-the header of a file of cached logits, or of distances between classes.
+the header of a file of cached logits, or of distances between classes. ``TableFile``: a table file.
 """
 
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, RootModel, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    RootModel,
+    ValidationError,
+    model_validator,
+)
 
 from mdistill.errors import UserError
 from mdistill.files import read_text
@@ -110,6 +119,77 @@ class Checkpoint(_Exact):
 class ChunkHeader(_Exact):
     identity: str
     checksum: str
+
+
+class _Named(BaseModel):
+    """A section that may be written as its name alone."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            return given
+        if not isinstance(given, str):
+            raise ValueError("should be a name, or a section of `key: value` lines")
+        return cls._short(given)
+
+    @classmethod
+    def _short(cls, name: str) -> dict[str, Any]:
+        return {"name": name}
+
+
+Label = Annotated[str, Field(min_length=1, max_length=80)]
+Overrides = Annotated[tuple[str, ...], Field(strict=False)]  # ``key=value`` each
+PairName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}$")]
+
+
+class TableRow(_Named):
+    """A method of a table file; or its folder alone."""
+
+    name: Label  # as the table prints it
+    method: Label  # a folder of configurations; with ``settings`` a registered method; or, of one pair, a file
+    settings: dict[str, Any] | None = None  # all of the method's, in the place of a configuration
+    set: Overrides = ()  # for this row's runs
+    published: str | None = None  # variant of its published figures, where it is not that of its runs
+    without: dict[str, str] = {}  # pairs that it cannot be trained for, and why
+
+    @classmethod
+    def _short(cls, name: str) -> dict[str, Any]:
+        return {"name": name, "method": name}
+
+
+class TablePair(_Named):
+    """A pair of a table file: the name of a file, or a teacher, a student and further sections of a configuration."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    name: PairName
+    teacher: dict[str, Any] | None = None
+    student: dict[str, Any] | None = None
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """Of a configuration; none where a file has them."""
+        given = {"teacher": self.teacher, "student": self.student, **(self.model_extra or {})}
+        return {key: value for key, value in given.items() if value is not None}
+
+
+class TableFile(BaseModel):
+    """A table file: which pairs, methods and seeds a table has."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    title: Annotated[str, Field(min_length=1)]
+    source: str = ""  # of its published figures, as in ``results/published.csv``
+    table: Annotated[str, BeforeValidator(str)] = ""  # its number there
+    metrics: Annotated[tuple[Literal["top1", "top5"], ...], Field(strict=False, min_length=1)] = ("top1",)
+    notes: Annotated[tuple[str, ...], Field(strict=False)] = ()  # on published figures
+    dataset: str = "cifar100"  # a folder of ``configs``
+    imports: Annotated[tuple[str, ...], Field(strict=False)] = ()  # user modules, looked for beside the file
+    pairs: Annotated[tuple[TablePair, ...], Field(strict=False, min_length=1)]
+    methods: Annotated[tuple[TableRow, ...], Field(strict=False, min_length=1)]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(strict=False, min_length=1)] = (0, 1, 2)
+    set: Overrides = ()  # for every run
 
 
 def checked(schema: type[Schema], content: Any, path: Path, advice: str = "") -> Schema:

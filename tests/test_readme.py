@@ -44,7 +44,7 @@ def test_the_readme_is_short() -> None:
 
 def test_the_examples_are_there_and_the_readme_method_has_12_lines() -> None:
     modules = {f"my_{name}.py" for name in ("method", "features", "phases", "network", "data", "stream")}
-    assert examples().keys() == modules | {"my_method.yaml", "my_teacher.yaml", "my_student.yaml"}
+    assert examples().keys() == modules | {"my_method.yaml", "my_teacher.yaml", "my_student.yaml", "my_table.yaml"}
     assert "# my_method.py" in TEXT["README.md"]
     assert len(examples()["my_method.py"].strip().splitlines()) <= 12
 

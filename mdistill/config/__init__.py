@@ -1,6 +1,6 @@
 """The typed, strict configuration: everything that changes a result, from YAML files, their bases and overrides."""
 
-from mdistill.config.files import for_pair, inline_section, load, retire, sources
+from mdistill.config.files import Inline, changes, for_pair, inline_section, load, sources
 from mdistill.config.schema import (
     Config,
     MemberConfig,
@@ -15,17 +15,18 @@ from mdistill.config.schema import (
 
 __all__ = [
     "Config",
+    "Inline",
     "MemberConfig",
     "RunConfig",
     "SolverConfig",
     "TeacherConfig",
     "cell_identity",
+    "changes",
     "differences",
     "for_pair",
     "inline_section",
     "load",
     "results_only",
-    "retire",
     "sources",
     "without_defaults",
 ]

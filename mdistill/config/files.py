@@ -1,5 +1,6 @@
 """From YAML files, their bases and the command line to a checked configuration; every message names its source."""
 
+import copy
 import hashlib
 import math
 import os
@@ -12,7 +13,7 @@ from urllib.parse import quote
 
 import yaml
 
-from mdistill.config.schema import COMPONENTS, Config, check, leaves, phases_of, results_only
+from mdistill.config.schema import COMPONENTS, Config, check, differences, leaves, phases_of, results_only, without_defaults
 from mdistill.distillers import DISTILLERS
 from mdistill.errors import UserError, printable, shown, suggestion
 from mdistill.registry import Registry
@@ -50,8 +51,17 @@ RENAMED = {"mlkd.reading": "variant"}
 """Settings of methods that have a new name."""
 
 
+@dataclass(frozen=True)
+class Inline:
+    """Sections of a configuration that stand in a file of another kind."""
+
+    path: Path  # of that file, beside which user modules are
+    tree: Mapping[str, Any]
+    place: str = ""  # in it, for messages
+
+
 def load(
-    path: Path | str | Sequence[Path],
+    path: Path | str | Sequence[Path | Inline],
     overrides: Sequence[str] = (),
     *,
     imports: Sequence[str] = (),
@@ -67,7 +77,7 @@ def load(
     ``sources:`` of a file, which tells where its settings come from, is no setting.
 
     Args:
-        path: a file; or several, which are merged in order, as ``for_pair`` gives them.
+        path: a file; or several, which are merged in order, as ``for_pair`` gives them; or what stands elsewhere.
         overrides: ``solver.lr=0.1`` and the like; values are YAML.
         imports: further modules to load first, as ``imports:`` in the file.
         seed: replaces the file's.
@@ -77,10 +87,14 @@ def load(
     Raises:
         UserError: every unknown, missing and ill-typed key together, one line each with its file and key.
     """
-    files = [Path(path)] if isinstance(path, (str, Path)) else list(path)
+    parts: list[Path | Inline] = [Path(path)] if isinstance(path, (str, Path)) else list(path)
+    files = [part.path if isinstance(part, Inline) else part for part in parts]
     draft = _Draft()
-    for file in files:
-        for source, tree, _ in _with_bases(file):
+    for part in parts:
+        if isinstance(part, Inline):
+            draft.add(part.tree, ": ".join(text for text in (str(part.path), part.place) if text))
+            continue
+        for source, tree, _ in _with_bases(part):
             draft.add(tree, str(source))
     variant = _apply_overrides(draft, overrides)
     tree = draft.tree
@@ -301,6 +315,19 @@ def retire(tree: dict[str, Any]) -> list[str]:
     return problems
 
 
+def changes(before: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings that change results in which ``config`` differs from a recorded one, resolved, by dotted key.
+
+    One that the older version did not know, at its default, changes nothing, nor does one of it that did nothing.
+    """
+    recorded = copy.deepcopy(dict(before))
+    if retire(recorded):  # it did something, and is told of
+        recorded = dict(before)
+    chosen = differences({}, without_defaults(config))
+    changed = differences(results_only(recorded), results_only(config.resolved()))
+    return {key: values for key, values in changed.items() if values[0] is not None or key in chosen}
+
+
 def _of_earlier_version(problem: str, tree: Mapping[str, Any]) -> str:
     """``problem`` of ``tree``; where a setting of ``CHANGED`` is missing, with what its method did without."""
     method = _canonical(DISTILLERS, _get(tree, ("distiller", "name")))
@@ -346,7 +373,7 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path
     Args:
         above: the files that this one is a base of, the first one first.
     """
-    tree = _read(path)
+    tree = read_yaml(path)
     bases, told = tree.pop("base", None), _sources(path, tree.pop("sources", None))
     bases = [bases] if isinstance(bases, str) else [] if bases is None else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -364,6 +391,18 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path
             raise UserError(f"{path}: base: more than {MAX_DEPTH} files are based on each other, from {chain[0]} on")
         yield from _with_bases(base_path, chain)
     yield path, tree, told
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """What a YAML file and its bases hold, unchecked.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    draft = _Draft()
+    for source, tree, _ in _with_bases(path):
+        draft.add(tree, str(source))
+    return draft.tree
 
 
 def _sources(path: Path, given: Any) -> dict[str, str]:
@@ -385,7 +424,12 @@ def _sources(path: Path, given: Any) -> dict[str, str]:
     return {str(key): " ".join(text.split()) for key, text in given.items()}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """What a YAML file holds, without its bases.
+
+    Raises:
+        UserError: it cannot be read, or does not hold keys and values.
+    """
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a file in it, or one of its pairs with --pair")
     try:

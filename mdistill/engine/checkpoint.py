@@ -1,6 +1,5 @@
 """The state of a run at a step boundary: saved whole or not at all, and never when it is not finite."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mdistill import __version__, distributed
-from mdistill.config import Config, differences, results_only, retire, without_defaults
+from mdistill.config import Config, changes, differences
 from mdistill.distillers import Distiller
 from mdistill.engine.metrics import RunningMetrics
 from mdistill.errors import RunFailed, UserError, printable, shown
@@ -142,15 +141,7 @@ def read(path: Path, config: Config, fingerprints: Mapping[str, str], *, steps: 
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a training state in format {FORMAT}, the one that this version resumes from")
     saved = checked(Checkpoint, state, path, "start again with --overwrite, or put back a copy of it")
-    before, now = copy.deepcopy(saved.config), config.resolved()
-    before = saved.config if retire(before) else before  # one that did something is told of below
-    changed = differences(results_only(before), results_only(now)) | differences(
-        {"seed": before.get("seed")}, {"seed": now["seed"]}
-    )
-    chosen = differences({}, without_defaults(config))
-    changed = {  # a setting that the older version did not know, at its default, changes nothing
-        key: values for key, values in changed.items() if values[0] is not None or key in chosen
-    }
+    changed = changes(saved.config, config) | differences({"seed": saved.config.get("seed")}, {"seed": config.seed})
     grows = config.solver.schedule != "cosine"  # whose every epoch depends on their number
     epochs = changed.get("solver.epochs", (None, None))[0]
     if grows and isinstance(epochs, int) and epochs < config.solver.epochs:

@@ -53,3 +53,36 @@ def _figure(line: Sequence[str], where: str) -> Figure:
     except ValueError:
         raise UserError(f"{where}: epochs and value should be numbers, found {epochs!r} and {value!r}") from None
     return Figure(dataset, method, variant, teacher, student, numbers[0], metric, numbers[1], source, table, note)
+
+
+def figure_of(
+    figures: Sequence[Figure], cell: Sequence[str], *, epochs: int, source: str, table: str, metric: str = "top1"
+) -> Figure | None:
+    """What ``source`` publishes of a cell in its table ``table``; a number that it repeats stands once, in another one.
+
+    A figure of as many epochs comes first; one of another number is taken where the table has no such figure.
+
+    Args:
+        cell: data set, method, variant, teacher ("" for a network alone) and student; a library's prefix is left out.
+        epochs: of its training.
+    """
+    key = tuple(name.rpartition("/")[2] for name in cell)
+    own = [each for each in figures if (_cell(each), each.metric, each.source) == (key, metric, source)]
+    as_long = [each for each in own if each.epochs in (None, epochs)]
+    here = [each for each in as_long if each.table == table]
+    return next(iter([*here, *as_long, *(each for each in own if each.table == table)]), None)
+
+
+def disagreeing(figures: Sequence[Figure], figure: Figure) -> list[Figure]:
+    """Other values of the cell of ``figure`` after as many epochs, in other tables and sources too."""
+    return [
+        each
+        for each in figures
+        if (_cell(each), each.metric, each.epochs) == (_cell(figure), figure.metric, figure.epochs)
+        and each.value != figure.value
+    ]
+
+
+def _cell(figure: Figure) -> tuple[str, ...]:
+    names = (figure.dataset, figure.method, figure.variant, figure.teacher, figure.student)
+    return tuple(name.rpartition("/")[2] for name in names)

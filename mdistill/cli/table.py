@@ -1,0 +1,235 @@
+"""``mdistill table``: train what a paper's table is missing, and show it."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mdistill.cli import common
+from mdistill.errors import RunFailed, Stopped
+
+if TYPE_CHECKING:
+    from mdistill.reporting.table_files import Table
+    from mdistill.reporting.table_runs import Outcome, Run, Speeds
+
+DESCRIPTION = """A table is pairs x methods x seeds, as a table file says: one of configs/tables, or your own.
+
+run    trains what is missing, resumes what was stopped and leaves alone what is complete. A run that fails does not
+       keep the others; failures are listed at the end. Any number of processes and machines may work on one table over
+       a shared --output.
+show   prints the table from the records under --output: mean and standard deviation of the last epoch over the seeds,
+       beside the published figure."""
+
+EXAMPLES = f"""  mdistill table run mcld_table2 --dry-run                     what there is to do, and how long it takes
+  mdistill table run mcld_table2 --methods KD,MCLD --pairs res56_res20
+  mdistill table run mcld_table2 --epochs 2 --jobs 2           a smoke run: schedules shortened, in their own folder
+  mdistill table run my_table.yaml --train-teachers
+  mdistill table show mcld_table2
+  mdistill table show my_table.yaml --format markdown
+
+{common.EXIT_CODES}"""
+
+EVERY = 600.0  # seconds between two lines on how far a table is, where there is no terminal
+LOOK = 2.0  # seconds between two looks at how far it is
+MEASURE = 60.0  # and at how long an epoch takes
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"found {text!r}; write names, such as kd,mcld")
+    return names
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"should be a number from 1, found {text!r}")
+    return int(text)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = common.machine_parser("table", DESCRIPTION, EXAMPLES)
+    parser.add_argument("action", choices=("run", "show"))
+    parser.add_argument("table", help="a name in configs/tables, or a table file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run, after the table's own")
+    parser.add_argument("--methods", type=_names, help="some of its rows (default: all)")
+    parser.add_argument("--pairs", type=_names, help="some of its pairs (default: all)")
+    parser.add_argument("--seeds", type=common.seeds, help="such as 0,1,2 (default: the table's)")
+    parser.add_argument(
+        "--epochs", type=_count, help="shorten every schedule in proportion; such runs lie in OUTPUT/epochs<N>"
+    )
+    parser.add_argument("--format", choices=("text", "markdown", "csv"), default="text", help="of show (%(default)s)")
+    parser.add_argument("--jobs", type=_count, default=1, help="runs at a time; on a CPU each gets its share of cores")
+    parser.add_argument("--train-teachers", action="store_true", help="train teachers whose file is missing")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and the time it takes, train nothing")
+    common.add_roots(parser)
+    common.add_cache_root(parser)
+    common.add_imports(parser)
+    return parser.parse_intermixed_args(arguments)
+
+
+def table(args: argparse.Namespace) -> int | None:
+    from mdistill.reporting.table_files import find_table, read_table
+
+    configs = common.project_root() / "configs"
+    found = read_table(
+        find_table(args.table, configs),
+        configs,
+        methods=args.methods,
+        pairs=args.pairs,
+        seeds=args.seeds,
+        overrides=args.overrides,
+        imports=args.imports,
+    )
+    output = args.output / f"epochs{args.epochs}" if args.epochs else args.output
+    if args.action == "show":
+        from mdistill.reporting.table_show import show
+
+        print(show(found, output, common.project_root() / "results" / "published.csv", args.format, args.epochs))
+        return None
+    return _run(args, found, output, configs)
+
+
+def _run(args: argparse.Namespace, found: "Table", output: Path, configs: Path) -> int | None:
+    from mdistill.reporting.table_runs import plan
+
+    runs = plan(
+        found,
+        output=output,
+        checkpoint_root=args.checkpoint_root,
+        configs=configs,
+        train_teachers=args.train_teachers,
+        epochs=args.epochs,
+    )
+    if args.dry_run:
+        _print_plan(found, runs, args, output)
+        return None
+    return _train(args, runs, output)
+
+
+def _recorded(args: argparse.Namespace, output: Path) -> list[Path]:
+    """Folders of runs whose records tell how long an epoch takes."""
+    return [output, args.output, *sorted(args.output.glob("epochs[0-9]*"))]
+
+
+def _print_plan(found: "Table", runs: "Sequence[Run]", args: argparse.Namespace, output: Path) -> None:
+    from mdistill.reporting.table_runs import Speeds
+
+    for run in runs:
+        words = {
+            "complete": "complete",
+            "begun": f"{run.epochs_done} of {run.epochs} epochs done",
+            "missing": f"{run.epochs} epochs to do",
+            "other": f"a run of other settings is there ({run.difference})",
+        }
+        print(f"{run.label}: {words[run.state]}{', no teacher' if run.missing else ''}  {run.folder}")
+    for why in dict.fromkeys(run.missing for run in runs if run.missing):
+        print(f"no teacher: {why}")
+    for row in found.rows:
+        for pair in set(row.without) & set(found.pairs):
+            print(f"left out: {row.name} {pair}: {row.without[pair]}")
+    complete = sum(run.state == "complete" for run in runs)
+    cannot = sum(bool(run.missing or run.state == "other") for run in runs)
+    seconds, unknown = Speeds(runs, _recorded(args, output)).left(runs)
+    print(
+        f"{len(runs)} runs, {complete} complete{f', {cannot} cannot be trained' if cannot else ''};"
+        f" {_time_left(seconds, unknown, args.jobs)}"
+    )
+
+
+def _time_left(seconds: float, unknown: int, jobs: int) -> str:
+    if not seconds:
+        return f"{unknown} epochs to do, of pairs that nobody has timed" if unknown else "nothing to do"
+    rest = f", and {unknown} epochs of pairs that nobody has timed" if unknown else ""
+    how = "one run after the other" if jobs == 1 else f"{jobs} runs at a time, if each goes on as fast as before"
+    return f"about {timedelta(seconds=round(seconds / jobs))}, {how}, by the epochs that are recorded{rest}"
+
+
+def _train(args: argparse.Namespace, runs: "Sequence[Run]", output: Path) -> int | None:
+    from mdistill.engine.claims import Claims
+    from mdistill.engine.console import StopRequest
+    from mdistill.reporting.table_runs import Speeds, train
+
+    flags = ["--output", str(output), "--checkpoint-root", str(args.checkpoint_root)]
+    flags += ["--data-root", str(args.data_root), "--cache-root", str(common.cache_root(args))]
+    flags += [*(["--device", args.device] if args.device else []), *(["--download"] if args.download else [])]
+    claims = Claims(output / ".claims")
+    try:
+        with StopRequest() as stop, _progress(runs, Speeds(runs, _recorded(args, output))) as progress:
+            outcome = train(
+                runs,
+                claims,
+                logs=output / ".logs",
+                jobs=args.jobs,
+                flags=flags,
+                asked_to_stop=lambda: stop.signal is not None,
+                report=progress.report,
+                tell=progress.tell,
+            )
+            name = stop.signal
+    finally:
+        claims.close()
+    for line in outcome.failures():
+        print(f"failed: {line}", file=sys.stderr)
+    done = f"{len(outcome.complete)} of {len(runs)} runs are complete"
+    if name is not None and outcome.stopped:
+        raise Stopped(f"{name}: stopped, {done}; what was running is saved, run the same command again to go on")
+    if outcome.failed:
+        raise RunFailed(f"{done}, {len(outcome.failed)} failed; what they printed is in {output / '.logs'}")
+    print(done)
+    return None
+
+
+class _Progress:
+    """One bar over the epochs of all runs, those that others train too; lines instead where there is no terminal."""
+
+    def __init__(self, runs: "Sequence[Run]", speeds: "Speeds", bar: Any, clock: Callable[[], float]) -> None:
+        self._runs, self._speeds, self._bar, self._clock = runs, speeds, bar, clock
+        self._looked, self._printed, self._measured = -LOOK, clock(), clock()
+
+    def report(self, active: "Sequence[Run]", outcome: "Outcome") -> None:
+        """How far the table is."""
+        now = self._clock()
+        if now - self._looked < LOOK:
+            return
+        self._looked = now
+        if now - self._measured >= MEASURE:
+            self._measured = now
+            self._speeds.read()
+        open_runs = [run for run in self._runs if run.key not in outcome.failed]
+        seconds, unknown = self._speeds.left(open_runs)
+        left = f"about {timedelta(seconds=round(seconds / max(1, len(active))))} left" if seconds else ""
+        words = [f"{len(outcome.complete)} of {len(self._runs)} complete", f"{len(active)} running"]
+        words += [f"{len(outcome.failed)} failed"] if outcome.failed else []
+        words += [f"{left}{' and more' if unknown else ''}"] if left else []
+        self._bar.n = min(self._bar.total, sum(run.epochs_done for run in self._runs))
+        self._bar.set_postfix_str(", ".join(words), refresh=False)
+        if not self._bar.disable:
+            self._bar.refresh()
+        elif now - self._printed >= EVERY:
+            self._printed = now
+            print(f"{self._bar.n} of {self._bar.total} epochs, {', '.join(words)}", flush=True)
+
+    def tell(self, line: str) -> None:
+        """Print ``line`` above the bar."""
+        self._bar.write(line)
+        sys.stdout.flush()
+
+
+@contextmanager
+def _progress(runs: "Sequence[Run]", speeds: "Speeds") -> "Iterator[_Progress]":
+    from tqdm import tqdm
+
+    total = sum(run.epochs for run in runs)
+    form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}{postfix}]"
+    with tqdm(total=total, bar_format=form, dynamic_ncols=True, disable=None) as bar:
+        bar.total = total
+        yield _Progress(runs, speeds, bar, time.monotonic)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return common.run(table, parse, arguments, when_stopped="run it again to go on")

@@ -1,0 +1,340 @@
+"""Table files: which pairs, methods and seeds a table has, and the runs behind its cells."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mdistill.errors import UserError, suggestion
+
+if TYPE_CHECKING:
+    from mdistill.config import Config, Inline
+    from mdistill.file_schemas import TableFile, TablePair, TableRow
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method of a table."""
+
+    name: str
+    method: str  # the folder of its configurations; or, with ``settings``, as it is registered
+    overrides: tuple[str, ...] = ()
+    settings: dict[str, Any] | None = field(default=None, compare=False)
+    published: str | None = None  # variant of its published figures, where it is not that of its runs
+    without: dict[str, str] = field(default_factory=dict, compare=False)  # pairs that it has no cell for, and why
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method for a pair: runs that differ in their seed alone."""
+
+    row: Row
+    pair: str
+    parts: "tuple[Path | Inline, ...]" = field(compare=False)  # its configuration, in the order of merging
+    train: tuple[str, ...]  # arguments of ``mdistill train`` that name it
+    own: tuple[str, ...] = ()  # ``key=value`` that the table file has for it
+    overrides: tuple[str, ...] = ()  # and further ones
+    folders: tuple[Path, ...] = ()  # where user modules are looked for
+    inline: bool = False  # whether the table file is its configuration, and has ``own`` too
+
+    @property
+    def cfg(self) -> Path:
+        """The file that its configuration begins with; the table's, where that holds a part of it."""
+        return Path(self.train[1])
+
+    def config(self, seed: int | None) -> "Config":
+        """Of the run with ``seed``; None for the file's."""
+        from mdistill.config import load
+
+        return load(self.parts, (*self.own, *self.overrides), seed=seed, folders=self.folders)
+
+    def arguments(self, seed: int) -> list[str]:
+        """Of ``mdistill train`` for that run."""
+        return [*self.train, "--seed", str(seed), *(() if self.inline else self.own), *self.overrides]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table file, its rows and pairs found."""
+
+    path: Path
+    title: str
+    source: str
+    number: str
+    rows: tuple[Row, ...]
+    pairs: tuple[str, ...]
+    seeds: tuple[int, ...]
+    cells: tuple[Cell, ...]  # row by row; none for ``row.without``
+    metrics: tuple[str, ...] = ("top1",)
+    notes: tuple[str, ...] = ()
+    dataset: str = ""  # the folder of its configurations
+    every_run: tuple[str, ...] = ()  # ``key=value`` for all of them, the command line's last
+
+    def cell(self, row: Row, pair: str) -> Cell:
+        """The cell of ``row`` and ``pair``, which is none of ``row.without``."""
+        return next(cell for cell in self.cells if (cell.row, cell.pair) == (row, pair))
+
+
+def find_table(name: str, configs: Path) -> Path:
+    """The table file called ``name``: a path, or a file of ``configs/tables`` without its ending.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
+        if not path.is_file():
+            near = suggestion(path.name, [other.name for other in path.parent.glob("*.yaml")])
+            raise UserError(f"no such table file: {path}{near}")
+        return path
+    known = sorted(file.stem for file in (configs / "tables").glob("*.yaml"))
+    if name not in known:
+        raise UserError(f"unknown table {name!r}{suggestion(name, known)} (known: {', '.join(known)}; or a path)")
+    return configs / "tables" / f"{name}.yaml"
+
+
+def read_table(
+    path: Path,
+    configs: Path,
+    *,
+    methods: Sequence[str] | None = None,
+    pairs: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    overrides: Sequence[str] = (),
+    imports: Sequence[str] = (),
+) -> Table:
+    """The table of ``path``, or the part of it that is asked for.
+
+    Args:
+        configs: the folder of all configurations.
+        methods: names of rows.
+        overrides: ``key=value`` for every run, after the table's own.
+        imports: further user modules.
+
+    Raises:
+        UserError: the file, a row or a pair is none.
+    """
+    from mdistill.user_code import import_user_module
+
+    given = _parsed(path)
+    given = given.model_copy(update={"imports": tuple(dict.fromkeys([*given.imports, *imports]))})
+    for module in given.imports:
+        import_user_module(module, [path.resolve().parent, Path.cwd()])
+    if not (configs / given.dataset).is_dir():
+        known = [each.name for each in configs.glob("*") if (each / "_recipe.yaml").is_file()]
+        near = suggestion(given.dataset, known)
+        raise UserError(f"{path}: dataset: no folder {configs / given.dataset}{near} (known: {', '.join(known)})")
+    rows = tuple(_row(each, given, path, configs) for each in given.methods)
+    names, pair_names = [row.name for row in rows], [pair.name for pair in given.pairs]
+    for kind, listed in (("methods", names), ("pairs", pair_names), ("seeds", list(given.seeds))):
+        twice = [each for number, each in enumerate(listed) if each in listed[:number]]
+        if twice:
+            raise UserError(f"{path}: {kind}: {twice[0]!r} is given twice")
+    if methods is not None:
+        rows = tuple(rows[_index(name, names, "--methods")] for name in dict.fromkeys(methods))
+    files = [row for row in rows if row.settings is None and Path(row.method).is_file()]
+    if files and len(given.pairs) > 1:
+        raise UserError(
+            f"{path}: methods: {files[0].method} is a file, which is of one pair, and the table has {len(given.pairs)};"
+            " name a folder with _method.yaml"
+        )
+    wanted = given.pairs
+    if pairs is not None:
+        wanted = tuple(given.pairs[_index(name, pair_names, "--pairs")] for name in dict.fromkeys(pairs))
+    for row in rows:
+        for name in row.without:
+            if name not in pair_names:
+                near = suggestion(name, pair_names)
+                raise UserError(f"{path}: methods: {row.name}: without: {name!r} is no pair of this table{near}")
+    cells = tuple(
+        _cell(row, pair, given, path, configs, tuple(overrides))
+        for row in rows
+        for pair in wanted
+        if pair.name not in row.without
+    )
+    chosen = given.seeds if seeds is None else tuple(seeds)
+    return Table(
+        path,
+        given.title,
+        given.source,
+        given.table,
+        rows,
+        tuple(pair.name for pair in wanted),
+        chosen,
+        cells,
+        given.metrics,
+        given.notes,
+        given.dataset,
+        (*given.set, *overrides),
+    )
+
+
+def cell_of(
+    path: Path,
+    configs: Path,
+    row: str,
+    pair: str | None,
+    *,
+    overrides: Sequence[str] = (),
+    imports: Sequence[str] = (),
+) -> Cell:
+    """One cell of the table of ``path``; ``pair`` may be left out where there is one alone.
+
+    Raises:
+        UserError: there is no such row or pair, or the file is none of a table.
+    """
+    pairs = None if pair is None else [pair]
+    try:
+        table = read_table(path, configs, methods=[row], pairs=pairs, overrides=overrides, imports=imports)
+    except UserError as error:
+        raise UserError(str(error).replace("--methods", "--row").replace("--pairs", "--pair")) from None
+    if not table.cells:
+        (why,) = (table.rows[0].without[name] for name in table.pairs)
+        raise UserError(f"{path}: {row} {table.pairs[0]}: left out, {why}")
+    if len(table.cells) > 1:
+        raise UserError(f"--pair: {path} has {len(table.cells)} pairs; name one of {', '.join(table.pairs)}")
+    return table.cells[0]
+
+
+def runs_of(table: Table) -> Iterator[tuple[Cell, int]]:
+    """Every run: all cells of the first seed, then those of the next, so that a table that is cut short is balanced."""
+    for seed in table.seeds:
+        for cell in table.cells:
+            yield cell, seed
+
+
+def _parsed(path: Path) -> "TableFile":
+    from pydantic import ValidationError
+
+    from mdistill.config.files import read_yaml
+    from mdistill.file_schemas import TableFile, TableRow
+    from mdistill.registry import problem_lines
+
+    try:
+        return TableFile.model_validate(read_yaml(path))
+    except ValidationError as error:
+        lines = []
+        for detail, line in zip(error.errors(), problem_lines(error), strict=True):
+            place, key = ".".join(map(str, detail["loc"])), str(detail["loc"][-1])
+            known = (TableRow if len(detail["loc"]) > 1 else TableFile).model_fields
+            if detail["type"] == "extra_forbidden":
+                line = f"{place}: unknown key{suggestion(key, known)} (allowed: {', '.join(known)})"
+            elif detail["type"] == "missing":
+                line = f"{place}: missing"
+            lines.append(f"{path}: {line}")
+        raise UserError("\n".join(lines)) from None
+
+
+def _row(given: "TableRow", table: "TableFile", path: Path, configs: Path) -> Row:
+    from mdistill.distillers import DISTILLERS
+
+    if given.settings is not None:
+        DISTILLERS.canonical(given.method, f"{path}: methods: {given.name}")
+        return Row(given.name, given.method, given.set, given.settings, given.published, given.without)
+    for folder in (configs / table.dataset / given.method, path.parent / given.method):
+        if folder.exists():
+            return Row(given.name, str(folder), given.set, None, given.published, given.without)
+    if given.method in DISTILLERS.names():
+        return Row(given.name, given.method, given.set, {}, given.published, given.without)
+    known = [each.name for each in (configs / table.dataset).glob("[!_]*") if each.is_dir()]
+    raise UserError(
+        f"{path}: methods: {given.method!r} is neither a folder of {configs / table.dataset}, nor beside the table"
+        f" file, nor registered by a module of its imports{suggestion(given.method, [*known, *DISTILLERS.names()])}"
+    )
+
+
+def _cell(
+    row: Row, pair: "TablePair", table: "TableFile", path: Path, configs: Path, overrides: tuple[str, ...]
+) -> Cell:
+    from mdistill.config import Inline
+
+    parts, train = _configuration(row, pair, configs / table.dataset, path)
+    inline = bool(table.imports) or not train
+    if inline:
+        modules = [argument for module in table.imports for argument in ("--import", module)]
+        train = ("--cfg", str(path), "--row", row.name, "--pair", pair.name, *modules)
+        parts = (*parts, Inline(path, {"imports": list(table.imports)}))
+    folders = (path.resolve().parent, *(part.resolve().parent for part in parts if isinstance(part, Path)), Path.cwd())
+    return Cell(row, pair.name, parts, train, (*table.set, *row.overrides), overrides, folders, inline)
+
+
+def _configuration(
+    row: Row, pair: "TablePair", dataset: Path, path: Path
+) -> "tuple[tuple[Path | Inline, ...], tuple[str, ...]]":
+    """That of a method for a pair; of a method without a teacher, that of the pair's student alone.
+
+    Returns:
+        its parts, and the arguments of ``mdistill train`` that name it; none where the table file holds a part of it.
+
+    Raises:
+        UserError: there is none.
+    """
+    from mdistill.config import for_pair
+
+    folder, place = Path(row.method), f"methods: {row.name}"
+    if row.settings is None and folder.is_file():
+        return (folder,), ("--cfg", row.method)
+    if row.settings is None and not pair.sections:
+        alone = _student_alone(folder, dataset / "_pairs" / f"{pair.name}.yaml")
+        if alone is not None:
+            return (alone,), ("--cfg", str(alone))
+        try:
+            files, _ = for_pair(folder, pair.name)
+        except UserError as error:
+            raise UserError(f"{path}: pairs: {str(error).removeprefix('--pair: ')}") from None
+        return tuple(files), ("--cfg", str(folder), "--pair", pair.name)
+    return (*_pair_parts(pair, dataset, path), *_method_parts(row, path, place)), ()
+
+
+def _student_alone(folder: Path, pair_file: Path) -> Path | None:
+    """The file of a pair's student in the folder of a method without a teacher."""
+    from mdistill.config.files import read_yaml
+    from mdistill.models.names import student_file_name
+
+    if not pair_file.is_file() or (folder / pair_file.name).is_file():
+        return None
+    student = read_yaml(pair_file).get("student")
+    name = student.get("name") if isinstance(student, dict) else None
+    alone = folder / student_file_name(name) if isinstance(name, str) else None
+    return alone if alone is not None and alone.is_file() else None
+
+
+def _pair_parts(pair: "TablePair", dataset: Path, path: Path) -> "tuple[Path | Inline, ...]":
+    from mdistill.config import Inline
+
+    if pair.sections:
+        return dataset / "_recipe.yaml", Inline(path, pair.sections, f"pairs: {pair.name}")
+    file = dataset / "_pairs" / f"{pair.name}.yaml"
+    if file.is_file():
+        return (file,)
+    known = sorted(each.stem for each in (dataset / "_pairs").glob("*.yaml"))
+    raise UserError(
+        f"{path}: pairs: unknown pair {pair.name!r}{suggestion(pair.name, known)} (known: {', '.join(known) or 'none'};"
+        " or give it a teacher: and a student:)"
+    )
+
+
+def _method_parts(row: Row, path: Path, place: str) -> "tuple[Path | Inline, ...]":
+    """The settings of a method, and that it has no teacher, where it reads none."""
+    from mdistill.config import Inline
+    from mdistill.config.files import read_tree
+    from mdistill.distillers import DISTILLERS
+
+    if row.settings is not None:
+        name, part = row.method, Inline(path, {"distiller": {"name": row.method, **row.settings}}, place)
+        parts: tuple[Path | Inline, ...] = (part,)
+    else:
+        base = Path(row.method) / "_method.yaml"
+        if not base.is_file():
+            raise UserError(f"{path}: {place}: no {base}, which a pair of the table file needs")
+        name, parts = str(read_tree(base).get("distiller", {}).get("name")), (base,)
+    needs = getattr(DISTILLERS.get(name), "needs", None) if name in DISTILLERS.names() else None
+    if needs is not None and needs.teacher == "none":
+        parts = (*parts, Inline(path, {"teacher": None}, place))
+    return parts
+
+
+def _index(name: str, known: Sequence[str], flag: str) -> int:
+    if name not in known:
+        raise UserError(f"{flag}: unknown {name!r}{suggestion(name, known)} (in this table: {', '.join(known)})")
+    return list(known).index(name)

@@ -1,0 +1,610 @@
+"""The runs behind a table: what is there, what is missing, and training what is missing."""
+
+import hashlib
+import importlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from mdistill.engine.claims import Claims
+from mdistill.engine.run_folder import read_metrics
+from mdistill.errors import UserError, printable, shown
+from mdistill.files import lock_folder, read_text
+from mdistill.reporting.table_files import Cell, Row, Table, runs_of
+
+if TYPE_CHECKING:
+    from mdistill.config import Config
+
+POLL = 0.5  # seconds between two looks at what is running
+SCAN = 5.0  # seconds between two looks at what others have claimed, where nothing else can be begun
+QUIET = 90.0  # seconds without a sign of the owner of a claim, after which it is told of
+RECENT = 20  # epochs of a record by which the speed of a run is judged, its last ones
+MOST_BYTES = 200  # of a run's key, which names files
+IN_USE = "is in use by another running process"  # as ``lock_folder`` says
+TEACHER = "teacher"  # the row that a missing teacher's run is of
+COUNTED = ("epochs", "epoch", "after")  # how names of a method's settings that are counted in epochs end
+
+State = Literal["complete", "begun", "missing", "other"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a table."""
+
+    cell: Cell
+    seed: int
+    config: "Config"
+    folder: Path
+    key: str  # its name among all runs below one output folder
+    needs: str | None = None  # key of the run that trains its teacher
+    missing: str | None = None  # why its teacher cannot be had
+    _seen: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"{self.cell.row.name} {self.cell.pair} seed {self.seed}"
+
+    @property
+    def epochs(self) -> int:
+        """Of all its phases."""
+        return self.config.epochs
+
+    @property
+    def epochs_done(self) -> int:
+        """Whole lines of its record."""
+        self._look()
+        return min(int(self._seen["lines"]), self.epochs)
+
+    @property
+    def state(self) -> State:
+        """Complete: the last epoch is in its record and its student is there. Other: a run of other settings is."""
+        self._look()
+        state: State = self._seen["state"]
+        return state
+
+    def is_complete(self) -> bool:
+        """Whether it is by now."""
+        return self.state == "complete"
+
+    @property
+    def difference(self) -> str:
+        """In what a run of other settings is another one."""
+        self._look()
+        return str(self._seen["difference"])
+
+    def _look(self) -> None:
+        """Read what is in the folder, where it has changed since."""
+        signature = [_signature(self.folder / name) for name in ("metrics.jsonl", "config.yaml", "student.pt")]
+        if self._seen.get("signature") == signature:
+            return
+        lines = _count_lines(self.folder / "metrics.jsonl") if signature[0] else 0
+        difference = _difference(self.folder / "config.yaml", self.config) if signature[1] else ""
+        state: State = "begun" if lines or signature[1] else "missing"
+        if difference:
+            state = "other"
+        elif lines >= self.epochs and signature[1] and signature[2]:
+            with suppress(UserError):  # it has gone this moment, so it is being begun anew
+                metrics = read_metrics(self.folder)
+                state = "complete" if metrics and metrics[-1]["epoch"] == self.epochs else "begun"
+        self._seen.update(signature=signature, lines=lines, state=state, difference=difference)
+
+
+def _signature(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+def _count_lines(path: Path) -> int:
+    try:
+        return path.read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+def _difference(path: Path, config: "Config") -> str:
+    """The settings in which the run that recorded ``path`` is another one than ``config``; "" where there are none."""
+    from mdistill.config import changes
+    from mdistill.config.files import read_yaml
+
+    try:
+        changed = changes(read_yaml(path), config)
+    except UserError as error:
+        return str(error).splitlines()[0] if path.exists() else ""  # else it is being written
+    was, now = changed.get("solver.epochs", (None, None))
+    if config.solver.schedule != "cosine" and isinstance(was, int) and isinstance(now, int) and was < now:
+        del changed["solver.epochs"]  # it may grow
+    listed = [f"{key}: {shown(old, 40)} there, {shown(new, 40)} here" for key, (old, new) in changed.items()]
+    return "; ".join([*listed[:3], *(["..."] if listed[3:] else [])])
+
+
+def plan(
+    table: Table, *, output: Path, checkpoint_root: Path, configs: Path, train_teachers: bool, epochs: int | None = None
+) -> list[Run]:
+    """Every run of ``table``, teachers that have to be trained first, then seed by seed; one of several cells once.
+
+    A teacher whose file is missing and which an earlier call has trained below ``output`` is taken from there.
+
+    Args:
+        epochs: what every schedule is shortened to.
+
+    Raises:
+        UserError: a configuration does not fit, or two rows would share a run folder.
+    """
+    runs: list[Run] = []
+    teachers: dict[str, Run] = {}
+    sources: dict[tuple[str, str], Run | str | None] = {}
+    configurations: dict[tuple[Row, str], tuple[Cell, Config]] = {}
+    for cell, seed in runs_of(table):
+        place = (cell.row, cell.pair)
+        if place not in configurations:
+            configurations[place] = _configured(cell, table.seeds[0], epochs)
+        shortened, config = configurations[place]
+        run = _run(shortened, config.model_copy(update={"seed": seed}), output)
+        teacher = config.teacher
+        if teacher is not None:
+            known = (teacher.name, teacher.checkpoint)
+            if known not in sources:
+                sources[known] = _teacher(
+                    run, table, output, checkpoint_root, configs, train=train_teachers, epochs=epochs
+                )
+            source = sources[known]
+            if isinstance(source, Run):
+                override = (f"teacher.checkpoint={source.folder.resolve()}", "teacher.expected_top1=null")
+                teachers.setdefault(source.key, source)
+                run = replace(run, cell=replace(run.cell, overrides=(*run.cell.overrides, *override)), needs=source.key)
+            elif source is not None:
+                run = replace(run, missing=source)
+        runs.append(run)
+    folders: dict[Path, Run] = {}
+    for run in runs:
+        other = folders.setdefault(run.folder, run)
+        if other.config != run.config:
+            raise UserError(
+                f"{table.path}: {other.label} and {run.label} would write the same folder, {run.folder}; give one of"
+                " them a name of its own: set: [variant=NAME]"
+            )
+    return [*(each for each in teachers.values() if each.folder not in folders), *folders.values()]
+
+
+def _configured(cell: Cell, seed: int, epochs: int | None) -> "tuple[Cell, Config]":
+    try:
+        if epochs is not None:
+            cell = short(cell, epochs)
+        return cell, cell.config(seed)
+    except UserError as error:
+        lines = str(error).splitlines()
+        raise UserError("\n".join(f"{cell.row.name} {cell.pair}: {line}" for line in lines)) from None
+
+
+def _run(cell: Cell, config: "Config", output: Path) -> Run:
+    folder = config.run_folder()
+    key = "--".join(folder.parts)
+    if len(key.encode()) > MOST_BYTES:
+        key = f"{key[:60]}~{hashlib.sha256(key.encode()).hexdigest()[:16]}--{folder.name}"
+    return Run(cell, config.seed, config, output / folder, key)
+
+
+def _teacher(
+    run: Run,
+    table: Table,
+    output: Path,
+    checkpoint_root: Path,
+    configs: Path,
+    *,
+    train: bool,
+    epochs: int | None,
+) -> Run | str | None:
+    """Where the teacher of ``run`` comes from: its file (None), a run that trains it, or why it is missing."""
+    reason = _why_missing(run.config, checkpoint_root)
+    assert run.config.teacher is not None
+    if reason is None or run.config.teacher.ensemble:
+        return reason
+    cell = _teacher_cell(run, table, configs)
+    if cell is None:
+        return reason
+    trained = _run(*_configured(cell, 0, epochs), output)
+    if train or trained.state == "complete":
+        return trained
+    return f"{reason}; or train it here, with --train-teachers"
+
+
+def _why_missing(config: "Config", checkpoint_root: Path) -> str | None:
+    from mdistill.models.pretrained import published_weights
+    from mdistill.models.teachers import locate
+
+    assert config.teacher is not None
+    try:
+        for member in config.teacher.members:
+            if published_weights(member.name, member.checkpoint, "teacher") is None:  # else they are downloaded
+                locate(member.checkpoint, checkpoint_root, model=member.name, dataset=config.data.name)
+    except UserError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def _teacher_cell(run: Run, table: Table, configs: Path) -> Cell | None:
+    """The teacher alone, with what the table changes of data and arithmetic; None where no configuration has it."""
+    from mdistill.models.names import student_file_name
+
+    assert run.config.teacher is not None
+    name = run.config.teacher.name
+    cfg = configs / table.dataset / f"vanilla/{student_file_name(name)}"
+    if not cfg.is_file():
+        return None
+    overrides = tuple(each for each in table.every_run if each.startswith(("data.", "run.")))
+    return Cell(
+        Row(TEACHER, str(cfg)),
+        name,
+        (cfg,),
+        ("--cfg", str(cfg)),
+        overrides=overrides,
+        folders=run.cell.folders,
+    )
+
+
+def short(cell: Cell, epochs: int) -> Cell:
+    """``cell`` with a schedule of ``epochs``, and all that is counted in epochs in the same proportion."""
+    config = cell.config(0)
+    solver = config.solver
+    factor = epochs / solver.epochs
+
+    def scaled(value: int) -> int:
+        return max(1, round(value * factor))
+
+    def schedule(section: str, milestones: Sequence[int], warmup: int, total: int) -> list[str]:
+        kept = sorted(each for each in {scaled(each) for each in milestones} if each < total)
+        lines = [f"{section}.epochs={total}", f"{section}.milestones={kept}"]
+        return [*lines, *([f"{section}.lr_warmup_epochs={scaled(warmup)}"] if warmup else [])]
+
+    overrides = schedule("solver", solver.milestones, solver.lr_warmup_epochs, epochs)
+    if solver.average_from:
+        overrides.append(f"solver.average_from={scaled(solver.average_from)}")
+    for name, phase in config.phases.items():
+        overrides += schedule(f"phases.{name}", phase.milestones, phase.lr_warmup_epochs, scaled(phase.epochs))
+    for key, value in config.distiller.arguments.items():
+        if key.rpartition("_")[2] in COUNTED and isinstance(value, int) and value > 0:
+            overrides.append(f"distiller.{key}={scaled(value)}")
+    return replace(cell, overrides=(*cell.overrides, *(line.replace(" ", "") for line in overrides)))
+
+
+# ---- how long it takes ---------------------------------------------------------------------------------------------
+
+
+class Speeds:
+    """Seconds that an epoch takes, by what was recorded.
+
+    An epoch is taken to last as long as the last ones of the same cell; else of its pair, whatever the method.
+
+    Args:
+        outputs: folders of runs, among them those of shortened schedules.
+    """
+
+    def __init__(self, runs: Sequence[Run], outputs: Iterable[Path]) -> None:
+        self._outputs = list(dict.fromkeys(outputs))
+        self._pairs = sorted({_cell_place(run)[::2] for run in runs})
+        self.read()
+
+    def read(self) -> None:
+        """Look at the records anew."""
+        self._cells: dict[tuple[str, str, str], list[float]] = {}
+        for dataset, pair in self._pairs:
+            self._read(dataset, pair)
+
+    def epoch(self, run: Run) -> float | None:
+        """Seconds of an epoch of ``run``; None where nobody has timed its pair."""
+        dataset, method, pair = _cell_place(run)
+        own = self._cells.get((dataset, method, pair))
+        others = [
+            seconds
+            for (other_dataset, _, other_pair), all_seconds in self._cells.items()
+            if (other_dataset, other_pair) == (dataset, pair)
+            for seconds in all_seconds
+        ]
+        known = own or others
+        return statistics.median(known) if known else None
+
+    def left(self, runs: Sequence[Run]) -> tuple[float, int]:
+        """Seconds that are left, one run after the other, and how many epochs nobody has timed."""
+        total, unknown = 0.0, 0
+        for run in runs:
+            left = 0 if run.state in {"complete", "other"} or run.missing else run.epochs - run.epochs_done
+            each = self.epoch(run) if left else None
+            if each is not None:
+                total += left * each
+            else:
+                unknown += left
+        return total, unknown
+
+    def _read(self, dataset: str, pair: str) -> None:
+        for output in self._outputs:
+            for path in sorted(output.glob(f"{dataset}/*/{pair}/**/metrics.jsonl")):
+                method = path.relative_to(output).parts[1]
+                self._cells.setdefault((dataset, method, pair), []).extend(_seconds(path))
+
+
+def _seconds(path: Path) -> list[float]:
+    """Of each of the last epochs in a run's metrics, but for a first phase's."""
+    seconds: list[float] = []
+    try:
+        lines = read_text(path).splitlines()[-RECENT:]
+    except UserError:  # it has gone this moment
+        return seconds
+    for text in lines:
+        with suppress(ValueError, TypeError, KeyError):
+            line = json.loads(text)
+            if "phase" not in line:
+                seconds.append(float(line["seconds/train"]) + float(line["seconds/eval"]))
+    return seconds
+
+
+def _cell_place(run: Run) -> tuple[str, str, str]:
+    dataset, method, pair, *_ = run.config.run_folder().parts
+    return dataset, method, pair
+
+
+def seconds_left(runs: Sequence[Run], outputs: Iterable[Path] = ()) -> tuple[float | None, int]:
+    """``Speeds.left`` by the records below ``outputs``; None where nothing is left that somebody has timed."""
+    seconds, unknown = Speeds(runs, outputs).left(runs)
+    return (seconds or None), unknown
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """What became of the runs of a table."""
+
+    complete: list[Run] = field(default_factory=list)
+    failed: dict[str, tuple[Run, str]] = field(default_factory=dict)  # by key: and why
+    stopped: list[Run] = field(default_factory=list)
+
+    def failures(self) -> list[str]:
+        """A line for each reason, with the runs that failed for it."""
+        runs: dict[str, list[str]] = {}
+        for run, why in self.failed.values():
+            runs.setdefault(why, []).append(run.label)
+        return [f"{_listed(labels)}: {why}" for why, labels in runs.items()]
+
+
+def _listed(labels: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(labels) - most} more" if len(labels) > most else ""
+    return ", ".join(labels[:most]) + more
+
+
+class Process(Protocol):
+    """What a run trains in."""
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs."""
+
+    def terminate(self) -> None:
+        """Ask it to save and end."""
+
+
+Start = Callable[[Sequence[str], Path, Mapping[str, str]], Process]
+
+
+@dataclass
+class _Job:
+    run: Run
+    process: Process
+    log: Path
+    lost: bool = False  # another process has taken its claim over
+    asked: bool = False  # to save and end
+
+
+def train(
+    runs: Sequence[Run],
+    claims: Claims,
+    *,
+    logs: Path,
+    jobs: int,
+    flags: Sequence[str],
+    asked_to_stop: Callable[[], bool],
+    report: Callable[[Sequence[Run], Outcome], None],
+    tell: Callable[[str], None] = print,
+    start: Start | None = None,
+) -> Outcome:
+    """Train every run that is not complete, ``jobs`` at a time; a run that fails does not keep the others.
+
+    What another process has claimed is waited for. On a stop the running ones are asked to save and end.
+
+    Args:
+        flags: of ``mdistill train``, the same for all.
+        report: is told, every ``POLL`` seconds, what is running and what has become of the others.
+        tell: prints a line.
+        start: begins a process with arguments, the file that it prints to, and its environment.
+    """
+    return _Training(runs, claims, logs, jobs, flags, tell, start or _start).run(asked_to_stop, report)
+
+
+class _Training:
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        claims: Claims,
+        logs: Path,
+        jobs: int,
+        flags: Sequence[str],
+        tell: Callable[[str], None],
+        start: Start,
+    ) -> None:
+        self.claims, self.logs, self.jobs, self.flags, self.tell, self.start = claims, logs, jobs, flags, tell, start
+        self.outcome = Outcome()
+        self.pending = {run.key: run for run in runs}
+        self.active: dict[str, _Job] = {}
+        self.told: set[Path] = set()  # claims that were waited for
+        self.environment = _environment(jobs)
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output: {logs} cannot be written: {error.strerror}") from None
+
+    def run(self, asked_to_stop: Callable[[], bool], report: Callable[[Sequence[Run], Outcome], None]) -> Outcome:
+        """Until nothing is left to do."""
+        next_scan = 0.0
+        while self.pending or self.active:
+            stopping = asked_to_stop()
+            if stopping:
+                self.outcome.stopped += self.pending.values()
+                self.pending.clear()
+            ended = self._end_jobs(stopping)
+            if len(self.active) < self.jobs and (ended or time.monotonic() >= next_scan):
+                self._begin_jobs()
+                next_scan = time.monotonic() + SCAN
+            report([job.run for job in self.active.values()], self.outcome)
+            if self.pending or self.active:
+                time.sleep(POLL)
+        return self.outcome
+
+    def _end_jobs(self, stopping: bool) -> bool:
+        """See which jobs have ended, and whether any has."""
+        ended = False
+        for key, job in list(self.active.items()):
+            if not job.lost and not self.claims.holds(key):
+                job.lost = True
+                self.tell(f"{job.run.label}: another process has taken it over, so it is stopped here")
+            code = job.process.poll()
+            if code is None:
+                if (stopping or job.lost) and not job.asked:  # a second time would end it at once
+                    job.asked = True
+                    job.process.terminate()
+                continue
+            ended = True
+            del self.active[key]
+            if job.run.state == "complete":
+                self._complete(job.run)
+            elif stopping:
+                self.outcome.stopped.append(job.run)
+            elif job.lost or IN_USE in (why := _reason(job.log, code)):  # by a run whose worker was killed
+                self.pending[key] = job.run
+            else:
+                self._fail(job.run, why)
+                self.tell(f"failed: {job.run.label}: {why}")
+            self.claims.release(key)
+        return ended
+
+    def _begin_jobs(self) -> None:
+        """Begin what nobody has, until ``jobs`` are running."""
+        for key, run in list(self.pending.items()):
+            if len(self.active) >= self.jobs:
+                return
+            if run.state == "complete":
+                self.outcome.complete.append(self.pending.pop(key))
+            elif why := self._hindrance(run):
+                self._fail(self.pending.pop(key), why)
+            elif run.needs not in {*self.pending, *self.active} and not _in_use(run.folder) and self._claim(run):
+                self._begin(self.pending.pop(key))
+
+    def _begin(self, run: Run) -> None:
+        """Train ``run``, which is ours: nobody else writes its folder now."""
+        if run.is_complete():  # by another process, a moment ago
+            self._complete(run)
+        elif run.difference:
+            settings = f"a run of other settings ({run.difference})"
+            self._fail(run, f"{run.folder} holds {settings}; move it away, or set variant=NAME")
+        else:
+            log = self.logs / f"{run.key}.log"
+            arguments = [*run.cell.arguments(run.seed), "--resume", *self.flags]
+            self.active[run.key] = _Job(run, self.start(arguments, log, self.environment), log)
+            return
+        self.claims.release(run.key)
+
+    def _claim(self, run: Run) -> bool:
+        """Claim ``run``, and tell of an owner that is not there any more."""
+        before = self.claims.last(run.key)
+        other = self.claims.take(run.key)
+        if other is None:
+            if before is not None and not before.released:
+                how = "which has ended" if self.claims.is_gone(before) else f"silent for {before.silent:.0f} s"
+                self.tell(f"{run.label}: taken over from {before.place}, {how}")
+            return True
+        if other.silent > QUIET and other.path not in self.told:
+            self.told.add(other.path)
+            self.tell(
+                f"{run.label}: claimed by {other.place}, silent for {other.silent:.0f} s; if it stays so, it is taken"
+                f" over after {self.claims.stale:.0f} s"
+            )
+        return False
+
+    def _complete(self, run: Run) -> None:
+        self.outcome.complete.append(run)
+        self.tell(f"complete: {run.label}")
+
+    def _fail(self, run: Run, why: str) -> None:
+        self.outcome.failed[run.key] = (run, why)
+
+    def _hindrance(self, run: Run) -> str | None:
+        if run.missing is not None:
+            return run.missing
+        failed = self.outcome.failed
+        return f"its teacher failed: {failed[run.needs][1]}" if run.needs in failed else None
+
+
+def _environment(jobs: int) -> dict[str, str]:
+    """With the share of this process's cores for each job, unless the user has said how many threads it takes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = str(max(1, cores // jobs))
+    return {"OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share, **os.environ}
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether a process of this machine trains into ``folder``, such as one whose table was killed a moment ago."""
+    if not folder.is_dir():
+        return False
+    try:
+        lock_folder(folder, "run folder").release()
+    except UserError:
+        return True
+    return False
+
+
+def _start(arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:
+    command = [sys.executable, "-c", "from mdistill.reporting.table_runs import child; child()", *arguments]
+    streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    try:
+        with open(log, "wb") as output:
+            return subprocess.Popen(command, stdout=output, env=dict(environment), start_new_session=True, **streams)
+    except OSError as error:
+        raise UserError(f"{log}: no run can be begun: {error.strerror}") from None
+
+
+def child() -> None:
+    """``mdistill train`` with this process's arguments; it saves and ends when the process that began it is gone."""
+
+    def watch() -> None:
+        while os.read(0, 1):  # until the other end is closed
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sys.argv[0] = "mdistill train"  # as the record of the run has it
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+    sys.exit(importlib.import_module("mdistill.cli.train").main())
+
+
+def _reason(log: Path, code: int) -> str:
+    """The line of what a run printed that says what was wrong, or how its process ended."""
+    lines = [line.strip() for line in read_text(log).splitlines() if line.strip()] if log.is_file() else []
+    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if told:
+        return printable(told[0], 400)
+    if code < 0:
+        name = signal.Signals(-code).name if -code in {*signal.Signals} else f"signal {-code}"
+        hint = ", as where memory runs out" if name == "SIGKILL" else ""
+        return f"its process was ended by {name}{hint}; run the same command again to go on"
+    return printable(lines[-1], 400) if lines else f"exit code {code}, nothing printed"
