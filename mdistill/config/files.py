@@ -13,7 +13,16 @@ from urllib.parse import quote
 
 import yaml
 
-from mdistill.config.schema import COMPONENTS, Config, check, differences, leaves, phases_of, results_only, without_defaults
+from mdistill.config.schema import (
+    COMPONENTS,
+    Config,
+    check,
+    differences,
+    leaves,
+    phases_of,
+    results_only,
+    without_defaults,
+)
 from mdistill.distillers import DISTILLERS
 from mdistill.errors import UserError, printable, shown, suggestion
 from mdistill.registry import Registry
