@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import keyword
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ COMMANDS = {
     "eval": "evaluate a run folder or a checkpoint",
     "cache": "compute a teacher's logits ahead of training",
     "data": "look through a folder of images, or make a smaller copy",
+    "import": "take runs that others published into tables",
     "methods": "list the methods: paper, loss, needs, settings and their sources",
     "quickstart": "the main job on the embedded data set, in minutes on a CPU",
 }
@@ -45,7 +47,8 @@ def dispatch(args: argparse.Namespace) -> int:
         return 0
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{suggestion(name, COMMANDS)} (commands: {', '.join(COMMANDS)})")
-    return int(importlib.import_module(f"mdistill.cli.{name}").main(rest))
+    module = f"{name}_" if keyword.iskeyword(name) else name
+    return int(importlib.import_module(f"mdistill.cli.{module}").main(rest))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
