@@ -19,6 +19,7 @@ def write_record(
     teacher: str = "a" * 64,
     session: Mapping[str, Any] | None = None,
     top5: float = 95.0,
+    first: int = 1,
     folder: Path | None = None,
 ) -> Path:
     """Write the record of a run of ``config`` whose test accuracies by epoch are ``top1``; its folder.
@@ -26,18 +27,19 @@ def write_record(
     Args:
         data: fingerprint of its data, and ``teacher`` of its teacher's weights.
         session: further entries of its session.
+        first: epoch of the first of them.
         folder: where it lies below ``output``; None for where a run would write.
     """
     path = output / (folder or config.run_folder())
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(config.to_yaml())
     lines = []
-    for epoch, value in enumerate(top1, start=1):
-        best = max(top1[:epoch])
+    for number, value in enumerate(top1):
+        epoch, best = first + number, max(top1[: number + 1])
         lines.append(
             {"epoch": epoch, "lr": 0.05, "train/loss": 1.5, "test/top1": value, "test/top5": top5, "test/loss": 1.0}
             | {"seconds/train": 1.0, "seconds/eval": 0.1, "images_per_second": 100.0}
-            | {"best/epoch": top1.index(best) + 1, "best/top1": best}
+            | {"best/epoch": first + top1.index(best), "best/top1": best}
         )
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     fingerprints = {"data": data, **({"teacher": teacher} if config.teacher else {})}
