@@ -79,8 +79,8 @@ def _read(args: argparse.Namespace, run: Path) -> "tuple[External, dict[str, Pat
         known = {name.casefold(): name for name in DISTILLERS.names()}
         if method.casefold() not in known:
             raise UserError(
-                f"{run}: {printable(method)!r} is none of our methods{suggestion(method.casefold(), known)}; say which"
-                " with --method, or name its row with --label"
+                f"{run}: {printable(method)!r} is none of our methods{suggestion(method.casefold(), known)} (--method"
+                " says which one it is; --label names its row where we have none)"
             )
         method = known[method.casefold()]
     networks = {}

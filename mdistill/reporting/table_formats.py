@@ -49,7 +49,7 @@ def _rows(table: Table) -> list[list[_Cell]]:
     ranks = {pair: table.ranks(pair) for pair in table.layout.pairs}
     for row in table.layout.rows:
         results = [table.results[row, pair] for pair in table.layout.pairs]
-        figures = [_Cell(each.marked, ranks[pair].get(row, 0)) for pair, each in zip(ranks, results, strict=True)]
+        figures = [_Cell(each.text, ranks[pair].get(row, 0)) for pair, each in zip(ranks, results, strict=True)]
         rows.append([_Cell(row), *figures])
         if table.layout.source:
             published = ["" if each.published is None else f"{each.published:.2f}" for each in results]

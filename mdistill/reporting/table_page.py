@@ -5,37 +5,39 @@ from html import escape
 
 from mdistill.reporting.table_show import Result, Table
 
+_NAME, _COLUMN = 10, 9  # rem: widths of a row's name and of a column; a window with less room shows cards
 _STYLE = """
 :root { color-scheme: light; --ink: #1a1a1a; --soft: #555; --line: #ccc; --shade: #f3f5f8; --link: #0b4f9e; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 80rem; padding: 1rem; color: var(--ink); background: #fff;
+body { margin: 0 auto; max-width: 90rem; padding: 1rem; color: var(--ink); background: #fff;
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.4rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 a { color: var(--link); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding-bottom: .5rem; }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+th, td { padding: .35rem .5rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 2px solid var(--ink); overflow-wrap: normal; }
-thead small, td small { display: block; font-weight: normal; color: var(--soft); }
+thead small, td small { display: block; font-size: .8rem; font-weight: normal; color: var(--soft); }
 tbody tr:hover { background: var(--shade); }
 .best { font-weight: 700; } .second { text-decoration: underline; text-underline-offset: .2em; }
-.cell { position: relative; display: inline-block; }
+.cell { position: relative; display: inline-block; white-space: nowrap; }
 .cell a { color: inherit; text-decoration: none; }
 .cell .second { text-decoration: underline; }
 .about { display: none; position: absolute; right: 0; top: 100%; z-index: 1; width: 20rem; padding: .5rem .7rem;
-  text-align: left; font-size: .85rem; font-weight: normal; color: #fff; background: #222; border-radius: .3rem; }
+  white-space: normal; text-align: left; font-size: .85rem; font-weight: normal; color: #fff; background: #222;
+  border-radius: .3rem; }
 .cell:hover .about, .cell:focus-within .about { display: block; }
 .runs td { font-size: .9rem; } .runs td, .runs th { text-align: left; }
 :target { background: #fff3c4; }
-@media (max-width: 60rem) {
+@media (max-width: WIDTHrem) {
   thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-  table, tbody, tr, td, tbody th { display: block; width: 100%; }
+  table, caption, tbody, tr, td, tbody th { display: block; width: 100%; }
   tr { border: 1px solid var(--line); border-radius: .4rem; margin-bottom: .8rem; padding: .3rem 0; }
   td, tbody th { border: 0; padding: .2rem .7rem; }
   tbody th { font-size: 1.05rem; }
   td { display: flex; justify-content: space-between; gap: 1rem; text-align: right; }
-  td::before { content: attr(data-label); color: var(--soft); text-align: left; flex: none; max-width: 45%; }
+  td::before { content: attr(data-label); flex: none; max-width: 55%; text-align: left; color: var(--soft); }
   .runs td { text-align: right; }
   td:first-child { text-align: right; }
   .about { width: min(18rem, 80vw); }
@@ -54,14 +56,14 @@ def page(table: Table) -> str:
             '<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{heading}</title>",
-            f"<style>{_STYLE}</style>",
+            f"<style>{_STYLE.replace('WIDTH', str(_NAME + _COLUMN * len(table.layout.pairs)))}</style>",
             "</head>",
             "<body>",
             "<main>",
             f"<h1>{heading}</h1>",
             "<table>",
-            f"<caption>{escape(table.headline)}, percent. Best of a column bold, second underlined. Each figure leads"
-            " to the runs behind it.</caption>",
+            f"<caption>{escape(table.headline.capitalize())}, percent. Best of a column bold, second underlined. {_published(table)}"
+            "Each figure leads to the runs behind it.</caption>",
             *_head(table),
             "<tbody>",
             *_body(table),
@@ -78,6 +80,10 @@ def page(table: Table) -> str:
             "</html>",
         ]
     )
+
+
+def _published(table: Table) -> str:
+    return "Below it the published figure and, in brackets, the difference from it. " if table.layout.source else ""
 
 
 def _head(table: Table) -> Iterator[str]:
@@ -104,7 +110,8 @@ def _body(table: Table) -> Iterator[str]:
 
 def _cell(table: Table, each: Result, rank: int) -> str:
     style = {0: "", 1: ' class="best"', 2: ' class="second"'}[rank]
-    text = f"<span{style}>{escape(each.marked)}</span>"
+    figure = escape(" ".join(part for part in (each.figure, each.signs) if part))
+    text = f"<span{style}>{figure}</span>" if figure else ""
     if each.trials:
         lines = [f"seed {trial.seed}: {trial.top1:.2f}" for trial in each.trials]
         lines += [
@@ -113,11 +120,11 @@ def _cell(table: Table, each: Result, rank: int) -> str:
         lines += [f"config {cell}" for cell in dict.fromkeys(trial.record.identity for trial in each.trials) if cell]
         about = "<br>".join(map(escape, lines))
         text = f'<a href="#{_anchor(table, each)}">{text}</a><span class="about" role="tooltip">{about}</span>'
-    published = ""
+    below = f"<small>{each.missing} seeds</small>" if each.missing else ""
     if each.published is not None:
         gap = f" ({each.difference_text})" if each.difference is not None else ""
-        published = f"<small>published {each.published:.2f}{gap}</small>"
-    return f'<td data-label="{escape(each.wanted.pair)}"><span class="cell">{text}{published}</span></td>'
+        below += f"<small>{each.published:.2f}{gap}</small>"
+    return f'<td data-label="{escape(each.wanted.pair)}"><span class="cell">{text}{below}</span></td>'
 
 
 def _anchor(table: Table, each: Result) -> str:

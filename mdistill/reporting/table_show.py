@@ -68,17 +68,20 @@ class Result:
         return "" if len(self.trials) == len(self.seeds) else f"{len(self.trials)} of {len(self.seeds)}"
 
     @property
-    def text(self) -> str:
-        """Mean, sample standard deviation, and of how many seeds where some are missing."""
-        if not self.trials:
-            return self.missing
-        return mean_std_text(self.values) + (f" ({self.missing})" if self.missing else "")
+    def figure(self) -> str:
+        """Mean and sample standard deviation, or nothing."""
+        return mean_std_text(self.values) if self.trials else ""
 
     @property
-    def marked(self) -> str:
-        """``text``, with a sign where a run has collapsed and one where a run has failed."""
-        signs = [sign for sign, seeds in ((COLLAPSED, self.collapsed), (FAILED, self.failed)) if seeds]
-        return " ".join([self.text, *signs])
+    def signs(self) -> str:
+        """One where a run has collapsed, and one where a run has failed."""
+        return " ".join(sign for sign, seeds in ((COLLAPSED, self.collapsed), (FAILED, self.failed)) if seeds)
+
+    @property
+    def text(self) -> str:
+        """The figure, of how many seeds where some are missing, and the signs."""
+        missing = f"({self.missing})" if self.figure and self.missing else self.missing
+        return " ".join(part for part in (self.figure, missing, self.signs) if part)
 
     @property
     def difference_text(self) -> str:

@@ -91,7 +91,7 @@ def test_failed_collapsed_and_unfinished_runs_are_shown(whole: Layout, tmp_path:
     write_record(tmp_path, config("kd", 2), [10.0] * 120)
     table = shown(whole, tmp_path)
     kd = table.results["KD", "res56_res20"]
-    assert kd.marked == "1.00 (1 of 3) † ‡"
+    assert kd.text == "1.00 (1 of 3) † ‡"
     assert "‡ KD res56_res20 seed 0 failed: loss term 'kd' is not finite" in table.notes
     assert "† KD res56_res20 seed 1 collapsed to 1.00; it counts in the mean" in table.notes
     assert "unfinished: KD res56_res20 seed 2: 120 of 240 epochs" in table.notes
@@ -274,7 +274,7 @@ def test_as_a_page_of_its_own(full: Table) -> None:
     assert '<html lang="en">' in text
     assert 'name="viewport"' in text
     assert "Two &amp; three_rows" in text
-    for what in (COMMIT[:12], "seed 1: 70.10", "published 69.06 (+0.04)", 'class="best"', 'class="second"'):
+    for what in (COMMIT[:12], "seed 1: 70.10", "69.06 (+0.04)", 'class="best"', 'class="second"'):
         assert what in text
 
 
@@ -303,9 +303,8 @@ def test_schedules_that_were_shortened(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(TABLE)
     whole = layout(str(path), CONFIGS, tmp_path, epochs=4)
-    write_record(
-        tmp_path / "runs", config("vanilla", 0, "solver.epochs=4", "solver.milestones=[2,3]"), [1.0, 2.0, 3.0, 9.0]
-    )
+    run = config("vanilla", 0, "solver.epochs=4", "solver.milestones=[2,3]")
+    write_record(tmp_path / "runs", run, [1.0, 2.0, 3.0, 9.0], top5=30.0)
     table = shown(whole, tmp_path / "runs")
     alone = table.results["alone", "res56_res20"]
     assert table.title == "Two & three_rows, schedules shortened to 4 epochs"
