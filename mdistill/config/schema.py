@@ -258,6 +258,7 @@ ADDED: dict[str, Any] = {
 configuration without one means that value, and no identity holds it, so that runs of earlier versions remain trials of
 the same cell, are evaluated and resumed."""
 
+
 def cell_identity(config: Config, fingerprints: Mapping[str, str]) -> str:
     """16 hex digits that are equal exactly where two runs are trials of one cell of a table.
 

@@ -104,12 +104,12 @@ class Record:
     @property
     def copies(self) -> dict[str, str]:
         """Fingerprints of the data, the teacher's weights and those that the student began with."""
-        student = _section(self.session, "student").get("files") or [{}]
-        began = student[0].get("sha256") if isinstance(student[0], dict) else None
+        files = _section(self.session, "student").get("files")
+        began = files[0] if isinstance(files, list) and files else None
         found = {
             "data": _section(self.session, "data").get("fingerprint"),
             "teacher": _section(self.session, "teacher").get("fingerprint"),
-            "starting weights": began,
+            "starting weights": began.get("sha256") if isinstance(began, Mapping) else None,
         }
         return {what: str(fingerprint) for what, fingerprint in found.items() if fingerprint}
 

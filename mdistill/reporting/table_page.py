@@ -62,8 +62,8 @@ def page(table: Table) -> str:
             "<main>",
             f"<h1>{heading}</h1>",
             "<table>",
-            f"<caption>{escape(table.headline.capitalize())}, percent. Best of a column bold, second underlined. {_published(table)}"
-            "Each figure leads to the runs behind it.</caption>",
+            f"<caption>{escape(table.headline.capitalize())}, percent. Best of a column bold, second underlined."
+            f" {_published(table)}Each figure leads to the runs behind it.</caption>",
             *_head(table),
             "<tbody>",
             *_body(table),

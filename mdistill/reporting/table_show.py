@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-from mdistill.errors import UserError
+from mdistill.errors import UserError, printable
 from mdistill.reporting.external import External, read_external
 from mdistill.reporting.published import Figure
 from mdistill.reporting.records import Found, Record
@@ -183,7 +183,7 @@ def _result(cell: Wanted, layout: Layout, records: Sequence[Record], figures: Se
         elif seed in by_seed:
             record = max(by_seed[seed], key=lambda record: record.done)
             if record.failure:
-                failed[seed] = record.failure
+                failed[seed] = printable(record.failure, 300)
             elif record.done >= record.epochs:
                 unfinished[seed] = "no accuracy on the test split"
             else:

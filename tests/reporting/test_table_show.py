@@ -19,7 +19,7 @@ from mdistill.reporting.external import EpochFigures, External
 from mdistill.reporting.published import Figure
 from mdistill.reporting.records import find_records, read_record
 from mdistill.reporting.table_cells import Layout, layout
-from mdistill.reporting.table_formats import render
+from mdistill.reporting.table_formats import Format, render
 from mdistill.reporting.table_show import Table, build
 
 from .written_records import COMMIT, write_record
@@ -166,6 +166,37 @@ def test_what_cannot_be_read_is_a_line(whole: Layout, tmp_path: Path) -> None:
     assert "config.yaml is damaged: it is not the complete configuration of a run" in incomplete
     with pytest.raises(UserError, match="no such run folder"):
         read_record(tmp_path / "nowhere")
+
+
+ODD = [
+    "",
+    "[]",
+    "{}",
+    "null",
+    "a: b",
+    '{"sessions": [{"failed": 1}]}',
+    '{"epoch": 1e999}',
+    "\0\x1b[2J",
+    "seed: [1]",
+    "- 1",
+]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "env.json", "metrics.jsonl"])
+def test_whatever_a_record_holds_the_table_is_shown(name: str, whole: Layout, tmp_path: Path) -> None:
+    sound = write(tmp_path / "sound", config("kd", 0), 70.0)
+    text = (sound / name).read_text()
+    cut = [text[: len(text) * part // 7] for part in range(1, 7)]
+    values = [
+        text.replace(old, new) for old in ("240", "239", "70.0", "kd", "resnet20", "'") for new in ("[1]", "-1", "x")
+    ]
+    for number, content in enumerate([*ODD, *cut, *values]):
+        folder = Path(shutil.copytree(sound, tmp_path / "damaged" / str(number)))
+        (folder / name).write_text(content)
+    table = shown(whole, tmp_path)
+    forms: tuple[Format, ...] = ("text", "html", "csv")
+    for form in forms:
+        assert "\x1b" not in render(table, form)
 
 
 def test_epochs_of_a_first_phase_are_no_figures(tmp_path: Path) -> None:
