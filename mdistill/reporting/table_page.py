@@ -5,7 +5,7 @@ from html import escape
 
 from mdistill.reporting.table_show import Result, Table
 
-_NAME, _COLUMN = 10, 9  # rem: widths of a row's name and of a column; a window with less room shows cards
+_NAME, _COLUMN, _LEAST = 10, 9, 60  # rem: of a row's name, of a column, of all; a window with less room shows cards
 _STYLE = """
 :root { color-scheme: light; --ink: #1a1a1a; --soft: #555; --line: #ccc; --shade: #f3f5f8; --link: #0b4f9e; }
 * { box-sizing: border-box; }
@@ -56,16 +56,16 @@ def page(table: Table) -> str:
             '<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{heading}</title>",
-            f"<style>{_STYLE.replace('WIDTH', str(_NAME + _COLUMN * len(table.layout.pairs)))}</style>",
+            f"<style>{_STYLE.replace('WIDTH', str(max(_LEAST, _NAME + _COLUMN * len(table.layout.pairs))))}</style>",
             "</head>",
             "<body>",
             "<main>",
             f"<h1>{heading}</h1>",
-            "<table>",
+            '<table role="table">',
             f"<caption>{escape(table.headline.capitalize())}, percent. Best of a column bold, second underlined."
             f" {_published(table)}Each figure leads to the runs behind it.</caption>",
             *_head(table),
-            "<tbody>",
+            '<tbody role="rowgroup">',
             *_body(table),
             "</tbody>",
             "</table>",
@@ -87,24 +87,24 @@ def _published(table: Table) -> str:
 
 
 def _head(table: Table) -> Iterator[str]:
-    yield '<thead><tr><th scope="col">method</th>'
+    yield '<thead role="rowgroup"><tr role="row"><th scope="col" role="columnheader">method</th>'
     for pair in table.layout.pairs:
         teacher, student = table.networks(pair)
-        yield f'<th scope="col">{escape(teacher)}<small>{escape(student)}</small></th>'
+        yield f'<th scope="col" role="columnheader">{escape(teacher)}<small>{escape(student)}</small></th>'
     yield "</tr></thead>"
 
 
 def _body(table: Table) -> Iterator[str]:
     ranks = {pair: table.ranks(pair) for pair in table.layout.pairs}
     for row in table.layout.rows:
-        yield f'<tr><th scope="row">{escape(row)}</th>'
+        yield f'<tr role="row"><th scope="row" role="rowheader">{escape(row)}</th>'
         for pair in table.layout.pairs:
             yield _cell(table, table.results[row, pair], ranks[pair].get(row, 0))
         yield "</tr>"
     for external in table.external:
-        yield f'<tr><th scope="row">{escape(external.name)}</th>'
+        yield f'<tr role="row"><th scope="row" role="rowheader">{escape(external.name)}</th>'
         for pair in table.layout.pairs:
-            yield f'<td data-label="{escape(pair)}"><span>{escape(external.text(pair, table.epoch))}</span></td>'
+            yield _td(pair, f"<span>{escape(external.text(pair, table.epoch))}</span>")
         yield "</tr>"
 
 
@@ -124,7 +124,12 @@ def _cell(table: Table, each: Result, rank: int) -> str:
     if each.published is not None:
         gap = f" ({each.difference_text})" if each.difference is not None else ""
         below += f"<small>{each.published:.2f}{gap}</small>"
-    return f'<td data-label="{escape(each.wanted.pair)}"><span class="cell">{text}{below}</span></td>'
+    return _td(each.wanted.pair, f'<span class="cell">{text}{below}</span>')
+
+
+def _td(label: str, content: str) -> str:
+    """A cell; ``label`` says on a phone what it is."""
+    return f'<td role="cell" data-label="{escape(label)}">{content}</td>'
 
 
 def _anchor(table: Table, each: Result) -> str:
@@ -137,12 +142,13 @@ def _appendix(table: Table) -> Iterator[str]:
     if not any(each.trials for each in table.results.values()):
         yield "<p>No run of this table is complete.</p>"
         return
-    yield '<table class="runs"><caption>Every run behind a figure: top-1 of its last and best epoch, percent; commit of'
-    yield "the code; config: hash of all settings, data and teacher, the same for trials of one cell; data: its"
-    yield (
-        "fingerprint.</caption><thead><tr>"
-        + "".join(f'<th scope="col">{name}</th>' for name in columns)
-        + "</tr></thead><tbody>"
+    head = "".join(f'<th scope="col" role="columnheader">{name}</th>' for name in columns)
+    yield from (
+        '<table class="runs" role="table">',
+        "<caption>Every run behind a figure: top-1 of its last and best epoch, percent; commit of the code; config: a",
+        "hash of all settings, data and teacher, the same for trials of one cell; data: its fingerprint.</caption>",
+        f'<thead role="rowgroup"><tr role="row">{head}</tr></thead>',
+        '<tbody role="rowgroup">',
     )
     for each in table.results.values():
         for number, trial in enumerate(each.trials):
@@ -161,8 +167,8 @@ def _appendix(table: Table) -> Iterator[str]:
             anchor = "" if number else f' id="{_anchor(table, each)}"'
             cells = zip(columns[1:], values, strict=True)
             yield (
-                f'<tr{anchor}><th scope="row">{escape(each.label)}</th>'
-                + "".join(f'<td data-label="{name}"><span>{escape(value)}</span></td>' for name, value in cells)
+                f'<tr role="row"{anchor}><th scope="row" role="rowheader">{escape(each.label)}</th>'
+                + "".join(_td(name, f"<span>{escape(value)}</span>") for name, value in cells)
                 + "</tr>"
             )
     yield "</tbody></table>"

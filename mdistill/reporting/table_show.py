@@ -287,14 +287,12 @@ def _notes(layout: Layout, results: Mapping[tuple[str, str], Result], epoch: Epo
         if any(each.published is not None and not each.same_epochs for each in results.values()):
             notes.append("no difference is given where the published run was of another number of epochs")
     for pair in layout.pairs:
-        copies = {
-            trial.record.copies.get("data", "")
-            for row in layout.rows
-            if (row, pair) in results
-            for trial in results[row, pair].trials
-        }
-        if len(copies) > 1:
-            notes.append(f"{pair}: its rows were trained on {len(copies)} copies of the data, so do not compare them")
+        of_pair = [results[row, pair] for row in layout.rows if (row, pair) in results]
+        copies = [trial.record.copies for each in of_pair for trial in each.trials]
+        for what in ("data", "teacher"):
+            number = len({found[what] for found in copies if what in found})
+            if number > 1:
+                notes.append(f"{pair}: its rows were trained on {number} copies of the {what}, so do not compare them")
     further = sorted(frozenset[int]().union(*(each.further for each in results.values())))
     if further:
         notes.append(f"runs of further seeds are there, {', '.join(map(str, further))}: --seeds takes them in")
