@@ -7,6 +7,7 @@ what a seed or a pair changes for both alike cancels in the difference.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import fmean, stdev
 
 _TERMS = 200  # of the continued fraction; about sqrt(a + b) of them are enough
@@ -103,6 +104,7 @@ def t_two_sided(t: float, freedom: float) -> float:
     return _incomplete_beta(freedom / (freedom + t * t), freedom / 2, 0.5)
 
 
+@cache
 def t_quantile(probability: float, freedom: float) -> float:
     """The value that Student's t stays below with ``probability``, which lies in [0.5, 1): by bisection of its tail.
 

@@ -101,8 +101,8 @@ def _latex(table: Table) -> str:
         r"\toprule",
     ]
     networks = [table.networks(pair) for pair in table.layout.pairs]
-    for name, column in (("teacher", 0), ("student", 1)):
-        lines.append(" & ".join([name, *(_tex(pair[column]) for pair in networks)]) + r" \\")
+    for role, column in (("teacher", 0), ("student", 1)):
+        lines.append(" & ".join([role, *(_tex(pair[column]) for pair in networks)]) + r" \\")
     lines.append(r"\midrule")
     for name, *cells in _rows(table):
         first = r"\quad " + _tex(name.text.strip()) if name.text.startswith(" ") else _tex(name.text)
