@@ -1,6 +1,7 @@
 """What each kind of file beside the weights holds; ``read_json`` and ``checked`` compare a file with its schema.
 
 ``EpochLine``: a line of ``metrics.jsonl``. ``Environment``: ``env.json``. ``Teachers``: ``teachers.json``.
+``ExternalRun``: ``external.json``.
 ``Checkpoint``: the plain part of ``last.pt``; its tensors are compared with those that they go into. ``ChunkHeader``:
 the header of a file of cached logits, or of distances between classes. ``TableFile``: a table file.
 """
@@ -65,10 +66,47 @@ class Session(_Open):
     config_folder: Text = ""  # of the file that began it
     exports: list[ExportName] = []  # names of the networks that it writes
     processes: Count = 1  # that trained together
+    failed: Text = ""  # what ended it, where that was an error of the run itself
+
+
+RECORD_FORMAT = 1
+"""Of the records that this version writes; a record that names none has it."""
 
 
 class Environment(_Exact):
+    format: Annotated[int, Field(ge=1, le=RECORD_FORMAT)] = RECORD_FORMAT
     sessions: list[Session]
+
+
+class _EpochFigures(_Exact):
+    epoch: Epoch
+    top1: Percent
+    top5: Percent | None = None
+
+
+class _Measured(_Exact):
+    file: Text
+    sha256: Text
+    top1: Percent
+
+
+class ExternalRun(_Exact):
+    """A run of another project, as it was imported."""
+
+    format: Annotated[int, Field(ge=1, le=RECORD_FORMAT)] = RECORD_FORMAT
+    project: Literal["mdistiller", "RepDistiller"]
+    source: Text
+    dataset: Text
+    method: Text
+    label: Text = ""  # of its row
+    teacher: Text
+    student: Text
+    trial: Text
+    epochs: Count
+    last: _EpochFigures | None
+    best: _EpochFigures | None
+    files: dict[Text, Text]  # SHA-256 by name
+    measured: dict[Literal["last", "best"], _Measured] = {}
 
 
 class Teachers(RootModel[dict[str, Percent]]):

@@ -42,6 +42,7 @@ RANKS = {
     "models": 2,
     "data": 2,
     "file_schemas": 1,
+    "settings": 1,
     "registry": 1,
     "errors": 1,
     "files": 1,

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import keyword
 import sys
 from collections.abc import Sequence
 
@@ -10,11 +11,12 @@ from mdistill.cli.common import EXIT_CODES, run
 from mdistill.errors import UserError, suggestion
 
 COMMANDS = {
-    "table": "train what the table of a paper is missing, and show it",
     "train": "train a student from a teacher, or a network alone",
     "eval": "evaluate a run folder or a checkpoint",
     "cache": "compute a teacher's logits ahead of training",
+    "table": "train what the table of a paper is missing, show it, compare its methods",
     "data": "look through a folder of images, or make a smaller copy",
+    "import": "take runs that others published into tables",
     "methods": "list the methods: paper, loss, needs, settings and their sources",
     "quickstart": "the main job on the embedded data set, in minutes on a CPU",
 }
@@ -45,7 +47,8 @@ def dispatch(args: argparse.Namespace) -> int:
         return 0
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{suggestion(name, COMMANDS)} (commands: {', '.join(COMMANDS)})")
-    return int(importlib.import_module(f"mdistill.cli.{name}").main(rest))
+    module = f"{name}_" if keyword.iskeyword(name) else name
+    return int(importlib.import_module(f"mdistill.cli.{module}").main(rest))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

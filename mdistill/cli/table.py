@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdistill.cli import common
+from mdistill.cli import _table_records, common
 from mdistill.errors import RunFailed, Stopped
 
 if TYPE_CHECKING:
@@ -21,15 +21,15 @@ DESCRIPTION = """A table is pairs x methods x seeds, as a table file says: one o
 run    trains what is missing, resumes what was stopped and leaves alone what is complete. A run that fails does not
        keep the others; failures are listed at the end. Any number of processes and machines may work on one table over
        a shared --output.
-show   prints the table from the records under --output: mean and standard deviation of the last epoch over the seeds,
-       beside the published figure."""
+show, compare and publish read the records of runs; each explains itself with `mdistill table show --help`."""
 
 EXAMPLES = f"""  mdistill table run mcld_table2 --dry-run                     what there is to do, and how long it takes
   mdistill table run mcld_table2 --methods KD,MCLD --pairs res56_res20
   mdistill table run mcld_table2 --epochs 2 --jobs 2           a smoke run: schedules shortened, in their own folder
   mdistill table run my_table.yaml --train-teachers
   mdistill table show mcld_table2
-  mdistill table show my_table.yaml --format markdown
+  mdistill table compare mcld_table2 --baseline KD --methods MCLD
+  mdistill table publish mcld_table2                           copy the records of its runs into results/
 
 {common.EXIT_CODES}"""
 
@@ -53,7 +53,7 @@ def _count(text: str) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = common.machine_parser("table", DESCRIPTION, EXAMPLES)
-    parser.add_argument("action", choices=("run", "show"))
+    parser.add_argument("action", choices=("run", *_table_records.ACTIONS))
     parser.add_argument("table", help="a name in configs/tables, or a table file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run, after the table's own")
     parser.add_argument("--methods", type=_names, help="some of its rows (default: all)")
@@ -62,7 +62,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--epochs", type=_count, help="shorten every schedule in proportion; such runs lie in OUTPUT/epochs<N>"
     )
-    parser.add_argument("--format", choices=("text", "markdown", "csv"), default="text", help="of show (%(default)s)")
     parser.add_argument("--jobs", type=_count, default=1, help="runs at a time; on a CPU each gets its share of cores")
     parser.add_argument("--train-teachers", action="store_true", help="train teachers whose file is missing")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the time it takes, train nothing")
@@ -86,11 +85,6 @@ def table(args: argparse.Namespace) -> int | None:
         imports=args.imports,
     )
     output = args.output / f"epochs{args.epochs}" if args.epochs else args.output
-    if args.action == "show":
-        from mdistill.reporting.table_show import show
-
-        print(show(found, output, common.project_root() / "results" / "published.csv", args.format, args.epochs))
-        return None
     return _run(args, found, output, configs)
 
 
@@ -232,4 +226,7 @@ def _progress(runs: "Sequence[Run]", speeds: "Speeds") -> "Iterator[_Progress]":
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] in _table_records.ACTIONS:
+        return _table_records.main(arguments)
     return common.run(table, parse, arguments, when_stopped="run it again to go on")

@@ -10,6 +10,7 @@ from mdistill.cli import common
 
 if TYPE_CHECKING:
     from mdistill.config import Config
+    from mdistill.engine.run_folder import RunFolder
 
 DESCRIPTION = """Train a network as a configuration says.
 
@@ -94,7 +95,28 @@ def _train(args: argparse.Namespace, configs: "Sequence[Config]", device_name: s
     if args.dry_run:
         print_line(trainer.dry_run(experiment))
         return
-    trainer.fit(experiment, folders)
+    try:
+        trainer.fit(experiment, folders)
+    finally:
+        if len(folders) > 1 and distributed.rank() == 0:
+            _print_mean(configs, folders)
+
+
+def _print_mean(configs: "Sequence[Config]", folders: "Sequence[RunFolder]") -> None:
+    """What the trials that are complete reach together."""
+    from mdistill.engine.console import print_line
+    from mdistill.engine.run_folder import read_metrics
+    from mdistill.reporting.statistics import mean_std_text
+
+    ends = [(config, read_metrics(folder.path)[-1:]) for config, folder in zip(configs, folders, strict=True)]
+    complete = {config.seed: line[0] for config, line in ends if line and line[0]["epoch"] >= config.epochs}
+    for split in ("val", "test"):
+        values = {seed: line[f"{split}/top1"] for seed, line in complete.items() if f"{split}/top1" in line}
+        if len(values) > 1:
+            seeds = f"seeds {', '.join(map(str, values))}" + (
+                f" of {len(configs)}" if len(values) < len(configs) else ""
+            )
+            print_line(f"{split} top-1 after the last epoch: {mean_std_text(list(values.values()))} over {seeds}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

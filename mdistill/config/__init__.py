@@ -8,10 +8,9 @@ from mdistill.config.schema import (
     SolverConfig,
     TeacherConfig,
     cell_identity,
-    differences,
-    results_only,
     without_defaults,
 )
+from mdistill.settings import differences, results_only
 
 __all__ = [
     "Config",

@@ -13,19 +13,11 @@ from urllib.parse import quote
 
 import yaml
 
-from mdistill.config.schema import (
-    COMPONENTS,
-    Config,
-    check,
-    differences,
-    leaves,
-    phases_of,
-    results_only,
-    without_defaults,
-)
+from mdistill.config.schema import COMPONENTS, Config, check, phases_of, without_defaults
 from mdistill.distillers import DISTILLERS
 from mdistill.errors import UserError, printable, shown, suggestion
 from mdistill.registry import Registry
+from mdistill.settings import differences, leaves, results_only
 from mdistill.user_code import import_user_module
 
 SOURCES = ("certain: ", "inferred: ", "ours: ")

@@ -20,6 +20,7 @@ from mdistill.optim.averaging import Statistics
 from mdistill.optim.schedules import Schedule, learning_rate
 from mdistill.precision import Precision
 from mdistill.registry import NonNegativeInt, Positive, PositiveInt, Registry, problem_lines
+from mdistill.settings import results_only
 
 
 def _folder_name(text: str) -> str:
@@ -262,23 +263,6 @@ ADDED: dict[str, Any] = {
 configuration without one means that value, and no identity holds it, so that runs of earlier versions remain trials of
 the same cell, are evaluated and resumed."""
 
-_NO_RESULT = {
-    "imports",
-    "seed",
-    "variant",
-    "data.eval_batch_size",
-    "data.root",
-    "student.checkpoint",
-    *(
-        f"{member}.{key}"
-        for member in ("teacher", "teacher.ensemble")
-        for key in ("checkpoint", "expected_top1", "classes", "preprocessing")  # these two are in its fingerprint
-    ),
-    "run.engine",
-    "run.evaluate_every",
-    "run.checkpoint_minutes",
-}
-
 
 def cell_identity(config: Config, fingerprints: Mapping[str, str]) -> str:
     """16 hex digits that are equal exactly where two runs are trials of one cell of a table.
@@ -316,39 +300,6 @@ def without_defaults(config: Config) -> dict[str, Any]:
 def _added(name: str) -> dict[str, Any]:
     """``ADDED`` of one method."""
     return {setting.split(".")[1]: value for setting, value in ADDED.items() if setting.split(".")[0] == name}
-
-
-def results_only(tree: Any, place: str = "") -> Any:
-    """``tree``, a configuration in plain containers, without what changes no result: paths, names, how it is run."""
-    if isinstance(tree, Mapping):
-        return {
-            key: results_only(value, f"{place}{key}.")
-            for key, value in tree.items()
-            if f"{place}{key}" not in _NO_RESULT and not isinstance(value, Path)
-        }
-    if isinstance(tree, (list, tuple)):
-        return [results_only(value, place) for value in tree]
-    return tree
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys at which two resolved configurations differ, with both values (None where absent)."""
-    old_leaves, new_leaves = dict(leaves(old)), dict(leaves(new))
-    keys = [*old_leaves, *(key for key in new_leaves if key not in old_leaves)]
-    return {
-        ".".join(key): (old_leaves.get(key), new_leaves.get(key))
-        for key in keys
-        if old_leaves.get(key) != new_leaves.get(key)
-    }
-
-
-def leaves(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every value of ``tree`` that is no section, or an empty one, with its key."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, (*prefix, str(key)))
-        else:
-            yield (*prefix, str(key)), value
 
 
 # ---- checking ------------------------------------------------------------------------------------------------------

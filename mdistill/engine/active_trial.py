@@ -189,6 +189,8 @@ class ActiveTrial:
             with self.stream:
                 yield
         except (UserError, Stopped) as error:
+            if isinstance(error, RunFailed) and self.writes:
+                self.folder.note_failure(str(error))
             if distributed.world_size() > 1:
                 raise
             self.ended = type(error)(f"{self._label}{error}")

@@ -129,6 +129,15 @@ class RunFolder:
             raise RunFailed(f"could not write {self.metrics}: {error}") from error
         self.events.add(line)
 
+    def note_failure(self, reason: str) -> None:
+        """Write into ``env.json`` what ended this session, as far as the file system lets it."""
+        if not self._began:
+            return
+        with suppress(UserError):
+            sessions = read_sessions(self.path)
+            content = {"sessions": [*sessions[:-1], *({**own, "failed": reason[:1000]} for own in sessions[-1:])]}
+            write_text(self.environment, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
     def close(self) -> None:
         """Give the folder up."""
         self.events.close()
@@ -279,15 +288,24 @@ def read_sessions(folder: Path) -> list[dict[str, Any]]:
     """What each session of the run in ``folder`` recorded in ``env.json``; nothing where there is no such file.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged, or of a newer version.
     """
     path = folder / "env.json"
     if not path.is_file():
         return []
-    from mdistill.file_schemas import Environment, read_json
+    from mdistill.file_schemas import RECORD_FORMAT, Environment, checked
 
+    text = read_text(path)
+    with suppress(ValueError, RecursionError):
+        content = json.loads(text)
+        found = content.get("format") if isinstance(content, dict) else None
+        if type(found) is int and found > RECORD_FORMAT:
+            raise UserError(
+                f"{path} is of format {found}, which a newer version of mdistill wrote; this one, {__version__}, reads"
+                f" format {RECORD_FORMAT}: update mdistill"
+            )
     advice = "put the file back, or delete it: the run then goes on without the record of its earlier sessions"
-    return [session.model_dump(exclude_unset=True) for session in read_json(Environment, path, advice).sessions]
+    return [session.model_dump(exclude_unset=True) for session in checked(Environment, text, path, advice).sessions]
 
 
 def environment(device: "torch.device", metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,160 +1,336 @@
-"""A table from the records of its runs: mean and deviation of the last epoch, beside the published figure."""
+"""A table from the records of its runs: what each cell's trials say, and what is not in the cell and why."""
 
-import csv
-import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean
 from typing import Literal
 
-from mdistill.config import Config, differences, results_only
-from mdistill.config.files import read_yaml
-from mdistill.engine.run_folder import read_metrics
-from mdistill.errors import UserError
-from mdistill.reporting.published import Figure, read_published
-from mdistill.reporting.table_files import Cell, Row, Table
-from mdistill.reporting.table_runs import short
-from mdistill.reporting.tables import text_table
+from mdistill.errors import UserError, printable
+from mdistill.reporting.external import External, read_external
+from mdistill.reporting.published import Figure, disagreeing, figure_of
+from mdistill.reporting.records import Found, Record
+from mdistill.reporting.statistics import mean_std_text
+from mdistill.reporting.table_cells import Layout, Wanted
 
-Format = Literal["text", "markdown", "csv"]
+Epoch = Literal["last", "best"]
+Metric = Literal["top1", "top5"]
+NAMES: dict[Metric, str] = {"top1": "top-1", "top5": "top-5"}
+COLLAPSED, FAILED = "†", "‡"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A complete run of a cell."""
+
+    seed: int
+    value: float  # percent
+    record: Record
 
 
 @dataclass(frozen=True)
 class Result:
     """What the runs of a cell say."""
 
-    top1: dict[int, float]  # of the last epoch, percent, by seed
-    wanted: int  # seeds
-    published: float | None
-    other: dict[int, str]  # seed: the first setting in which the run that is there differs from the table's
+    wanted: Wanted
+    seeds: tuple[int, ...]  # that there should be
+    trials: tuple[Trial, ...] = ()  # in the order of ``seeds``
+    failed: Mapping[int, str] = field(default_factory=dict)  # seed: why
+    unfinished: Mapping[int, str] = field(default_factory=dict)  # seed: how far it is
+    left_out: tuple[str, ...] = ()  # a line for each kind of run that is not of this cell
+    further: frozenset[int] = frozenset()  # seeds that are there, and not asked for
+    figure: Figure | None = None  # the published one
+    shortened: bool = False
+
+    @property
+    def values(self) -> list[float]:
+        """Of its trials."""
+        return [trial.value for trial in self.trials]
+
+    @property
+    def published(self) -> float | None:
+        """Percent."""
+        return None if self.figure is None else self.figure.value
+
+    @property
+    def same_epochs(self) -> bool:
+        """As the published run."""
+        return not self.shortened and (self.figure is None or self.figure.epochs in (None, self.wanted.epochs))
 
     @property
     def mean(self) -> float | None:
         """Over the seeds that are there."""
-        return mean(self.top1.values()) if self.top1 else None
+        return fmean(self.values) if self.trials else None
+
+    @property
+    def collapsed(self) -> list[int]:
+        """Seeds of complete runs that have learnt nothing, or lost it again."""
+        return [trial.seed for trial in self.trials if trial.record.collapsed]
+
+    @property
+    def difference(self) -> float | None:
+        """From the published figure, where that is of as many epochs."""
+        if self.mean is None or self.published is None or not self.same_epochs:
+            return None
+        return self.mean - self.published
+
+    @property
+    def missing(self) -> str:
+        """``"2 of 3"``, or nothing where every seed is there."""
+        return "" if len(self.trials) == len(self.seeds) else f"{len(self.trials)} of {len(self.seeds)}"
+
+    @property
+    def mean_std(self) -> str:
+        """Mean and sample standard deviation, or nothing."""
+        return mean_std_text(self.values) if self.trials else ""
+
+    @property
+    def signs(self) -> str:
+        """One where a run has collapsed, and one where a run has failed."""
+        return " ".join(sign for sign, seeds in ((COLLAPSED, self.collapsed), (FAILED, self.failed)) if seeds)
 
     @property
     def text(self) -> str:
-        """Mean, sample standard deviation, and of how many seeds where some are missing."""
-        if not self.top1:
-            return f"0 of {self.wanted}"
-        values = list(self.top1.values())
-        words = f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
-        return words if len(values) == self.wanted else f"{words} ({len(values)} of {self.wanted})"
+        """The figure, of how many seeds where some are missing, and the signs."""
+        missing = f"({self.missing})" if self.mean_std and self.missing else self.missing
+        return " ".join(part for part in (self.mean_std, missing, self.signs) if part)
+
+    @property
+    def difference_text(self) -> str:
+        """``"+0.21"``, or nothing."""
+        return "" if self.difference is None else f"{round(self.difference, 2) + 0.0:+.2f}"
+
+    @property
+    def label(self) -> str:
+        """For lines below the table."""
+        return f"{self.wanted.row} {self.wanted.pair}"
 
 
-def show(table: Table, output: Path, published: Path, form: Format, epochs: int | None = None) -> str:
-    """``table`` in ``form``, from the run folders below ``output``.
+@dataclass(frozen=True)
+class ExternalRow:
+    """Runs of others: a row of its own."""
+
+    name: str
+    cells: Mapping[str, tuple[External, ...]]  # by pair
+
+    def text(self, pair: str, epoch: Epoch, metric: Metric) -> str:
+        """Mean and deviation over its runs, of which there may be one."""
+        values = [value for each in self.cells.get(pair, ()) if (value := each.accuracy(epoch, metric)) is not None]
+        return f"{mean_std_text(values)} (n = {len(values)})" if values else ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """All that is shown."""
+
+    layout: Layout
+    epoch: Epoch
+    metric: Metric
+    results: Mapping[tuple[str, str], Result]  # by row and pair; none for ``layout.without``
+    external: tuple[ExternalRow, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """With the number of epochs that schedules were shortened to."""
+        shortened = self.layout.shortened
+        return self.layout.title + (f", schedules shortened to {shortened} epochs" if shortened else "")
+
+    @property
+    def headline(self) -> str:
+        """What its figures are."""
+        return f"{NAMES[self.metric]}, {self.epoch} epoch"
+
+    def networks(self, pair: str) -> tuple[str, str]:
+        """Teacher ("" without one) and student of ``pair``."""
+        keys = [cell.key for cell in self.layout.cells if cell.pair == pair]
+        return next((key[2] for key in keys if key[2]), ""), keys[0][3] if keys else ""
+
+    def ranks(self, pair: str) -> dict[str, int]:
+        """1 for the best of a column, as printed, 2 for the second, by row; of a column with two figures or more."""
+        means = {
+            row: round(each.mean, 2)
+            for row in self.layout.rows
+            if (each := self.results.get((row, pair))) is not None and each.mean is not None
+        }
+        best = sorted(set(means.values()), reverse=True)[:2]
+        return {row: best.index(value) + 1 for row, value in means.items() if value in best} if len(means) > 1 else {}
+
+
+def build(
+    layout: Layout, found: Found, figures: Sequence[Figure], *, epoch: Epoch = "last", metric: Metric = "top1"
+) -> Table:
+    """The table of ``layout`` from the records that were found.
 
     Args:
-        published: the file of published figures.
-        epochs: what the schedules were shortened to.
+        figures: published ones, of any table.
+        epoch: which one's accuracy; ``best`` is that of the best top-1, on the test split where a run has no other.
     """
-    figures = read_published(published) if table.source else []
-    cells = {(cell.row, cell.pair): result(cell, table, output, figures, epochs) for cell in table.cells}
-    return _csv(table, cells) if form == "csv" else _table(table, cells, form, epochs)
+    results = {
+        (cell.row, cell.pair): _result(cell, layout, found.records, figures, epoch, metric) for cell in layout.cells
+    }
+    external, problems = _external(layout, found.external)
+    notes = _notes(layout, results, figures, epoch)
+    notes += [f"{NAMES[other]}: --metric {other}" for other in NAMES if other in layout.metrics and other != metric]
+    return Table(layout, epoch, metric, results, external, (*notes, *problems, *found.problems))
 
 
-def result(cell: Cell, table: Table, output: Path, figures: Sequence[Figure], epochs: int | None) -> Result:
-    """What is recorded of ``cell``."""
-    top1: dict[int, float] = {}
-    other: dict[int, str] = {}
-    run = cell if epochs is None else short(cell, epochs)
-    config = cell.config(table.seeds[0])
-    for seed in table.seeds:
-        own = run.config(seed)
-        folder = output / own.run_folder()
-        lines = read_metrics(folder)
-        if len(lines) < own.solver.epochs or not (folder / "student.pt").exists():
+def _result(
+    cell: Wanted, layout: Layout, records: Sequence[Record], figures: Sequence[Figure], epoch: Epoch, metric: Metric
+) -> Result:
+    of_pair = [record for record in records if record.key == cell.key]
+    own: list[Record] = []
+    strange: dict[str, list[Record]] = {}
+    others = [other for other in layout.cells if other is not cell and other.key == cell.key]
+    for record in of_pair:
+        why = cell.difference(record)
+        if why is None:
+            own.append(record)
+        elif all(other.difference(record) is not None for other in others):
+            strange.setdefault(why, []).append(record)
+    own, foreign = _one_copy(own)
+    left_out = [f"{_runs(group)} of other settings ({why})" for why, group in strange.items()]
+    left_out += [f"{_runs(group)} with {why}" for why, group in foreign]
+    by_seed: dict[int, list[Record]] = {}
+    for record in own:
+        by_seed.setdefault(record.seed, []).append(record)
+    trials, failed, unfinished = [], {}, {}
+    for seed in layout.seeds:
+        done = [record for record in by_seed.get(seed, ()) if record.complete]
+        if done:
+            value = done[0].accuracy(metric) if epoch == "last" else done[0].best_accuracy(metric)
+            if value is not None:
+                trials.append(Trial(seed, value, done[0]))
+            other = [record for record in done[1:] if record.top1 != done[0].top1]
+            left_out += [f"{_runs([record])}, a second run of this seed, in {record.folder}" for record in other]
+        elif seed in by_seed:
+            record = max(by_seed[seed], key=lambda record: record.done)
+            if record.failure:
+                failed[seed] = printable(record.failure, 300)
+            elif record.done >= record.epochs:
+                unfinished[seed] = "no accuracy on the test split"
+            else:
+                unfinished[seed] = f"{record.done} of {record.epochs} epochs"
+    return Result(
+        cell,
+        layout.seeds,
+        tuple(trials),
+        failed,
+        unfinished,
+        tuple(left_out),
+        frozenset(by_seed) - frozenset(layout.seeds),
+        _published(cell, layout, figures, metric),
+        layout.shortened is not None,
+    )
+
+
+def _one_copy(records: Sequence[Record]) -> tuple[list[Record], list[tuple[str, list[Record]]]]:
+    """The runs on the same data and teacher of which there are most, and the others with what sets them apart."""
+    groups: dict[tuple[tuple[str, str], ...], list[Record]] = {}
+    for record in records:
+        groups.setdefault(tuple(record.copies.items()), []).append(record)
+    if len(groups) < 2:
+        return list(records), []
+    largest = max(groups, key=lambda copies: (len(copies) > 0, len({record.seed for record in groups[copies]})))
+    apart = []
+    for copies, group in groups.items():
+        if copies == largest:
             continue
-        strange = _first_difference(folder, own)
-        if strange is None:
-            top1[seed] = float(lines[-1]["test/top1"])
-        else:
-            other[seed] = strange
-    return Result(top1, len(table.seeds), _published(config, table, figures), other)
+        usual, other = dict(largest), dict(copies)
+        what = next((name for name in usual if usual[name] != other.get(name)), next(iter(other), "data"))
+        found = f"fingerprint {other[what][:12]}" if what in other else "of which it records no fingerprint"
+        apart.append((f"another copy of the {what} ({found} instead of {usual.get(what, 'none')[:12]})", group))
+    return groups[largest], apart
 
 
-def _first_difference(folder: Path, config: Config) -> str | None:
-    """The first setting that changes results in which the run in ``folder`` differs from ``config``."""
-    try:
-        recorded = results_only(read_yaml(folder / "config.yaml"))
-    except UserError:
-        return "its config.yaml"
-    return next(iter(differences(recorded, results_only(config.resolved()))), None)
+def _runs(records: Sequence[Record]) -> str:
+    """``"2 runs (seed 0: 70.12, seed 1: 70.40)"``."""
+    told = ", ".join(
+        f"seed {each.seed}: {'unfinished' if not each.complete else f'{each.top1:.2f}'}" for each in records[:5]
+    )
+    more = ", ..." if len(records) > 5 else ""
+    return f"{len(records)} run{'s' if len(records) > 1 else ''} ({told}{more})"
 
 
-def _published(config: Config, table: Table, figures: Sequence[Figure]) -> float | None:
-    teacher = config.teacher.name if config.teacher is not None else ""
-    key = (config.data.name, config.distiller.name, config.variant, teacher, config.student.name)
-    for figure in figures:
-        own = (figure.dataset, figure.method, figure.variant, figure.teacher, figure.student)
-        if (own, figure.metric, figure.source, figure.table) == (key, "top1", table.source, table.number):
-            return figure.value
-    return None
+def _published(cell: Wanted, layout: Layout, figures: Sequence[Figure], metric: Metric) -> Figure | None:
+    if not layout.source:
+        return None
+    dataset, method, teacher, student = cell.key
+    key = (dataset, method, cell.published, teacher, student)
+    return figure_of(figures, key, epochs=cell.epochs, source=layout.source, table=layout.number, metric=metric)
 
 
-def _table(table: Table, cells: dict[tuple[Row, str], Result], form: Format, epochs: int | None) -> str:
-    rows: list[list[str]] = []
-    ranks = {pair: _ranks([cells[row, pair].mean for row in table.rows]) for pair in table.pairs}
-    for number, row in enumerate(table.rows):
-        results = [cells[row, pair] for pair in table.pairs]
-        marks = [ranks[pair][number] for pair in table.pairs]
-        rows.append([row.name, *(_marked(each.text, mark, form) for each, mark in zip(results, marks, strict=True))])
-        if table.source:
-            rows.append(["  published", *("" if each.published is None else f"{each.published:.2f}" for each in results)])
-            rows.append(["  difference", *(_difference(each) for each in results)])
-    header = ["top-1, last epoch", *table.pairs]
-    lines = [table.title + (f", schedules shortened to {epochs} epochs" if epochs else ""), ""]
-    if form == "markdown":
-        rows = [[cell.strip() for cell in row] for row in rows]
-        lines += ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
-    else:
-        lines.append(text_table(header, rows))
-    notes = [f"mean ± sample standard deviation over seeds {', '.join(map(str, table.seeds))}"]
-    if table.source:
-        notes.append(f"published: {table.source}" + (f", Table {table.number}" if table.number else ""))
-    for (row, pair), each in cells.items():
-        for seed, key in each.other.items():
-            notes.append(f"left out: {row.name} {pair} seed {seed}, a run of other settings ({key})")
-    return "\n".join([*lines, "", *notes])
+def _told(figure: Figure) -> str:
+    """``"71.08 (RLD paper, Table 3)"``."""
+    table = f", Table {figure.table}" if figure.table else ""
+    return f"{figure.value:.2f} ({figure.source}{table})"
 
 
-def _difference(each: Result) -> str:
-    return "" if each.mean is None or each.published is None else f"{each.mean - each.published:+.2f}"
+def _external(layout: Layout, folders: Sequence[Path]) -> tuple[tuple[ExternalRow, ...], list[str]]:
+    rows: dict[str, dict[str, list[External]]] = {}
+    pairs = {cell.key[0:1] + cell.key[2:]: cell.pair for cell in layout.cells}
+    names = {cell.key[1]: cell.row for cell in reversed(layout.cells)}
+    problems = []
+    for folder in folders:
+        try:
+            external = read_external(folder)
+        except UserError as error:
+            problems.append(str(error).splitlines()[0])
+            continue
+        pair = pairs.get((external.dataset, external.teacher, external.student))
+        if pair is not None:
+            name = f"{external.label or names.get(external.method, external.method)} (external: {external.source})"
+            rows.setdefault(name, {}).setdefault(pair, []).append(external)
+    made = [
+        ExternalRow(name, {pair: tuple(each) for pair, each in cells.items()}) for name, cells in sorted(rows.items())
+    ]
+    return tuple(made), problems
 
 
-def _ranks(means: Sequence[float | None]) -> list[int]:
-    """1 for the best of a column, 2 for the second, 0 for the others; nothing where there are fewer than two."""
-    ordered = sorted({round(value, 2) for value in means if value is not None}, reverse=True)
-    if sum(value is not None for value in means) < 2:
-        return [0] * len(means)
-    return [0 if value is None or round(value, 2) not in ordered[:2] else ordered.index(round(value, 2)) + 1 for value in means]
-
-
-def _marked(text: str, rank: int, form: Format) -> str:
-    if form != "markdown":
-        return text
-    return {1: f"**{text}**", 2: f"<u>{text}</u>"}.get(rank, text)
-
-
-def _csv(table: Table, cells: dict[tuple[Row, str], Result]) -> str:
-    output = io.StringIO()
-    writer = csv.writer(output, lineterminator="\n")
-    writer.writerow(["method", "pair", "seeds", "wanted", "mean", "std", "published", "values"])
-    for (row, pair), each in cells.items():
-        values = list(each.top1.values())
-        writer.writerow(
-            [
-                row.name,
-                pair,
-                len(values),
-                each.wanted,
-                "" if each.mean is None else f"{each.mean:.4f}",
-                f"{stdev(values):.4f}" if len(values) > 1 else "",
-                "" if each.published is None else f"{each.published:.2f}",
-                " ".join(f"{seed}:{value:.4f}" for seed, value in each.top1.items()),
-            ]
-        )
-    return output.getvalue().rstrip("\n")
+def _notes(
+    layout: Layout, results: Mapping[tuple[str, str], Result], figures: Sequence[Figure], epoch: Epoch
+) -> list[str]:
+    seeds = ", ".join(map(str, layout.seeds))
+    notes = [f"mean ± sample standard deviation over seeds {seeds}; a cell without all of them says how many there are"]
+    if epoch == "best":
+        chosen = {
+            chosen for each in results.values() for trial in each.trials if (chosen := trial.record.best_of) is not None
+        }
+        if "test" in chosen:
+            notes.append("best epoch, chosen on the test split: no result to report")
+        if "val" in chosen:
+            notes.append("best epoch, chosen on the validation split, of runs that have one")
+    if layout.source:
+        table = f", Table {layout.number}" if layout.number else ""
+        notes.append(f"published: {layout.source}{table}")
+        for each in results.values():
+            other = disagreeing(figures, each.figure) if each.figure is not None else []
+            if other:
+                notes.append(f"published otherwise: {each.label}: {', '.join(map(_told, other))}")
+        if any(each.published is not None and not each.same_epochs for each in results.values()):
+            notes.append("no difference is given where the published run was of another number of epochs")
+    notes += layout.notes
+    for row, pairs in layout.without.items():
+        if row in layout.rows:
+            notes += [f"no {row} {pair}: {why}" for pair, why in pairs.items() if pair in layout.pairs]
+    for pair in layout.pairs:
+        of_pair = [results[row, pair] for row in layout.rows if (row, pair) in results]
+        copies = [trial.record.copies for each in of_pair for trial in each.trials]
+        for what in ("data", "teacher"):
+            number = len({found[what] for found in copies if what in found})
+            if number > 1:
+                notes.append(f"{pair}: its rows were trained on {number} copies of the {what}, so do not compare them")
+    further = sorted(frozenset[int]().union(*(each.further for each in results.values())))
+    if further:
+        notes.append(f"runs of further seeds are there, {', '.join(map(str, further))}: --seeds takes them in")
+    for each in results.values():
+        notes += [
+            f"{COLLAPSED} {each.label} seed {trial.seed} collapsed to {trial.record.top1:.2f} top-1;"
+            " it counts in the mean"
+            for trial in each.trials
+            if trial.record.collapsed
+        ]
+        notes += [f"{FAILED} {each.label} seed {seed} failed: {why}" for seed, why in each.failed.items()]
+        notes += [f"unfinished: {each.label} seed {seed}: {how}" for seed, how in each.unfinished.items()]
+        notes += [f"left out of {each.label}: {why}" for why in each.left_out]
+    return notes

@@ -10,7 +10,9 @@ import pytest
 import torch
 import yaml
 
+from mdistill.engine.run_folder import read_metrics
 from mdistill.models import MODELS
+from mdistill.reporting.statistics import mean_std_text
 
 from ..conftest import refused
 
@@ -258,3 +260,14 @@ def test_an_output_root_that_cannot_be_made(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert "runs" in line
+
+
+@pytest.mark.slow
+def test_several_seeds_end_with_their_mean(
+    capsys: pytest.CaptureFixture[str], train: Train, student_cfg: Path, tmp_path: Path
+) -> None:
+    assert train(student_cfg, "solver.epochs=1", "--seeds", "0,1") == 0
+    ends = [read_metrics(path.parent)[-1]["test/top1"] for path in sorted(tmp_path.rglob("metrics.jsonl"))]
+    assert len(ends) == 2
+    line = f"test top-1 after the last epoch: {mean_std_text(ends)} over seeds 0, 1"
+    assert line in capsys.readouterr().out.splitlines()

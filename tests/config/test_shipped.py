@@ -13,7 +13,6 @@ import yaml
 from torch import nn
 
 from mdistill.config import Config, cell_identity, for_pair, load, sources
-from mdistill.config.schema import leaves
 from mdistill.data import DataInfo
 from mdistill.data.folder import IMAGENET_MEAN, IMAGENET_STD
 from mdistill.data.mixing import Mixing
@@ -24,6 +23,7 @@ from mdistill.models import MODELS, base
 from mdistill.models.names import IMAGENET_SHORT_NAMES, SHORT_NAMES, pair_file_name, student_file_name
 from mdistill.optim.solvers import SOLVERS
 from mdistill.reporting.published import read_published
+from mdistill.settings import leaves
 
 pytestmark = pytest.mark.slow
 

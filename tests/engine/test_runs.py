@@ -24,7 +24,7 @@ from mdistill.distillers.functional import uniform
 from mdistill.engine import build, checkpoint, trainer
 from mdistill.engine.console import StopRequest
 from mdistill.engine.evaluate import evaluate
-from mdistill.engine.run_folder import Mode, RunFolder, read_metrics
+from mdistill.engine.run_folder import Mode, RunFolder, read_metrics, read_sessions
 from mdistill.errors import RunFailed, Stopped, UserError
 from mdistill.models import MODELS
 from mdistill.models.weights import load_weights
@@ -257,6 +257,9 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(student_cfg: Path
         trainer.fit(experiment, [RunFolder(folder, "resume")])
     assert (folder / "last.pt").read_bytes() == before
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+    first, own = read_sessions(folder)
+    assert "failed" not in first
+    assert own["failed"].startswith("loss term 'ce' is not finite from step 2 of epoch 2 on; ")
 
 
 def test_a_damaged_checkpoint_is_one_line(student_cfg: Path, tmp_path: Path) -> None:

@@ -1,0 +1,146 @@
+"""``mdistill table show``, ``compare`` and ``publish``: what run records say; none of them trains anything."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mdistill.cli import common
+from mdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from mdistill.reporting.records import Found
+    from mdistill.reporting.table_cells import Layout
+    from mdistill.reporting.table_show import Table
+
+DESCRIPTIONS = {
+    "show": """Print a table from the run records below --output and --results: mean and sample standard deviation of
+the last epoch's top-1 over the seeds, the published figure, and the difference. Runs of other settings, precisions,
+teachers or copies of the data are left out of a cell, and a line says so; failed and collapsed runs are told.""",
+    "compare": """Compare methods of a table with a baseline, seed by seed and pair by pair: the mean difference, its
+95 % interval (Student's t), and p values adjusted by Holm's procedure where there are several.""",
+    "publish": """Copy the records of runs (config.yaml, env.json, metrics.jsonl, no weights, nothing above 1 MB) into
+the folder of results, without absolute paths. Name run folders, or a table for all its runs that have ended.""",
+}
+
+EXAMPLES = {
+    "show": """  mdistill table show mcld_table2
+  mdistill table show mcld_table2 --methods KD,MCLD --pairs res56_res20 --seeds 0,1,2,3,4
+  mdistill table show my_table.yaml --format html > table.html""",
+    "compare": """  mdistill table compare mcld_table2 --baseline KD --methods MCLD,DKD
+  mdistill table compare my_table.yaml --baseline KD --format markdown""",
+    "publish": """  mdistill table publish my_table.yaml
+  mdistill table publish runs/cifar100/kd/resnet56_resnet20/seed0""",
+}
+
+ACTIONS = tuple(DESCRIPTIONS)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    action, *rest = sys.argv[1:] if arguments is None else arguments
+    parser = common.plain_parser(f"table {action}", DESCRIPTIONS[action], f"{EXAMPLES[action]}\n\n{common.EXIT_CODES}")
+    if action == "publish":
+        parser.add_argument("names", nargs="+", metavar="RUN|TABLE", help="run folders, or tables")
+    else:
+        parser.add_argument("table", help="a name in configs/tables, or a table file")
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run, after the table's own")
+    parser.add_argument("--methods", type=names, help="some of its rows (default: all)")
+    parser.add_argument("--pairs", type=names, help="some of its pairs (default: all)")
+    parser.add_argument("--seeds", type=common.seeds, help="such as 0,1,2 (default: the table's)")
+    parser.add_argument("--epochs", type=int, metavar="N", help="of runs whose schedules were shortened to N epochs")
+    parser.add_argument("--output", type=common.path, default=Path("runs"), help="folder of all runs (%(default)s)")
+    results = common.project_root() / "results"
+    parser.add_argument("--results", type=common.path, default=results, help="folder of published records (results)")
+    if action == "compare":
+        parser.add_argument("--baseline", required=True, metavar="METHOD", help="the row that others are compared with")
+    if action != "publish":
+        forms = ("text", "markdown", "latex", "csv", "html") if action == "show" else ("text", "markdown")
+        parser.add_argument("--format", choices=forms, default="text", help="(%(default)s)")
+        parser.add_argument("--metric", choices=("top1", "top5"), default="top1", help="(%(default)s)")
+        parser.add_argument("--best", action="store_true", help="the best epoch's accuracy instead of the last one's")
+    args = parser.parse_intermixed_args(rest)
+    args.action = action
+    return args
+
+
+def names(text: str) -> list[str]:
+    """``"kd,mcld"`` as names."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"found {text!r}; write names, such as kd,mcld")
+    return found
+
+
+def act(args: argparse.Namespace) -> None:
+    if args.epochs is not None and args.epochs < 1:
+        raise UserError(f"--epochs: should be at least 1, found {args.epochs}")
+    if args.action == "publish":
+        return _publish(args)
+    table = _table(args)
+    if args.action == "show":
+        from mdistill.reporting.table_formats import render
+
+        print(render(table, args.format))
+        return None
+    from mdistill.reporting.comparison import compare, text
+
+    print(text(compare(table, args.baseline, args.methods), markdown=args.format == "markdown"))
+    return None
+
+
+def _table(args: argparse.Namespace) -> "Table":
+    from mdistill.reporting.published import read_published
+    from mdistill.reporting.table_show import build
+
+    layout = _layout(args, args.table, None if args.action == "compare" else args.methods)
+    published = common.project_root() / "results" / "published.csv"
+    figures = read_published(published) if layout.source else []
+    return build(layout, _found(args), figures, epoch="best" if args.best else "last", metric=args.metric)
+
+
+def _layout(args: argparse.Namespace, table: str, methods: "Sequence[str] | None") -> "Layout":
+    from mdistill.reporting.table_cells import layout
+
+    overrides = () if args.action == "publish" else tuple(args.overrides)
+    configs = common.project_root() / "configs"
+    whole = layout(table, configs, args.output, overrides=overrides, epochs=args.epochs)
+    return whole.part(methods, args.pairs, args.seeds)
+
+
+def _found(args: argparse.Namespace) -> "Found":
+    from mdistill.reporting.records import find_records
+
+    roots = [root for root in (args.output, args.results) if root.is_dir()]
+    if not roots:
+        raise UserError(f"no run records: neither --output {args.output} nor --results {args.results} is a folder")
+    return find_records(roots)
+
+
+def _publish(args: argparse.Namespace) -> None:
+    from mdistill.reporting.publishing import destination, publish
+    from mdistill.reporting.records import find_records, read_record
+
+    for name in args.names:
+        if Path(name).is_dir():
+            records = [read_record(Path(name))]
+        else:
+            layout = _layout(args, name, args.methods)
+            every = find_records([args.output]).records if args.output.is_dir() else []
+            records = [
+                record
+                for record in every
+                if record.seed in layout.seeds
+                and any(cell.key == record.key and cell.difference(record) is None for cell in layout.cells)
+            ]
+            ended = [record for record in records if record.complete or record.failure]
+            print(f"{name}: {len(ended)} runs have ended, {len(records) - len(ended)} have not, below {args.output}")
+            records = ended
+        for record in records:
+            target = args.results / destination(record, args.output)
+            changed = publish(record, target)
+            print(f"{target}{'' if changed else ', as it was'}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return common.run(act, parse, arguments)

@@ -1,0 +1,134 @@
+"""Methods of a table compared with one of them, seed by seed and pair by pair."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mdistill.errors import UserError, suggestion
+from mdistill.reporting.statistics import Comparison, holm, paired, stratified
+from mdistill.reporting.table_show import NAMES, Metric, Result, Table
+from mdistill.reporting.tables import text_table
+
+ALL_PAIRS = "over {} pairs, further seeds on these"
+OTHER_PAIRS = "over {} pairs, other pairs like these"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One comparison."""
+
+    method: str
+    what: str  # the pair, or what it is over
+    comparison: Comparison
+    adjusted: float  # p, by Holm's procedure over all lines of its kind
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Methods against a baseline."""
+
+    baseline: str
+    epoch: str
+    metric: Metric
+    lines: tuple[Line, ...]
+    notes: tuple[str, ...]
+
+
+def compare(table: Table, baseline: str, methods: Sequence[str] | None = None) -> Compared:
+    """Every one of ``methods`` (None: all rows but the baseline) against the row ``baseline``.
+
+    Only runs of the same seed and pair, on the same copy of the data and the same teacher, are compared.
+
+    Raises:
+        UserError: a row is none of the table's, or there are no two seeds of a pair that both have.
+    """
+    rows = table.layout.rows
+    for name, flag in [(baseline, "--baseline"), *((method, "--methods") for method in methods or ())]:
+        if name not in rows:
+            raise UserError(f"{flag}: unknown {name!r}{suggestion(name, rows)} (in this table: {', '.join(rows)})")
+    chosen = [row for row in (rows if methods is None else methods) if row != baseline]
+    notes: list[str] = []
+    kinds: list[list[tuple[str, str, Comparison]]] = [[], [], []]
+    for method in chosen:
+        groups = []
+        for pair in table.layout.pairs:
+            if (method, pair) not in table.results or (baseline, pair) not in table.results:
+                continue
+            gaps = _gaps(table.results[method, pair], table.results[baseline, pair], notes)
+            groups.append(gaps)
+            own = paired(gaps)
+            if own is not None:
+                kinds[0].append((method, pair, own))
+        groups = [group for group in groups if group]
+        if len(groups) > 1:
+            over = stratified(groups)
+            if over is not None:
+                kinds[1].append((method, ALL_PAIRS.format(len(groups)), over))
+            beyond = paired([sum(group) / len(group) for group in groups])
+            if beyond is not None:
+                kinds[2].append((method, OTHER_PAIRS.format(len(groups)), beyond))
+    if not any(kinds):
+        raise UserError(
+            f"nothing to compare with {baseline!r}: no pair of which it and another row have complete runs of two seeds"
+            " or more in common"
+        )
+    lines = [
+        Line(*each, adjusted)
+        for kind in kinds
+        for each, adjusted in zip(kind, holm([comparison.p for *_, comparison in kind]), strict=True)
+    ]
+    order = {method: number for number, method in enumerate(chosen)}
+    lines.sort(key=lambda line: order[line.method])
+    return Compared(baseline, table.epoch, table.metric, tuple(lines), tuple(notes))
+
+
+def _gaps(one: Result, other: Result, notes: list[str]) -> list[float]:
+    """Differences of the seeds that both have; a line in ``notes`` where they cannot be compared."""
+    base = {trial.seed: trial for trial in other.trials}
+    gaps = []
+    for trial in one.trials:
+        if trial.seed not in base:
+            continue
+        mine, theirs = trial.record.copies, base[trial.seed].record.copies
+        apart = [what for what in ("data", "teacher") if what in mine and what in theirs and mine[what] != theirs[what]]
+        if apart:
+            notes.append(
+                f"not compared: {one.label} and {other.label} seed {trial.seed}, another copy of the {apart[0]}"
+            )
+        else:
+            gaps.append(trial.value - base[trial.seed].value)
+    return gaps
+
+
+def text(compared: Compared, *, markdown: bool = False) -> str:
+    """A table of all lines, with what its columns mean below it."""
+    header = [f"above {compared.baseline}", "", "n", "difference", "95 % interval", "p", "p, Holm"]
+    rows = [
+        [
+            line.method,
+            line.what,
+            str(line.comparison.count),
+            f"{line.comparison.difference:+.2f}",
+            f"{line.comparison.low:+.2f} to {line.comparison.high:+.2f}",
+            _p(line.comparison.p),
+            _p(line.adjusted),
+        ]
+        for line in compared.lines
+    ]
+    notes = [
+        f"{NAMES[compared.metric]} of the {compared.epoch} epoch, percentage points; n differences, each of two runs"
+        " with the same seed and pair; Student's t",
+        "p, Holm: adjusted for the number of comparisons of its kind (single pairs; over pairs) in this table",
+    ]
+    if any(line.comparison.count < 5 for line in compared.lines):
+        notes.append(
+            "of so few seeds an interval that holds 0 does not say that methods are equal, only that this does not tell"
+        )
+    notes += compared.notes
+    if markdown:
+        lines = ["| " + " | ".join(row) + " |" for row in (header, ["---", "---", *["---:"] * 5], *rows)]
+        return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
+    return "\n".join([text_table(header, rows), "", *notes])
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"

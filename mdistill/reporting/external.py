@@ -1,0 +1,266 @@
+"""Runs of other projects, as their logs and checkpoints tell them; ``mdistill import`` writes down what was found.
+
+Formats, of the code at the commits named:
+
+- ``mdistiller`` (megvii-research/mdistiller a08d46f; RLD, zju-SWJ/RLD 8b6cf60, and logit-standardization-KD write the
+  same): a folder ``<project>/<method>,<teacher>,<student>[,...]`` with ``worklog.txt``, blocks of ``key: value`` lines,
+  one for each epoch, and at the end ``best_acc``; ``student_best`` and ``student_latest``, each ``{"model": ...}``. RLD
+  adds a folder named after the time, and ``config.txt``, which is YAML. A worklog may stand alone under such a name.
+- ``RepDistiller`` (HobbitLong/RepDistiller 1143dfe): a folder
+  ``S:<student>_T:<teacher>_<data>_<method>_r:<r>_a:<a>_b:<b>_<trial>`` with ``ckpt_epoch_<n>.pth`` (``epoch``,
+  ``accuracy``), ``<student>_best.pth`` (``epoch``, ``best_acc``) and ``<student>_last.pth``; or what the program
+  printed, where ``* Acc@1`` stands once after training and, below ``epoch <n>, total time``, once after testing.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mdistill.errors import UserError, printable
+from mdistill.files import read_text
+
+FILE = "external.json"
+RECORD_FORMAT = 1  # of that file
+Project = Literal["mdistiller", "RepDistiller"]
+
+_LINE = re.compile(r"\s*([a-zA-Z_0-9]+):\s*([-+.\deE]+|nan|inf)\s*")
+_ENDED = re.compile(r"best_acc\s+([\d.]+)")
+_REP_NAME = re.compile(
+    r"S:(?P<student>.+?)_T:(?P<teacher>.+?)_(?P<dataset>cifar100|imagenet)_(?P<method>[^_:]+)_r:.*_(?P<trial>\w+)"
+)
+_REP_EPOCH = re.compile(r"epoch (\d+), total time")
+_REP_ACCURACY = re.compile(r"\*\s+(?:Test )?Acc@1 ([\d.]+) Acc@5 ([\d.]+)")
+_CHECKPOINT = re.compile(r"ckpt_epoch_(\d+)\.pth")
+_NETWORKS = {"mobile_half": "MobileNetV2"}  # RepDistiller's name of what others call so
+
+
+@dataclass(frozen=True)
+class EpochFigures:
+    """What is told of an epoch."""
+
+    epoch: int  # counted from 1
+    top1: float  # percent
+    top5: float | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A network that was evaluated here."""
+
+    file: str
+    sha256: str
+    top1: float  # percent
+
+
+@dataclass(frozen=True)
+class External:
+    """A run of another project."""
+
+    project: Project
+    source: str  # who published it
+    dataset: str
+    method: str
+    teacher: str  # "" without one
+    student: str
+    trial: str
+    epochs: int  # that were trained, as far as is told
+    last: EpochFigures | None
+    best: EpochFigures | None  # chosen on the test split by both projects
+    files: Mapping[str, str]  # that this is from: SHA-256 by name
+    label: str = ""  # of its row; "" for the method's
+    measured: Mapping[str, Measured] = field(default_factory=dict)  # "last", "best": what was evaluated here
+
+    def accuracy(self, epoch: str, metric: str = "top1") -> float | None:
+        """Of the last or the best epoch, percent: what was measured here, which is top-1, else what its log says."""
+        if metric == "top1" and epoch in self.measured:
+            return self.measured[epoch].top1
+        figures = self.last if epoch == "last" else self.best
+        return None if figures is None else figures.top1 if metric == "top1" else figures.top5
+
+    def to_json(self) -> str:
+        """For ``external.json``."""
+        return json.dumps({"format": RECORD_FORMAT, **asdict(self)}, indent=2, allow_nan=False) + "\n"
+
+
+def read_external(folder: Path) -> External:
+    """What ``mdistill import`` wrote into ``folder``.
+
+    Raises:
+        UserError: it is damaged, or of a newer version.
+    """
+    from mdistill.file_schemas import ExternalRun, read_json
+
+    content = read_json(ExternalRun, folder / FILE, "import it again").model_dump(exclude={"format"})
+    for which in ("last", "best"):
+        content[which] = EpochFigures(**content[which]) if content[which] else None
+    content["measured"] = {which: Measured(**each) for which, each in content["measured"].items()}
+    return External(**content)
+
+
+def parse_worklog(text: str) -> list[EpochFigures]:
+    """The epochs of a ``worklog.txt``; of an epoch that was run again after a stop, the last one."""
+    epochs: dict[int, EpochFigures] = {}
+    block: dict[str, float] = {}
+    for line in [*text.splitlines(), "---"]:
+        match = _LINE.fullmatch(line)
+        if match and match[1] != "epoch":
+            block[match[1]] = _number(match[2])
+            continue
+        _close(block, epochs)
+        block = {"epoch": _number(match[2])} if match else {}
+    return [epochs[epoch] for epoch in sorted(epochs)]
+
+
+def parse_printed(text: str) -> list[EpochFigures]:
+    """The epochs of what RepDistiller printed: of each, the second accuracy, that of the test."""
+    epochs: list[EpochFigures] = []
+    epoch: int | None = None
+    for line in text.splitlines():
+        begun, accuracy = _REP_EPOCH.search(line), _REP_ACCURACY.search(line)
+        if begun:
+            epoch = int(begun[1])
+        elif accuracy and epoch is not None:  # the line before "epoch n" is of training
+            epochs.append(EpochFigures(epoch=epoch, top1=float(accuracy[1]), top5=float(accuracy[2])))
+            epoch = None
+    return epochs
+
+
+def names_of(path: Path) -> dict[str, str]:
+    """Method, teacher, student and trial as far as the path of a run tells them, in that project's words."""
+    match = _REP_NAME.fullmatch(path.name)
+    if match:
+        return match.groupdict()
+    for part in (path.name.removesuffix(".txt"), path.parent.name):
+        words = [word.strip() for word in part.split("|")[0].split(",")]
+        if len(words) >= 3:
+            return {"method": words[0], "teacher": words[1], "student": words[2]}
+    return {}
+
+
+def settings_of(path: Path) -> dict[str, str]:
+    """Data set, method, teacher and student as RLD's ``config.txt`` in the folder of a run tells, if it is there."""
+    file = path / "config.txt"
+    if not file.is_file():
+        return {}
+    from mdistill.config.files import read_yaml
+
+    tree = read_yaml(file)
+    method, data = tree.get("DISTILLER"), tree.get("DATASET")
+    method, data = (section if isinstance(section, dict) else {} for section in (method, data))
+    keys = {"method": method.get("TYPE"), "teacher": method.get("TEACHER"), "student": method.get("STUDENT")}
+    found = {key: str(value) for key, value in {**keys, "dataset": data.get("TYPE")}.items() if value}
+    return found | {"trial": path.name}  # the time that it began
+
+
+def best_of(epochs: Sequence[EpochFigures]) -> EpochFigures | None:
+    """The first of the best epochs."""
+    return max(epochs, key=lambda each: (each.top1, -each.epoch), default=None)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the folder of a run, or its log, holds."""
+
+    project: Project
+    epochs: list[EpochFigures]  # of its log
+    last: EpochFigures | None = None  # as its checkpoints tell
+    best: EpochFigures | None = None
+    students: dict[str, Path] = field(default_factory=dict)  # files of weights, by "last" and "best"
+
+
+def read_folder(path: Path) -> Run:
+    """What a run folder, or a log that stands alone, holds.
+
+    Raises:
+        UserError: nothing that one of the projects writes is there.
+    """
+    if not path.exists():
+        raise UserError(f"no such folder or log: {path}")
+    if path.is_file():
+        return _log(path)
+    if (path / "worklog.txt").is_file():
+        students = {"last": path / "student_latest", "best": path / "student_best"}
+        there = {what: file for what, file in students.items() if file.is_file()}
+        return replace(_log(path / "worklog.txt"), students=there)
+    if not any(path.glob("*.pth")):
+        raise UserError(
+            f"{path}: neither worklog.txt, as mdistiller and RLD write it, nor *.pth, as RepDistiller does; name the"
+            " folder of one run, or its log"
+        )
+    return _of_checkpoints(path)
+
+
+def _log(path: Path) -> Run:
+    text = read_text(path)
+    worklog = parse_worklog(text)
+    if worklog:
+        return Run("mdistiller", worklog)
+    printed = parse_printed(text)
+    if not printed:
+        raise UserError(f"{path}: no epoch in it, neither as worklog.txt of mdistiller nor as RepDistiller prints them")
+    return Run("RepDistiller", printed)
+
+
+def _of_checkpoints(path: Path) -> Run:
+    from mdistill.models.torch_files import read_file
+
+    numbered = {int(match[1]): file for file in path.glob("*.pth") if (match := _CHECKPOINT.fullmatch(file.name))}
+    newest = numbered[max(numbered)] if numbered else None
+    best = next(iter(sorted(path.glob("*_best.pth"))), None)
+    students = {"last": next(iter(sorted(path.glob("*_last.pth"))), newest), "best": best}
+    return Run(
+        "RepDistiller",
+        [],
+        None if newest is None else _figures(read_file(newest), "accuracy"),
+        None if best is None else _figures(read_file(best), "best_acc"),
+        {what: file for what, file in students.items() if file is not None},
+    )
+
+
+def _figures(content: Any, key: str) -> EpochFigures | None:
+    """Epoch and accuracy that a checkpoint holds beside the weights, as numbers or as tensors of one value."""
+    if not isinstance(content, Mapping) or not {"epoch", key} <= content.keys():
+        return None
+    try:
+        epoch, top1 = int(content["epoch"]), float(content[key])
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+    return EpochFigures(epoch, top1) if epoch >= 1 and 0 <= top1 <= 100 else None
+
+
+def network_name(name: str) -> str:
+    """The name of a network in words of other projects, as our own registry may know it."""
+    from mdistill.models.names import SHORT_NAMES
+
+    long = {short: full for full, short in SHORT_NAMES.items()}
+    return _NETWORKS.get(name, long.get(name, name))
+
+
+def _close(block: Mapping[str, float], epochs: dict[int, EpochFigures]) -> None:
+    if not {"epoch", "test_acc"} <= block.keys() or not block["epoch"] >= 1 or not 0 <= block["test_acc"] <= 100:
+        return
+    top5 = block.get("test_acc_top5")
+    epoch = int(block["epoch"])
+    epochs[epoch] = EpochFigures(
+        epoch=epoch, top1=block["test_acc"], top5=top5 if top5 is not None and 0 <= top5 <= 100 else None
+    )
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def told(external: External, folder: Path) -> str:
+    """A line for a person."""
+    last, best = external.accuracy("last"), external.accuracy("best")
+    figures = [f"last {last:.2f}"] if last is not None else []
+    figures += [f"best {best:.2f}"] if best is not None else []
+    pair = f"{external.teacher} -> {external.student}" if external.teacher else external.student
+    where = printable(str(folder), 300)
+    return f"{external.method} {pair}, {external.epochs} epochs, {', '.join(figures) or 'no accuracy'}: {where}"

@@ -1,0 +1,90 @@
+"""Copy the record of a run into ``results/``: what a number is defended with, and nothing of the machine it ran on."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from mdistill.engine.run_folder import read_sessions
+from mdistill.errors import UserError
+from mdistill.files import read_text, write_text
+from mdistill.reporting.records import Record
+
+MAX_BYTES = 1_000_000  # of a file
+
+
+def destination(record: Record, output: Path) -> Path:
+    """Where a record belongs below the results: as it lies below ``output``, else as its configuration says."""
+    folder, root = record.folder.resolve(), output.resolve()
+    if folder.is_relative_to(root):
+        return folder.relative_to(root)
+    dataset, method, teacher, student = record.key
+    pair = (f"{teacher}_{student}" if teacher else student).replace("/", "-")
+    return Path(dataset, method, pair, record.variant, f"seed{record.seed}")
+
+
+def publish(record: Record, target: Path) -> bool:
+    """Write configuration, environment and metrics of ``record`` into ``target``; whether that changed anything.
+
+    Absolute paths become relative to the current folder, or their last part where they lie elsewhere.
+
+    Raises:
+        UserError: the run has not ended, a file is too large, or another run's record is there.
+    """
+    if not (record.complete or record.failure):
+        raise UserError(f"{record.folder} is at epoch {record.done} of {record.epochs}: publish it when it is complete")
+    files = {"metrics.jsonl": read_text(record.folder / "metrics.jsonl")}
+    sessions = read_sessions(record.folder)
+    if not sessions:
+        raise UserError(f"{record.folder} has no env.json, which says what its result was made with")
+    files["env.json"] = json.dumps({"sessions": _portable(sessions)}, indent=2, allow_nan=False) + "\n"
+    config = _portable(record.config)
+    if config == record.config:
+        files["config.yaml"] = read_text(record.folder / "config.yaml")
+    else:
+        import yaml  # slow to import
+
+        files["config.yaml"] = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=120)
+    for name, text in files.items():
+        if len(text.encode()) > MAX_BYTES:
+            size = len(text.encode()) / 1e6
+            raise UserError(
+                f"{record.folder / name} has {size:.1f} MB, and a published file at most {MAX_BYTES / 1e6:g}"
+            )
+    if (target / "env.json").is_file():
+        there = read_sessions(target)
+        if there and there[0].get("started") != sessions[0].get("started"):
+            raise UserError(
+                f"{target} holds another run, begun {there[0].get('started')} and not {sessions[0].get('started')}:"
+                " move it away to publish this one"
+            )
+    changed = False
+    for name, text in files.items():
+        if not (target / name).is_file() or read_text(target / name) != text:
+            write_text(target / name, text)
+            changed = True
+    return changed
+
+
+def _portable(value: Any) -> Any:
+    """``value`` without what its absolute paths tell of a machine."""
+    if isinstance(value, Mapping):
+        return {key: _portable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_portable(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    flag, equals, rest = value.partition("=")
+    if equals and not _is_path(value) and _is_path(rest):
+        return f"{flag}={_portable(rest)}"
+    if not _is_path(value):
+        return value
+    here = os.getcwd()
+    if value == here or value.startswith(here + os.sep):
+        return os.path.relpath(value, here)
+    return PureWindowsPath(value).name if "\\" in value else PurePosixPath(value).name
+
+
+def _is_path(text: str) -> bool:
+    return PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()

@@ -1,0 +1,78 @@
+"""Comparisons of methods over seeds and pairs, from the cells of a table."""
+
+from pathlib import Path
+
+import pytest
+
+from mdistill.errors import UserError
+from mdistill.reporting.comparison import compare, text
+from mdistill.reporting.records import Record
+from mdistill.reporting.statistics import holm, paired, stratified
+from mdistill.reporting.table_cells import Layout, Wanted
+from mdistill.reporting.table_show import Result, Table, Trial
+
+A, B = {"data": "a", "teacher": "t"}, {"data": "b", "teacher": "t"}
+VALUES = {
+    ("base", "one"): {0: 70.0, 1: 71.0, 2: 72.0},
+    ("base", "two"): {0: 60.0, 1: 60.0},
+    ("better", "one"): {0: 71.0, 1: 74.0, 2: 74.0},  # by 1, 3 and 2
+    ("better", "two"): {0: 64.0, 1: 65.0, 2: 99.0},  # by 4 and 5
+    ("other", "one"): {0: 70.5, 1: 71.0, 2: 71.5},  # by 0.5, 0 and -0.5
+    ("other", "two"): {},
+}
+
+
+def record(seed: int, copies: dict[str, str]) -> Record:
+    session = {"data": {"fingerprint": copies["data"]}, "teacher": {"fingerprint": copies["teacher"]}}
+    return Record(Path("runs"), {"seed": seed}, session, None, 0)
+
+
+def table(copies: dict[str, str] = A) -> Table:
+    """``copies`` are those of the row "better"."""
+    results = {}
+    for (row, pair), values in VALUES.items():
+        wanted = Wanted(row, pair, ("cifar100", row, "teacher", "student"), "", 240, {}, ())
+        own = copies if row == "better" else A
+        trials = tuple(Trial(seed, top1, record(seed, own)) for seed, top1 in values.items())
+        results[row, pair] = Result(wanted, (0, 1, 2), trials)
+    cells = tuple(result.wanted for result in results.values())
+    layout = Layout("title", "", "", ("base", "better", "other"), ("one", "two"), (0, 1, 2), cells)
+    return Table(layout, "last", results, (), ())
+
+
+def test_differences_are_of_the_seeds_that_both_have() -> None:
+    compared = compare(table(), "base")
+    lines = {(line.method, line.what): line for line in compared.lines}
+    assert [line.method for line in compared.lines] == ["better"] * 4 + ["other"]
+    assert lines["better", "one"].comparison == paired([1.0, 3.0, 2.0])
+    assert lines["better", "two"].comparison == paired([4.0, 5.0])
+    assert lines["other", "one"].comparison == paired([0.5, 0.0, -0.5])
+    singles = [line for line in compared.lines if line.what in {"one", "two"}]
+    assert [line.adjusted for line in singles] == holm([line.comparison.p for line in singles])
+    over, beyond = (line for line in compared.lines if line.what.startswith("over"))
+    assert over.comparison == stratified([[1.0, 3.0, 2.0], [4.0, 5.0]])
+    assert beyond.comparison == paired([2.0, 4.5])
+    assert (over.what, beyond.what) == ("over 2 pairs, further seeds on these", "over 2 pairs, other pairs like these")
+
+
+def test_copies_of_the_data_are_not_compared() -> None:
+    compared = compare(table(B), "base", ["better", "other"])
+    assert {line.method for line in compared.lines} == {"other"}
+    assert "not compared: better one and base one seed 0, another copy of the data" in compared.notes
+
+
+def test_a_row_that_is_none_is_named() -> None:
+    with pytest.raises(UserError, match=r"--baseline: unknown 'bas'; did you mean 'base'\? \(in this table: base, "):
+        compare(table(), "bas")
+    with pytest.raises(UserError, match="--methods: unknown 'betterr'; did you mean 'better'"):
+        compare(table(), "base", ["betterr"])
+    with pytest.raises(UserError, match="nothing to compare with 'base': no pair of which it and another row have"):
+        compare(table(B), "base", ["better"])
+
+
+def test_as_text_and_markdown() -> None:
+    lines = text(compare(table(), "base", ["better"])).splitlines()
+    assert lines[0].split() == ["above", "base", "n", "difference", "95", "%", "interval", "p", "p,", "Holm"]
+    assert lines[2].split() == ["better", "one", "3", "+2.00", "-0.48", "to", "+4.48", "0.074", "0.141"]
+    row = text(compare(table(), "base", ["better"]), markdown=True).splitlines()[2]
+    assert row == "| better | one | 3 | +2.00 | -0.48 to +4.48 | 0.074 | 0.141 |"
