@@ -48,8 +48,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=get_args(Precision),
         help="float32 arithmetic, with TF32 units where a GPU has them or without (default: fp32 if the run had that)",
     )
-    common.add_imports(parser)
-    parser.add_argument("--trust", action="store_true", help="run the code that the run folder names (its imports)")
+    common.add_recorded_code(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a line")
     return parser.parse_intermixed_args(arguments)
 
@@ -94,19 +93,14 @@ def _lone_checkpoint(args: argparse.Namespace) -> Subject:
 
 
 def _of_run(args: argparse.Namespace) -> Subject:
-    from mdistill import config
     from mdistill.engine.build import UNCALIBRATED, build_dataset, build_students
-    from mdistill.engine.run_folder import code_folders
 
     recorded = (args.run if args.run.is_dir() else args.run.parent) / "config.yaml"
     if not args.run.exists():
         raise UserError(f"no run folder or checkpoint at {args.run}")
     if not recorded.is_file():
         raise UserError(f"{args.run}: no {recorded.name} in its folder; give --model NAME --weights {args.run}")
-    home = recorded.parent.resolve()
-    beside = [folder for folder in code_folders(home) if args.trust or home not in (folder, *folder.parents)]
-    folders = [Path.cwd(), *beside, *([home] if args.trust else [])]
-    settings = config.load(recorded, imports=args.imports, folders=folders, trusted=args.trust)
+    settings = common.recorded_config(args, recorded.parent)
     dataset = build_dataset(settings, data_root=args.data_root, download=args.download)
     students = build_students(settings, dataset.info(settings.data.batch_size))
     headline = next(iter(students.values()))  # averages of its weights have its network
