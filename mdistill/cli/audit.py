@@ -58,6 +58,8 @@ def audit(args: argparse.Namespace) -> int:
         with distributed.together():
             config = common.recorded_config(args, args.run)
             device = pick_device(name)
+        if device.type == "cpu" and config.run.engine == "graph":  # all engines compute the same
+            config = config.model_copy(update={"run": config.run.model_copy(update={"engine": "auto"})})
         threads = session.get("threads") if args.threads is None else args.threads
         with computing_with(threads if device.type == "cpu" else None):
             result = examine(args, config, device, session, line)

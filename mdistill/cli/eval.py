@@ -257,7 +257,7 @@ def write_predictions(path: Path, arrays: Mapping[str, Any]) -> None:
     """
     import numpy
 
-    converted = {name: numpy.asarray(values) for name, values in arrays.items()}
+    converted: dict[str, Any] = {name: numpy.asarray(values) for name, values in arrays.items()}
     converted["names"] = converted["names"].astype(str)
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         numpy.savez(file, **converted)

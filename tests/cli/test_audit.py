@@ -154,6 +154,17 @@ def test_a_run_is_replayed_with_as_many_threads_as_it_had(
     assert torch.get_num_threads() == before
 
 
+def test_a_run_of_captured_steps_is_replayed_on_a_cpu(kd_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    settings = yaml.safe_load((kd_run / "config.yaml").read_text())
+    settings["run"]["engine"] = "graph"
+    (kd_run / "config.yaml").write_text(yaml.safe_dump(settings))
+    change_session(kd_run, engine="graph")
+    assert audit(kd_run, tmp_path) == 0
+    told = capsys.readouterr().out
+    assert "fields that differ: engine: was graph, now eager\n" in told
+    assert told.endswith("bit-equal\n")
+
+
 def test_what_differs_is_named(kd_run: Path, tmp_path: Path, capsys: Capture) -> None:
     (session,) = json.loads((kd_run / "env.json").read_text())["sessions"]
     assert set(session["code"]) == {"mdistill"}
