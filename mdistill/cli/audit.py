@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ EXAMPLES = """  mdistill audit runs/cifar100/kd/resnet56_resnet20/seed0
 
 exit codes: 0 bit-equal or close, 1 different or not to be told, 2 bad input, 75 stopped by a signal"""
 
+MOST_THREADS = 1024
+
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = common.machine_parser("audit", DESCRIPTION, EXAMPLES)
@@ -46,8 +49,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def audit(args: argparse.Namespace) -> int:
-    if args.threads is not None and args.threads < 1:
-        raise UserError(f"--threads: should be at least 1, found {args.threads}")
+    if args.threads is not None and not 1 <= args.threads <= MOST_THREADS:
+        raise UserError(f"--threads: should be from 1 to {MOST_THREADS:,}, found {args.threads}")
     session, line = read_record(args.run)
     from mdistill import distributed
     from mdistill.engine.audit import ran_on_cuda
@@ -61,7 +64,8 @@ def audit(args: argparse.Namespace) -> int:
         if device.type == "cpu" and config.run.engine == "graph":  # all engines compute the same
             config = config.model_copy(update={"run": config.run.model_copy(update={"engine": "auto"})})
         threads = session.get("threads") if args.threads is None else args.threads
-        with computing_with(threads if device.type == "cpu" else None):
+        aside = redirect_stdout(sys.stderr) if args.json else nullcontext()  # what is told on the way
+        with computing_with(threads if device.type == "cpu" else None), aside:
             result = examine(args, config, device, session, line)
     print_line(json.dumps({"run": str(args.run), **result}) if args.json else "\n".join(lines_of(args.run, result)))
     return 0 if result["verdict"] in {"bit-equal", "close"} else 1
@@ -92,11 +96,11 @@ def read_record(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @contextmanager
 def computing_with(threads: Any) -> Iterator[None]:
-    """Within, the CPU computes with so many threads; None or what is no number leaves them as they are."""
+    """Within, the CPU computes with so many threads; what is no number of threads leaves them as they are."""
     import torch
 
     before = torch.get_num_threads()
-    if isinstance(threads, int) and threads > 0:
+    if isinstance(threads, int) and 1 <= threads <= MOST_THREADS:
         torch.set_num_threads(threads)
     try:
         yield
@@ -134,10 +138,9 @@ def examine(
     fields = audit.differing_fields(session, now)
     result: dict[str, Any] = {"fields": fields, "not_recorded": audit.unrecorded_fields(session, now)}
     recorded = line.get("first_steps")
-    other = [field for field in audit.FINGERPRINTS if field in fields]
+    other = " and ".join(what for field, what in audit.FINGERPRINTS.items() if field in fields)
     if other:
-        what = " and ".join(field.split(".")[0] for field in other)
-        return {"verdict": "different", "why": f"the {what} is not what the run had, so nothing was replayed", **result}
+        return {"verdict": "different", "why": f"the run had {other}, so nothing was replayed", **result}
     if recorded is None and not args.first_epoch:
         why = (
             "an earlier version, which recorded no first steps, began the run, so fields alone were compared;"

@@ -218,11 +218,8 @@ class ActiveTrial:
         """Clear or cut back the folder and write what is known by now; nothing is written before."""
         if not self.writes:
             return
-        self.folder.prepare(self.config.to_yaml(), self.session(), epochs_done=self.progress.epoch - 1)
-
-    def session(self) -> dict[str, Any]:
-        """What ``env.json`` says of this session."""
-        return session(self.experiment, self.config, self.engine)
+        noted = session(self.experiment, self.config, self.engine)
+        self.folder.prepare(self.config.to_yaml(), noted, epochs_done=self.progress.epoch - 1)
 
     def agree(self) -> None:
         """Let processes that train together start from rank 0's state, which they have read or drawn themselves.

@@ -27,8 +27,12 @@ FIELDS = (
 )
 """What ``env.json`` says of a session that can change its result; of a section all of it."""
 
-FINGERPRINTS = ("data.fingerprint", "teacher.fingerprint", "student.sha256")
-"""Those without which it is another run."""
+FINGERPRINTS = {
+    "data.fingerprint": "other data",
+    "teacher.fingerprint": "another teacher",
+    "student.sha256": "other weights to begin with",
+}
+"""Those without which it is another run, and what the run then had."""
 
 
 @dataclass(frozen=True)
