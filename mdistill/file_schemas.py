@@ -52,12 +52,20 @@ class _Open(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
+class FirstSteps(_Exact):
+    """What a run records of its first steps, for an audit."""
+
+    terms: dict[Text, list[float]]  # of the loss, weighted: each by name, its values in these steps
+    weights: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]  # digest of what is trained, after the last of them
+
+
 class EpochLine(_Open):
     """Every other value is a finite number."""
 
     __pydantic_extra__: dict[str, Annotated[int, Field(ge=-(2**53), le=2**53)] | float]
     epoch: Epoch
     phase: Text | None = None  # the name of a first phase; of the last one there is none
+    first_steps: FirstSteps | None = None  # in the first line, since they are recorded
 
 
 class Session(_Open):
@@ -135,6 +143,11 @@ class _Metrics(_Exact):
     totals: Any
 
 
+class _FirstTotals(_Exact):
+    totals: Any
+    weights: Any
+
+
 class _Versions(_Exact):
     mdistill: Text
     torch: Text
@@ -152,6 +165,7 @@ class Checkpoint(_Exact):
     config: dict[str, Any]
     fingerprints: dict[str, Text]
     versions: _Versions
+    first_steps: _FirstTotals | None = None  # in the middle of the first epoch
 
 
 class ChunkHeader(_Exact):

@@ -72,3 +72,9 @@ def _cpu_has_bf16() -> bool:
 
 def _set_convolutions(precision: Precision) -> None:
     torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+
+
+def cpu_kernels() -> str:
+    """Which kernels a CPU runs, by its instruction set, such as ``AVX512 with AMX``: other ones round otherwise."""
+    units = " with AMX" if torch.cpu._is_amx_tile_supported() else ""
+    return f"{torch.backends.cpu.get_cpu_capability()}{units}"

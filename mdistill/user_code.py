@@ -1,5 +1,6 @@
 """The user's own modules: finding them, loading them, and telling errors in them apart from ours."""
 
+import hashlib
 import importlib
 import sys
 import traceback
@@ -68,6 +69,23 @@ def import_user_module(module: str, folders: Sequence[Path]) -> None:
             f"imports: {module!r} is loaded from {place} already, so the module of this name in {home} cannot be;"
             " rename it"
         )
+
+
+def code_fingerprint(module: str) -> str | None:
+    """SHA-256 (hex) of the Python files of an imported module or package and their names; None where it has none."""
+    place = _file_of(sys.modules[module]) if module in sys.modules else None
+    if place is None:
+        return None
+    folder = place if place.is_dir() else place.parent
+    package = place.is_dir() or place.name == "__init__.py"
+    digest = hashlib.sha256()
+    try:
+        for file in sorted(folder.rglob("*.py")) if package else [place]:
+            content = file.read_bytes()
+            digest.update(f"{file.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
+    except OSError:  # gone since, or not to be read
+        return None
+    return digest.hexdigest()
 
 
 def traceback_of(error: BaseException | None) -> str:

@@ -145,6 +145,28 @@ def load_configs(args: argparse.Namespace, seeds: Sequence[int | None]) -> "list
     return [config.load(source, args.overrides, imports=args.imports, seed=seed) for seed in seeds]
 
 
+def add_recorded_code(parser: argparse.ArgumentParser) -> None:
+    """The flags that let code run which a run folder names; ``recorded_config`` reads them."""
+    add_imports(parser)
+    parser.add_argument("--trust", action="store_true", help="run the code that the run folder names (its imports)")
+
+
+def recorded_config(args: argparse.Namespace, folder: Path) -> "Config":
+    """The configuration of the run in ``folder``.
+
+    Raises:
+        UserError: it is damaged, or names code and ``args`` do not allow that.
+    """
+    from mdistill import config
+    from mdistill.engine.run_folder import code_folders
+
+    recorded = folder / "config.yaml"
+    home = folder.resolve()
+    beside = [place for place in code_folders(home) if args.trust or home not in (place, *place.parents)]
+    folders = [Path.cwd(), *beside, *([home] if args.trust else [])]
+    return config.load(recorded, imports=args.imports, folders=folders, trusted=args.trust)
+
+
 def project_root() -> Path:
     """The clone of the project that holds ``configs/`` and ``docs/``: the package's own, else the current folder."""
     own = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mdistill import distributed
-from mdistill.config import cell_identity
+from mdistill.config import Config, cell_identity
 from mdistill.data.loader import BatchLoader
 from mdistill.data.sampling import derive_seed
 from mdistill.distributed import PeerLost
@@ -22,6 +22,7 @@ from mdistill.engine.checkpoint import Snapshot, Writer
 from mdistill.engine.console import Stopwatch, end_line, epoch_line, print_line, start_line
 from mdistill.engine.cuda_graph import CapturedStep, Engine, choose_engine, compile_network, side_stream, uncompiled
 from mdistill.engine.evaluate import LaunchedEvaluation, launch_evaluation
+from mdistill.engine.first_steps import FirstSteps
 from mdistill.engine.metrics import RunningMetrics
 from mdistill.engine.run_folder import RunFolder, environment, read_metrics, read_sessions
 from mdistill.engine.teacher import TeacherLogits
@@ -84,6 +85,7 @@ class ActiveTrial:
             mixing=self.config.data.mixing_settings,
             teacher_logits=make_logits,
         )
+        self.first_steps = FirstSteps(self.device, self.loader.steps)
         self.writer = Writer(self.device)
         self.ended: UserError | Stopped | None = None
         self._draws = draws_in_training(self.distiller)
@@ -133,6 +135,7 @@ class ActiveTrial:
                     self.metrics,
                     terms=phase.terms,
                     epochs_before=phase.before,
+                    first_steps=self.first_steps,
                 )
                 self.progress, self._saved = saved.progress, saved.progress.model_copy()
                 self._tell_what_differs(saved.versions.torch)
@@ -179,6 +182,12 @@ class ActiveTrial:
             )
         self._step(size)
 
+    def step_done(self) -> None:
+        """A step of the epoch under way has been launched."""
+        self.progress.step += 1
+        if self.progress.epoch == 1:
+            self.first_steps.note(self.progress.step, self.metrics, self.distiller)
+
     @contextmanager
     def guarded(self) -> Iterator[None]:
         """On the trial's own stream; an error that ends the trial is noted, and other trials go on.
@@ -211,11 +220,8 @@ class ActiveTrial:
         """Clear or cut back the folder and write what is known by now; nothing is written before."""
         if not self.writes:
             return
-        cell = cell_identity(self.config, self.experiment.fingerprints)
-        metadata = {**self.experiment.metadata, "engine": self.engine.name, "cell": cell}
-        self.folder.prepare(
-            self.config.to_yaml(), environment(self.device, metadata), epochs_done=self.progress.epoch - 1
-        )
+        noted = session(self.experiment, self.config, self.engine)
+        self.folder.prepare(self.config.to_yaml(), noted, epochs_done=self.progress.epoch - 1)
 
     def agree(self) -> None:
         """Let processes that train together start from rank 0's state, which they have read or drawn themselves.
@@ -312,6 +318,8 @@ class ActiveTrial:
             **({"train/top1": train.top1} if self.phase.name is None else {}),
             "images_per_second": (train.images - self._images_before) / max(seconds, 1e-9),
         }
+        if epoch == 1 and (first_steps := self.first_steps.read(self.metrics)) is not None:
+            results["first_steps"] = first_steps
         for name, evaluation in evaluated.items():
             results |= {f"{name}/{key}": getattr(evaluation, key) for key in ("top1", "top5", "loss")}
         return results | {"seconds/train": self.progress.seconds, "seconds/eval": self._clock.seconds_since_stop()}
@@ -339,6 +347,7 @@ class ActiveTrial:
             RunFailed: what was to be written before could not be.
         """
         metrics = self.metrics.state_dict()
+        first_steps = self.first_steps.state_dict() if self.progress.epoch == 1 else None
         self._saved_at, self._saved = time.monotonic(), self.progress.model_copy()
         if not self.writes:
             return
@@ -350,6 +359,7 @@ class ActiveTrial:
             metrics,
             config=self.config,
             fingerprints=self.experiment.fingerprints,
+            first_steps=first_steps,
         )
         trained = results is not None and "phase" not in results
         students = {name: student.state_dict() for name, student in self.students.items() if trained}
@@ -415,9 +425,18 @@ class ActiveTrial:
             self._print(f"note: processes that train together: {before} before, {now} now; {how}")
 
     def _last_good(self) -> str:
+        if self._folder is None:
+            return "nothing is written"
         if self.folder.checkpoint.exists():
             return f"{self.folder.checkpoint} keeps the last good state"
         return "there was no checkpoint yet; try a smaller solver.lr"
+
+
+def session(experiment: Experiment, config: Config, engine: Engine) -> dict[str, Any]:
+    """What a session of a run records of itself: its environment, data and teacher, and how steps are launched."""
+    cell = cell_identity(config, experiment.fingerprints)
+    metadata = {**experiment.metadata, "engine": engine.name, "cell": cell}
+    return environment(experiment.device, metadata, modules=config.imports)
 
 
 def raise_errors(trials: Sequence[ActiveTrial]) -> None:

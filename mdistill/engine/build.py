@@ -29,6 +29,7 @@ from mdistill.engine.starting_weights import (
     members_of,
     networks_of,
     note_on_images,
+    teacher_files,
     weight_files,
 )
 from mdistill.engine.teacher import FrozenTeacher, count_entries, open_cache
@@ -186,6 +187,20 @@ def build_teacher(config: Config, info: DataInfo) -> nn.Module | None:
         network = build_network(section, member.name, member.arguments, images, seed=config.seed)
         members.append(preprocessed(network, given, wanted))
     return members[0] if len(members) == 1 else Ensemble(members, config.teacher.average)
+
+
+def trained_teacher(config: Config, info: DataInfo, checkpoint_root: Path) -> tuple[nn.Module, str]:
+    """The teacher of a configuration that has one, with its weights, and the fingerprint of these.
+
+    Raises:
+        UserError: its weights are not there, or do not fit.
+    """
+    assert config.teacher is not None
+    sources = teacher_files(config, checkpoint_root)
+    teacher = build_teacher(config, info)
+    assert teacher is not None
+    loaded = load_teacher(config, networks_of(teacher), sources, info.class_names, checkpoint_root)
+    return teacher, fingerprint_of(loaded, config.teacher.average)
 
 
 def _preprocessing(section: str, member: MemberConfig, info: DataInfo) -> tuple[Preprocessing, Preprocessing]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mdistill import __version__, distributed
 from mdistill.config import Config, changes, differences
 from mdistill.distillers import Distiller
+from mdistill.engine.first_steps import FirstSteps
 from mdistill.engine.metrics import RunningMetrics
 from mdistill.errors import RunFailed, UserError, printable, shown
 from mdistill.file_schemas import Checkpoint, Progress, checked
@@ -32,12 +33,14 @@ def state_of(
     *,
     config: Config,
     fingerprints: Mapping[str, str],
+    first_steps: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """All that the next step depends on, but the teacher; tensors are the live ones.
 
     Args:
         metrics: the state of the running ones.
         fingerprints: of what the run depends on and a checkpoint does not hold: the data, the teacher's weights.
+        first_steps: what is recorded of them so far, in the middle of the first epoch.
     """
     return {
         "format": FORMAT,
@@ -49,6 +52,7 @@ def state_of(
         "config": config.resolved(),
         "fingerprints": dict(fingerprints),
         "versions": {"mdistill": __version__, "torch": str(torch.__version__)},
+        **({} if first_steps is None else {"first_steps": dict(first_steps)}),
     }
 
 
@@ -178,12 +182,14 @@ def restore(
     *,
     terms: Sequence[str],
     epochs_before: int = 0,
+    first_steps: FirstSteps | None = None,
 ) -> None:
     """Put a state from ``read`` back where it was; all of it is compared with where it goes before any is loaded.
 
     Args:
         terms: names of the loss terms.
         epochs_before: in the phases before the one that ``solver`` is of.
+        first_steps: the record of them, where it goes on.
 
     Raises:
         UserError: names, shapes or types are not those of this method, network and solver; or a value is not finite.
@@ -196,10 +202,15 @@ def restore(
         or solver.misfit(saved.solver, stepped=(saved.progress.epoch, saved.progress.step) > (epochs_before + 1, 0))
         or metrics.misfit(vars(saved.metrics), terms)
     )
+    record = None if saved.first_steps is None or first_steps is None else vars(saved.first_steps)
+    if record is not None and first_steps is not None:
+        problem = problem or first_steps.misfit(record, saved.progress, len(saved.metrics.names))
     if problem:
         raise UserError(f"{path} does not fit this run, or is damaged: {problem}")
     parts = ("model", "averages", "solver")
-    bad = _not_finite({**{key: content[key] for key in parts}, "metrics": vars(saved.metrics)})
+    bad = _not_finite(
+        {**{key: content[key] for key in parts}, "metrics": vars(saved.metrics), "first_steps": record or {}}
+    )
     if bad:
         raise UserError(f"{path} is damaged: NaN or infinite values in {bad}")
     distiller.load_state_dict(saved.model, strict=False)  # all but the teacher's
@@ -207,6 +218,8 @@ def restore(
         average.load_state_dict(saved.averages[name])
     solver.load_state_dict(saved.solver)
     metrics.load_state_dict(vars(saved.metrics))
+    if record is not None and first_steps is not None:
+        first_steps.load_state_dict(record)
 
 
 def _without_teacher(distiller: Distiller) -> dict[str, Tensor]:

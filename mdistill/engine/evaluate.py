@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -72,6 +73,7 @@ def launch_evaluation(
     *,
     batch_size: int | None = None,
     precision: Precision | None = None,
+    observe: Callable[[Tensor, Tensor, Tensor], object] | None = None,
 ) -> LaunchedEvaluation:
     """Run ``network`` in eval mode over the whole ``split``; its mode is restored. The host does not wait.
 
@@ -83,6 +85,7 @@ def launch_evaluation(
         batch_size: images per forward pass; None for what suits the network's device (``BATCH``).
         precision: of the network; bf16 is evaluated in float32, since its eight bits make ties of close logits, which
             count against the network. None leaves it as the caller has it.
+        observe: is given the images (B, 3, H, W), logits (B, C) and labels (B,) of each batch.
     """
     started = time.perf_counter()
     was_training = network.training
@@ -98,6 +101,8 @@ def launch_evaluation(
         place = (~(logits < true)).sum(dim=1)  # 1 when the true class is alone at the top; NaN never is
         loss = F.cross_entropy(logits, target, reduction="sum")
         sums += torch.stack([(place <= 1).sum().double(), (place <= 5).sum().double(), loss.double()])
+        if observe is not None:
+            observe(image, logits, target)
     network.train(was_training)
     return LaunchedEvaluation(distributed.sum_(sums), dataset.size(split), started, type(network).__name__, split)
 
@@ -109,6 +114,8 @@ def evaluate(
     *,
     batch_size: int | None = None,
     precision: Precision | None = None,
+    observe: Callable[[Tensor, Tensor, Tensor], object] | None = None,
 ) -> Evaluation:
     """The results of ``launch_evaluation``; one host sync, at the end."""
-    return launch_evaluation(network, dataset, split, batch_size=batch_size, precision=precision).read()
+    launched = launch_evaluation(network, dataset, split, batch_size=batch_size, precision=precision, observe=observe)
+    return launched.read()

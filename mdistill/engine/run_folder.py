@@ -308,19 +308,28 @@ def read_sessions(folder: Path) -> list[dict[str, Any]]:
     return [session.model_dump(exclude_unset=True) for session in checked(Environment, text, path, advice).sessions]
 
 
-def environment(device: "torch.device", metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What a reader needs to trust or repeat a number: versions, hardware, commit, command, and ``metadata``."""
+def environment(device: "torch.device", metadata: Mapping[str, Any], *, modules: Iterable[str] = ()) -> dict[str, Any]:
+    """What a reader needs to trust or repeat a number: versions, hardware, code, command, and ``metadata``.
+
+    Args:
+        modules: the user's, which were imported.
+    """
     import numpy
     import torch
     import torchvision
 
     from mdistill import distributed
+    from mdistill.precision import cpu_kernels
+    from mdistill.user_code import code_fingerprint
 
+    on_cuda = device.type == "cuda"
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": _commit(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "code": {module: code_fingerprint(module) for module in ("mdistill", *modules)},
+        "device": torch.cuda.get_device_name(device) if on_cuda else platform.processor() or "cpu",
+        "kernels": None if on_cuda else cpu_kernels(),
         "threads": torch.get_num_threads(),
         "processes": distributed.world_size(),
         "versions": {
@@ -329,7 +338,8 @@ def environment(device: "torch.device", metadata: Mapping[str, Any]) -> dict[str
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
             "numpy": numpy.__version__,
-            "cuda": torch.version.cuda if device.type == "cuda" else None,
+            "cuda": torch.version.cuda if on_cuda else None,
+            "cudnn": str(torch.backends.cudnn.version()) if on_cuda else None,  # type: ignore[no-untyped-call]
         },
         **metadata,
     }

@@ -23,14 +23,18 @@ from mdistill.models.weights import Convert, fingerprint, load_weights
 def weight_files(config: Config, root: Path) -> tuple[list[Path], Path | None]:
     """Of the teacher's networks, and of what the student begins with; published ones are fetched."""
     dataset, student = config.data.name, config.student
-    members = members_of(config.teacher) if config.teacher is not None else []
-    teachers = [
-        locate(member.checkpoint, root, model=member.name, dataset=dataset, section=section)
-        for section, member in members
-    ]
+    teachers = teacher_files(config, root)
     if student.checkpoint is None:
         return teachers, None
     return teachers, locate(student.checkpoint, root, model=student.name, dataset=dataset, section="student")
+
+
+def teacher_files(config: Config, root: Path) -> list[Path]:
+    """Of the teacher's networks; published ones are fetched."""
+    return [
+        locate(member.checkpoint, root, model=member.name, dataset=config.data.name, section=section)
+        for section, member in (members_of(config.teacher) if config.teacher is not None else [])
+    ]
 
 
 def members_of(teacher: TeacherConfig) -> list[tuple[str, MemberConfig]]:

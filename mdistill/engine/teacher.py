@@ -26,7 +26,7 @@ from mdistill.errors import RunFailed, UserError
 from mdistill.models.base import Features
 from mdistill.models.fold_bn import fold_batchnorm
 from mdistill.models.memory_format import move, to_layout
-from mdistill.precision import Precision, computing
+from mdistill.precision import Precision, computing, cpu_kernels
 
 BATCH = {"cpu": 64, "cuda": 512}
 """Images per teacher batch. One size, padded when fewer are left, so that an image's logits are always the same."""
@@ -69,8 +69,7 @@ class FrozenTeacher:
     def identity(self) -> dict[str, object]:
         """Everything here, beside the weights and the images, that fixes the outputs to the last bit."""
         if self.device.type == "cpu":  # kernels differ by instruction set, and a few sums by the number of threads
-            units = " with AMX" if torch.cpu._is_amx_tile_supported() else ""
-            device = f"cpu, {torch.backends.cpu.get_cpu_capability()}{units}, {torch.get_num_threads()} threads"
+            device = f"cpu, {cpu_kernels()}, {torch.get_num_threads()} threads"
         else:
             kernels = "deterministic kernels" if torch.are_deterministic_algorithms_enabled() else "tuned kernels"
             device = f"{self.device.type}, {torch.cuda.get_device_name(self.device)}, {kernels}"

@@ -35,6 +35,14 @@ def train_step(trial: ActiveTrial, size: int) -> None:
         trial.metrics.update(output)
 
 
+def advance(trial: ActiveTrial, step: int) -> None:
+    """Launch ``step`` (from 0) of the epoch under way."""
+    size = trial.loader.fetch(step)
+    trial.set_rate(step)
+    trial.run(train_step, size)  # as one CUDA graph, once it is captured
+    trial.step_done()
+
+
 def train_epoch(trials: Sequence[ActiveTrial], epoch: int, stop: StopRequest) -> None:
     """Train every trial on what is left of ``epoch``, at most until a stop is asked for or a checkpoint is due."""
     for trial in trials:
@@ -49,10 +57,7 @@ def train_epoch(trials: Sequence[ActiveTrial], epoch: int, stop: StopRequest) ->
             for trial in trials:
                 if trial.ended is None and trial.progress.step == step:  # one that was resumed further on waits
                     with trial.guarded():
-                        size = trial.loader.fetch(step)
-                        trial.set_rate(step)
-                        trial.run(train_step, size)  # as one CUDA graph, once it is captured
-                        trial.progress.step += 1
+                        advance(trial, step)
             with trials[0].stream:
                 bar.advance()
 
@@ -157,6 +162,31 @@ def fit(experiment: Experiment, folders: Sequence[RunFolder]) -> list[list[dict[
             print_line(describe(experiment.cache, experiment.logit_format))
         raise_errors(trials)
         return [read_metrics(folder.path) for folder in folders]
+
+
+def first_epoch(experiment: Experiment, *, whole: bool) -> dict[str, Any]:
+    """Do the first steps of the first trial again, or its ``whole`` first epoch, and write nothing.
+
+    Returns:
+        the line that a run would log of that epoch; ``first_steps`` is complete in either case.
+
+    Raises:
+        RunFailed: a loss or a teacher's logit is not finite.
+    """
+    trial = ActiveTrial(experiment, experiment.trials[0])
+    try:
+        trial.agree()
+        if experiment.class_distances is not None:
+            provide_class_distances(experiment.class_distances, [trial], StopRequest())
+        with trial.stream:
+            trial.begin_epoch(1)
+            for step in range(trial.loader.steps if whole else trial.first_steps.count):
+                advance(trial, step)
+            trial.end_training()
+            return trial.collect_results(1, trial.launch_evaluations(1) if whole else {})
+    finally:
+        trial.loader.close()
+        trial.writer.close()
 
 
 def dry_run(experiment: Experiment) -> str:

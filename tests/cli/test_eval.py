@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -184,6 +185,13 @@ def test_a_module_inside_a_run_folder_is_loaded_only_from_a_trusted_one(
         (["--weights", "x.pt", "--model", "resnet8", "--data", "{name: tiny, x: 1}"], "--data: x: unknown key"),
         (["nowhere", "--batch-size", "0"], "--batch-size: should be at least 1, found 0"),
         (["--weights", "x.pt", "--model", "resnet8", "--data", "tiny", "--split", "val"], "no split 'val' here"),
+        (["nowhere", "--teacher-model", "resnet8"], "--teacher-model NAME and --teacher-weights FILE go together"),
+        (["nowhere", "--teacher", "--teacher-model", "x", "--teacher-weights", "y"], "give one of them"),
+        (
+            ["--weights", "x.pt", "--model", "resnet8", "--teacher"],
+            "--teacher goes with a run folder; give --teacher-mo",
+        ),
+        (["nowhere", "--predictions", "student.pt"], "should be a file whose name ends in .npz, found student.pt"),
     ],
 )
 def test_eval_bad_input_is_one_line(
@@ -238,3 +246,110 @@ def test_a_student_that_is_another_network_is_rebuilt_through_its_method(
         assert evaluate_tool([str(what), "--device", "cpu", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(recorded[key], rel=1e-6)
     assert recorded["test/loss"] != recorded["bare/test/loss"]
+
+
+@pytest.fixture
+def kd_folder(
+    train: Train, kd_cfg: Path, teacher_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Path:
+    """A run whose teacher is ``teacher_file``."""
+    assert train(kd_cfg, "solver.epochs=1") == 0
+    capsys.readouterr()
+    return tmp_path / "runs" / "tiny" / "kd" / "tiny_net_tiny_net" / "seed0"
+
+
+def test_a_student_is_compared_with_its_teacher(
+    capsys: pytest.CaptureFixture[str], evaluate_tool: Evaluate, kd_folder: Path, teacher_file: Path, tmp_path: Path
+) -> None:
+    """Figures against a plain loop over what both networks say of the images."""
+    out = tmp_path / "out.npz"
+    flags = ["--device", "cpu", "--checkpoint-root", str(tmp_path), "--teacher", "--per-class"]
+    assert evaluate_tool([str(kd_folder), *flags, "--json", "--predictions", str(out)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    networks = [MODELS.build("tiny_net", 10, width=width) for width in (16, 32)]
+    for network, file in zip(networks, (kd_folder / "student.pt", teacher_file), strict=True):
+        network.load_state_dict(torch.load(file, weights_only=True)["model"])
+    ((images, target),) = DATASETS.build("tiny", tmp_path, False).eval_batches("test", 60)
+    with torch.no_grad():
+        student, teacher = (network.eval()(images).double() for network in networks)
+    same = (student.argmax(dim=1) == teacher.argmax(dim=1)).double().mean()
+    p, q = teacher.softmax(dim=1), student.softmax(dim=1)
+    assert result["teacher"] == {
+        "model": "tiny_net",
+        "top1": pytest.approx(100 * float((teacher.argmax(dim=1) == target).double().mean())),
+        "agreement": pytest.approx(100 * float(same)),
+        "kl": pytest.approx(float((p * (p / q).log()).sum(dim=1).mean()), rel=1e-4),
+    }
+    assert [each["images"] for each in result["per_class"]] == [6] * 10
+    assert sum(each["top1"] for each in result["per_class"]) / 10 == pytest.approx(result["top1"])
+    assert sum(each["images"] for each in result["calibration"]) == 60
+    gaps = [each["images"] * abs(each["top1"] - each["confidence"]) for each in result["calibration"] if each["images"]]
+    assert result["ece"] == pytest.approx(sum(gaps) / 60)
+    with numpy.load(out, allow_pickle=False) as arrays:
+        assert {*arrays} == {"logits", "labels", "names", "teacher_logits"}
+        assert arrays["logits"] == pytest.approx(student.numpy(), rel=1e-4, abs=1e-5)
+        assert arrays["teacher_logits"] == pytest.approx(teacher.numpy(), rel=1e-4, abs=1e-5)
+        assert arrays["labels"].tolist() == target.tolist()
+        assert arrays["names"].dtype.kind == "U"
+    assert evaluate_tool([str(kd_folder), *flags]) == 0
+    first, second, header, _, *rows = capsys.readouterr().out.splitlines()
+    assert f"  ECE {result['ece']:.2f}  " in first
+    assert second.startswith(
+        f"teacher tiny_net  top-1 {result['teacher']['top1']:.2f}  agreement {100 * same:.2f}  KL("
+    )
+    assert header.split() == ["class", "images", "top-1"]
+    assert len(rows) == 10
+
+
+def test_another_teacher_is_named_or_refused(
+    capsys: pytest.CaptureFixture[str], evaluate_tool: Evaluate, kd_folder: Path, teacher_file: Path, tmp_path: Path
+) -> None:
+    flags = ["--device", "cpu", "--json"]
+    twin = ["--teacher-model", "tiny_net", "--teacher-weights", str(kd_folder / "student.pt")]
+    lone = ["--model", "tiny_net", "--weights", str(kd_folder / "student.pt"), "--data", "tiny"]
+    for what in ([str(kd_folder)], lone):
+        assert evaluate_tool([*what, *twin, *flags]) == 0
+        result = json.loads(capsys.readouterr().out)["teacher"]
+        assert (result["agreement"], result["kl"]) == (100.0, pytest.approx(0, abs=1e-6))
+    own = [str(kd_folder), "--teacher", "--checkpoint-root", str(tmp_path), *flags]
+    state = torch.load(teacher_file, weights_only=True)
+    state["model"]["classifier.bias"] += 1
+    torch.save(state, teacher_file)
+    told = refused(capsys, evaluate_tool(own))
+    assert "--teacher: teacher.pt under" in told
+    assert "is not what the run had: its fingerprint was " in told
+    teacher_file.unlink()
+    assert "teacher.checkpoint: no tiny_net weights at" in refused(capsys, evaluate_tool(own))
+
+
+def test_a_run_without_a_teacher_has_none_to_compare_with(
+    capsys: pytest.CaptureFixture[str], train: Train, evaluate_tool: Evaluate, student_cfg: Path, tmp_path: Path
+) -> None:
+    assert train(student_cfg, "solver.epochs=1") == 0
+    capsys.readouterr()
+    folder = tmp_path / "runs/tiny/vanilla/tiny_net/seed0"
+    assert "has none; give --teacher-model" in refused(
+        capsys, evaluate_tool([str(folder), "--teacher", "--device", "cpu"])
+    )
+
+
+def test_predictions_that_cannot_be_written_leave_the_old_ones(
+    capsys: pytest.CaptureFixture[str], evaluate_tool: Evaluate, kd_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.npz"
+    out.write_bytes(b"old")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(numpy, "savez", failing)
+        line = refused(capsys, evaluate_tool([str(kd_folder), "--device", "cpu", "--predictions", str(out)]), 1)
+    assert f"could not write {out}: [Errno 28]" in line
+    assert out.read_bytes() == b"old"
+    assert [path.name for path in tmp_path.glob(".*")] == []
+    assert evaluate_tool([str(kd_folder), "--device", "cpu", "--predictions", str(out)]) == 0
+    with numpy.load(out, allow_pickle=False) as arrays:
+        assert arrays["logits"].shape == (60, 10)
+
+
+def failing(file: Any, **_: Any) -> None:
+    """``numpy.savez`` on a disk that is full."""
+    file.write(b"half")
+    raise OSError(28, "No space left on device")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PRELOADED = [
-    *("mdistill.cli.train", "mdistill.cli.eval", "mdistill.cli.cache", "mdistill.engine.trainer"),
+    *("mdistill.cli.train", "mdistill.cli.eval", "mdistill.cli.cache", "mdistill.cli.audit", "mdistill.engine.trainer"),
     *("torch._dynamo.convert_frame", "torch._inductor.standalone_compile"),  # by an optimizer: most of a second
     *("torch.utils.tensorboard", "torchvision", "filelock", "tests.faults.io_cases", __name__),
 ]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import safetensors.numpy
 import torch
 import yaml
@@ -38,7 +39,7 @@ class Job:
 
     name: str
     method: str = "kd"
-    command: Literal["train", "cache"] = "train"
+    command: Literal["train", "cache", "eval"] = "train"
     flags: tuple[str, ...] = ()
     again: tuple[str, ...] = ("--resume",)  # instead of the mode in ``flags``
     before: Literal["nothing", "half a run", "an old run", "the same run"] = "nothing"
@@ -49,6 +50,9 @@ class Job:
 
     def arguments(self, shared: Path, output: Path, *, again: bool = False) -> list[str]:
         """The command line, of the first time or to go on."""
+        if self.command == "eval":
+            network = ["--model", "tiny_net", "--weights", str(shared / "teacher.pt"), "--data", "tiny"]
+            return ["eval", *network, "--device", "cpu", "--predictions", str(output / "out.npz")]
         roots = ["--device", "cpu", "--output", str(output), "--checkpoint-root", str(shared)]
         seeds = ["--seeds", ",".join(map(str, self.seeds))] if self.seeds[1:] else []
         return [self.command, "--cfg", str(self.cfg(shared)), *roots, *seeds, *(self.again if again else self.flags)]
@@ -100,6 +104,7 @@ JOBS = (
     Job("cache", command="cache", again=()),
     Job("sparse", sections=SPARSE),
     Job("distances", "wkd_l"),
+    Job("predictions", command="eval"),
 )
 
 
@@ -206,6 +211,7 @@ def check_readable(output: Path) -> None:
             if line.endswith("\n")
         ],
         ".safetensors": safetensors.numpy.load_file,
+        ".npz": _arrays,
     }
     theirs = {Path(name).name for name in USER_FILES}
     for path in sorted(output.rglob("*")):
@@ -238,6 +244,9 @@ def check_same(job: Job, whole: Path, output: Path) -> None:
     if job.command == "cache":
         left, right = (_entries(path / "teacher_cache") for path in (whole, output))
         assert left == right, f"the caches differ: {len(left)} and {len(right)} entries"
+        return
+    if job.command == "eval":
+        assert (whole / "out.npz").read_bytes() == (output / "out.npz").read_bytes(), "the predictions differ"
         return
     for seed in job.seeds:
         folder = job.folder(output) / f"seed{seed}"
@@ -278,6 +287,11 @@ def _entries(root: Path) -> dict[int, bytes]:
         chunk = safetensors.numpy.load_file(path)
         entries |= {int(n): row.tobytes() for n, row in zip(chunk["entries"], chunk["logits"], strict=True)}
     return entries
+
+
+def _arrays(path: Path) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def _stop_at(step: int) -> None:

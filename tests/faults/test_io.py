@@ -19,6 +19,8 @@ SAMPLE = [
     *(("resume", "open", fault) for fault in ("kill", "EIO", "SIGTERM")),
     *(("resume", kind, "SIGINT") for kind in ("write", "replace")),
     ("resume", "create", "SIGHUP"),
+    ("predictions", "write", "ENOSPC"),
+    ("predictions", "replace", "kill"),
     *(("overwrite", kind, fault) for kind, fault in (("unlink", "kill"), ("list", "SIGTERM"))),
 ]
 
