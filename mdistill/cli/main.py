@@ -10,6 +10,7 @@ from mdistill.cli.common import EXIT_CODES, run
 from mdistill.errors import UserError, suggestion
 
 COMMANDS = {
+    "table": "train what the table of a paper is missing, and show it",
     "train": "train a student from a teacher, or a network alone",
     "eval": "evaluate a run folder or a checkpoint",
     "cache": "compute a teacher's logits ahead of training",

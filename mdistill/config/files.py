@@ -322,7 +322,7 @@ def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path
     Args:
         above: the files that this one is a base of, the first one first.
     """
-    tree = _read(path)
+    tree = read_yaml(path)
     bases, told = tree.pop("base", None), _sources(path, tree.pop("sources", None))
     bases = [bases] if isinstance(bases, str) else [] if bases is None else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -361,7 +361,12 @@ def _sources(path: Path, given: Any) -> dict[str, str]:
     return {str(key): " ".join(text.split()) for key, text in given.items()}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """What a YAML file holds, without its bases.
+
+    Raises:
+        UserError: it cannot be read, or does not hold keys and values.
+    """
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a file in it, or one of its pairs with --pair")
     try:
