@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a student from a teacher, or a network alone",
     "eval": "evaluate a run folder or a checkpoint",
     "plot": "draw a picture of runs: curves, time, t-SNE, logits, calibration, agreement",
+    "report": "write one HTML page about many runs",
     "cache": "compute a teacher's logits ahead of training",
     "data": "look through a folder of images, or make a smaller copy",
     "methods": "list the methods: paper, loss, needs, settings and their sources",

@@ -236,14 +236,15 @@ def reliability(panels: Mapping[str, Calibration], *, title: str) -> "Figure":
 
 
 def bars(panels: Mapping[str, Mapping[str, tuple[float, float]]], *, title: str) -> "Figure":
-    """Horizontal bars with their values, a panel for each quantity.
+    """Horizontal bars with their values, a panel for each quantity, one below the other.
 
     Args:
         panels: by quantity: by label, mean and deviation.
     """
     with _style():
         count = max(len(panel) for panel in panels.values())
-        figure, rows = _figure(len(panels), height=1.3 + 0.36 * count, title=title)
+        figure = _blank(WIDTH, len(panels) * (0.75 + 0.34 * count), title)
+        rows = list(figure.subplots(len(panels), 1, squeeze=False)[:, 0])
         for axes, (quantity, panel) in zip(rows, panels.items(), strict=True):
             places, labels = range(len(panel)), list(panel)
             values, deviations = zip(*panel.values(), strict=True)
@@ -315,8 +316,17 @@ def as_svg(figure: "Figure") -> bytes:
     """``figure`` as an SVG file, the same for the same figure."""
     buffer = io.BytesIO()
     with _style():
+        _fix_layout(figure)
         figure.savefig(buffer, format="svg", dpi=DOTS, metadata=_metadata("svg"))
     return buffer.getvalue()
+
+
+def _fix_layout(figure: "Figure") -> None:
+    """Lay ``figure`` out, once and for all: what is drawn later costs no layout."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        figure.set_layout_engine("none")
 
 
 def _metadata(kind: str) -> dict[str, Any]:
@@ -384,7 +394,7 @@ def _label_points(
     """Write each point's label beside it, off the others; a label that lies far from its point gets a line to it."""
     canvas: Any = figure.canvas
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # as they are now
-    figure.draw_without_rendering()  # the layout, which fixes where the points are
+    _fix_layout(figure)  # and with it where the points are
     renderer, middles = canvas.get_renderer(), axes.transData.transform([(x, y) for x, y, _ in points])
     texts = [axes.annotate(label, (x, y), fontsize=9.5) for x, y, label in points]
     extents = [text.get_window_extent(renderer) for text in texts]

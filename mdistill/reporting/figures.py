@@ -1,7 +1,7 @@
 """What pictures of runs show, as plain numbers. Nothing here draws; ``drawing`` does."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
 
 from mdistill.errors import UserError, shown, suggestion
@@ -48,6 +48,13 @@ def band(each: Series, metric: str) -> Band:
         [mean(column) for column in values],
         [stdev(column) if len(column) > 1 else 0.0 for column in values],
     )
+
+
+def thinned(each: Band, most: int) -> Band:
+    """``each`` at about ``most`` epochs that are equally far from each other, the last one among them."""
+    stride = max(1, -(-len(each.epochs) // most))
+    kept = slice((len(each.epochs) - 1) % stride, None, stride)
+    return replace(each, epochs=each.epochs[kept], mean=each.mean[kept], deviation=each.deviation[kept])
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from mdistill.data import Dataset
 
 
+KEPT = 8  # students whose outputs are kept
+
+
 @dataclass(frozen=True)
 class Outputs:
     """Of one network, on the CPU, in the order of the split."""
@@ -49,6 +52,7 @@ class Networks:
         self._imports, self._trust = imports, trust
         self._datasets: dict[str, Dataset] = {}
         self._teachers: dict[str, Outputs] = {}
+        self._students: dict[tuple[Path, bool], Outputs] = {}  # of late
 
     def student(self, folder: Path, *, pooled: bool = False) -> Outputs:
         """What the student of the run in ``folder`` computes.
@@ -59,11 +63,15 @@ class Networks:
         from mdistill.engine.build import build_students
         from mdistill.models.weights import load_weights
 
+        if (folder, pooled) in self._students:
+            return self._students[folder, pooled]
         config = self._config(folder)
         dataset = self._dataset(config)
         network = next(iter(build_students(config, dataset.info(config.data.batch_size)).values()))
         load_weights(network, folder / "student.pt", name=config.student.name)
-        return self._outputs(network, config.student.name, dataset, folder, pooled)
+        outputs = self._outputs(network, config.student.name, dataset, folder, pooled)
+        self._students = dict([*self._students.items()][1 - KEPT :]) | {(folder, pooled): outputs}
+        return outputs
 
     def teacher(self, folder: Path, *, pooled: bool = False) -> Outputs:
         """What the teacher of the run in ``folder`` computes.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mdistill.errors import UserError, suggestion
 from mdistill.reporting import drawing, fidelity, figures
-from mdistill.reporting.records import HEADLINE, Record, Series, by_pair, series, with_parameters
+from mdistill.reporting.records import HEADLINE, Record, Series, by_pair, series
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,6 +34,7 @@ class Options:
     perplexity: float = 30.0
     role: str = "student"  # or "teacher", whose logits
     seed: int = 0
+    epochs: int | None = None  # about how many of them a curve has; None for all
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def curves(records: Sequence[Record], options: Options, networks: "Networks | No
         for title, bands in panels.items()
         for each in bands
     ]
+    if options.epochs is not None:
+        panels = {title: [figures.thinned(each, options.epochs) for each in bands] for title, bands in panels.items()}
     return Picture(drawing.curves(panels, title=options.title, ylabel=ylabel), lines)
 
 
@@ -63,7 +66,9 @@ def time(records: Sequence[Record], options: Options, networks: "Networks | None
         for record in records:
             if record.extra_parameters is None and record.cell not in counts:
                 counts[record.cell] = networks.extra_parameters(record.folder)
-        records = [with_parameters(each, counts[each.cell]) if each.cell in counts else each for each in records]
+        records = [
+            each.noting("parameters", {"extra": counts[each.cell]}) if each.cell in counts else each for each in records
+        ]
     points = figures.costs(series(records))
     if not points:
         raise UserError(f"{records[0].folder}: no finished run here whose record tells images per second")
@@ -106,42 +111,49 @@ def tsne(records: Sequence[Record], options: Options, networks: "Networks | None
     return Picture(figure, [f"{label}: {len(each)} images" for label, each in zip(panels, features, strict=True)])
 
 
-def correlation(records: Sequence[Record], options: Options, networks: "Networks | None") -> Picture:
-    """The absolute difference of the student's and the teacher's matrix over classes."""
-
-    def difference(student: "Outputs", teacher: "Outputs") -> "Tensor":
-        if options.matrix == "means":
+def differences(
+    kind: str, records: Sequence[Record], options: Options, networks: "Networks | None"
+) -> "dict[str, Tensor]":
+    """How far each student is from its teacher: matrices over classes, or for "logits" one number a class."""
+    found: dict[str, Tensor] = {}
+    assert networks is not None
+    for label, record in _panels(records).items():
+        student, teacher = networks.student(record.folder), networks.teacher(record.folder)
+        if kind == "logits":
+            found[label] = fidelity.class_difference(student.logits, teacher.logits)
+        elif options.matrix == "means":
             both = [fidelity.class_means(each.logits, each.target) for each in (student, teacher)]
+            found[label] = fidelity.matrix_difference(*both)
         else:
             both = [fidelity.logit_correlation(each.logits) for each in (student, teacher)]
-        return fidelity.matrix_difference(*both)
+            found[label] = fidelity.matrix_difference(*both)
+    return found
 
-    found = {label: difference(*both) for label, both in _with_teachers(records, networks).items()}
-    panels = {f"{label}\nmean {float(each.mean()):.3f}": each.tolist() for label, each in found.items()}
+
+def correlation(records: Sequence[Record], options: Options, networks: "Networks | None") -> Picture:
+    """The absolute difference of the student's and the teacher's matrix over classes."""
+    found = differences("correlation", records, options, networks)
     words = "|student - teacher|, " + ("mean logits" if options.matrix == "means" else "correlation of logits")
-    lines = [
-        f"{label}: mean {float(each.mean()):.4f}, largest {float(each.max()):.4f}" for label, each in found.items()
-    ]
-    return Picture(drawing.matrices(panels, title=options.title, words=words, most=options.scale), lines)
+    return _heat(found, {label: each.tolist() for label, each in found.items()}, words, options)
 
 
 def logits(records: Sequence[Record], options: Options, networks: "Networks | None") -> Picture:
     """The absolute difference of the logits of each class, as a rectangle of classes."""
-    pairs = _with_teachers(records, networks)
-    found = {label: fidelity.class_difference(one.logits, other.logits) for label, (one, other) in pairs.items()}
+    found = differences("logits", records, options, networks)
     nan = float("nan")
-    panels = {
-        f"{label}\nmean {float(each.mean()):.3f}": [
-            [nan if value is None else value for value in row] for row in figures.folded(each.tolist())
-        ]
+    rectangles = {
+        label: [[nan if value is None else value for value in row] for row in figures.folded(each.tolist())]
         for label, each in found.items()
     }
+    return _heat(found, rectangles, "|student - teacher| of each class's logit, mean over images", options)
+
+
+def _heat(found: "Mapping[str, Tensor]", matrices: Mapping[str, Any], words: str, options: Options) -> Picture:
+    """``matrices`` with what they hold on the whole in their titles."""
     lines = [
-        f"{label}: mean {float(each.mean()):.4f}, largest {float(each.max()):.4f}"
-        f" (class {_class_name(int(each.argmax()), pairs[label][0])})"
-        for label, each in found.items()
+        f"{label}: mean {float(each.mean()):.4f}, largest {float(each.max()):.4f}" for label, each in found.items()
     ]
-    words = "|student - teacher|, mean over images"
+    panels = {f"{label}\nmean {float(found[label].mean()):.3f}": matrix for label, matrix in matrices.items()}
     return Picture(drawing.matrices(panels, title=options.title, words=words, most=options.scale), lines)
 
 
@@ -246,13 +258,6 @@ def _panels(records: Sequence[Record]) -> dict[str, Record]:
         raise UserError(f"this picture has a panel for each run and at most {MOST_PANELS}, found {len(records)} runs")
     titled: list[tuple[Series, Record]] = [(each, run) for each in series(records) for run in each.runs]
     return {each.label if len(each.runs) == 1 else f"{each.label}, seed {run.seed}": run for each, run in titled}
-
-
-def _with_teachers(records: Sequence[Record], networks: "Networks | None") -> "dict[str, tuple[Outputs, Outputs]]":
-    """What the student and the teacher of each run compute, by the title of its panel."""
-    assert networks is not None
-    panels = _panels(records)
-    return {label: (networks.student(run.folder), networks.teacher(run.folder)) for label, run in panels.items()}
 
 
 def _numbers(chosen: Sequence[str], outputs: "Outputs") -> list[int]:

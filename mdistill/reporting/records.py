@@ -60,17 +60,17 @@ class Record:
         """The lines of epochs that were evaluated on the test split."""
         return [line for line in self.metrics if HEADLINE in line]
 
-    @property
+    @cached_property
     def top1(self) -> float | None:
         """Of the last epoch, percent; None before one was evaluated."""
         return float(self.evaluated[-1][HEADLINE]) if self.evaluated else None
 
-    @property
+    @cached_property
     def best(self) -> float | None:
         """The highest top-1 of any epoch, percent."""
         return max((float(line[HEADLINE]) for line in self.evaluated), default=None)
 
-    @property
+    @cached_property
     def state(self) -> State:
         """How far it came, and whether its accuracy fell far below what it had been."""
         if self.top1 is None or self.best is None:
@@ -79,7 +79,7 @@ class Record:
             return "unfinished"
         return "collapsed" if self.top1 < COLLAPSE * self.best else "complete"
 
-    @property
+    @cached_property
     def teacher_top1(self) -> float | None:
         """As it was measured before training, percent, else as its configuration says; of an ensemble the first's."""
         for session in reversed(self.sessions):
@@ -91,6 +91,16 @@ class Record:
         return self.expected_top1
 
     @property
+    def teacher_file(self) -> Path | None:
+        """Where the weights of the teacher were, of an ensemble the first's; None where the record does not say."""
+        for session in reversed(self.sessions):
+            told = session.get("teacher")
+            files = told.get("files") if isinstance(told, Mapping) else None
+            if isinstance(files, list) and files and isinstance(files[0], Mapping) and files[0].get("path"):
+                return Path(str(files[0]["path"]))
+        return None
+
+    @property
     def extra_parameters(self) -> int | None:
         """Parameters that were trained beside the student's; None where the record does not say."""
         for session in reversed(self.sessions):
@@ -100,16 +110,20 @@ class Record:
                 return extra
         return None
 
-    @property
+    @cached_property
     def step_ms(self) -> float | None:
         """Milliseconds for a batch, the median of the epochs."""
         rates = [float(line["images_per_second"]) for line in self.metrics if line.get("images_per_second")]
         return 1000.0 * self.batch_size / median(rates) if rates else None
 
     def said(self, key: str) -> str:
-        """What the last session noted under ``key``, or "" (commit, device, started)."""
-        value = self.sessions[-1].get(key) if self.sessions else None
+        """What the last session that says anything of ``key`` noted, or "" (commit, device, started)."""
+        value = next((session[key] for session in reversed(self.sessions) if session.get(key) is not None), None)
         return printable(value, 80) if value is not None else ""
+
+    def noting(self, key: str, value: Mapping[str, Any]) -> "Record":
+        """The same, as if it had noted ``value`` under ``key``."""
+        return replace(self, sessions=[*self.sessions, {key: value}])
 
 
 @dataclass(frozen=True)
@@ -124,12 +138,12 @@ class Series:
         """Any of them, for what they share."""
         return self.runs[0]
 
-    @property
+    @cached_property
     def finished(self) -> list[Record]:
         """Those whose last epoch is done."""
         return [run for run in self.runs if run.state in ("complete", "collapsed")]
 
-    @property
+    @cached_property
     def values(self) -> list[float]:
         """Top-1 of the last epoch of each finished run, percent."""
         return [run.top1 for run in self.finished if run.top1 is not None]
@@ -246,7 +260,7 @@ def read_record(folder: Path) -> Record:
         raise UserError(f"{where}: not the configuration of a run: {type(error).__name__}: {error}") from None
 
 
-def read_records(paths: Sequence[Path], *, split: str = "test") -> list[Record]:
+def read_records(paths: Sequence[Path]) -> list[Record]:
     """The runs at or below ``paths``, each with an evaluated epoch at least.
 
     Raises:
@@ -260,12 +274,20 @@ def read_records(paths: Sequence[Path], *, split: str = "test") -> list[Record]:
     shown_ones = [record for record in records if record.metrics]
     if not shown_ones:
         raise UserError(f"{paths[0]}: none of the {len(records)} runs there has a finished epoch")
-    return shown_ones
+    return knowing_teachers(shown_ones)
 
 
-def with_parameters(record: Record, extra: int) -> Record:
-    """``record`` as if it said how many parameters were trained beside the student's."""
-    return replace(record, sessions=[*record.sessions, {"parameters": {"extra": extra}}])
+def knowing_teachers(records: Sequence[Record]) -> list[Record]:
+    """``records``, those that do not tell their teacher's top-1 with that of its own run where it is among them."""
+    alone = {record.folder.resolve(): record.top1 for record in records if record.top1 is not None}
+    found = []
+    for record in records:
+        top1 = None
+        if record.teacher and record.teacher_top1 is None:
+            weights = record.teacher_file
+            top1 = alone.get(weights.parent.resolve()) if weights is not None else None
+        found.append(record if top1 is None else record.noting("teacher", {"top1": top1}))
+    return found
 
 
 def _settings(path: Path) -> dict[str, Any]:
