@@ -11,10 +11,10 @@ from mdistill.files import write_text
 from mdistill.reporting.records import find_runs, read_record
 from mdistill.reporting.report import report as page
 
-DESCRIPTION = """Write a page about runs: a table, learning curves and cost for each pair of teacher and student, students
-by their teachers, and what stands behind each number. RUN is a run folder, or a folder with runs below. The page is one
-file that needs nothing beside it. It is made from the runs' records alone, unless --networks asks for pictures of what
-the networks compute: agreement with the teacher, calibration, correlations and logits of each class."""
+DESCRIPTION = """Write a page about runs: a table, learning curves and cost for each pair of teacher and student,
+students by their teachers, and what stands behind each number. RUN is a run folder, or a folder with runs below. The
+page is one file that needs nothing beside it. It is made from the runs' records alone, unless --networks asks for
+pictures of what the networks compute: agreement with the teacher, calibration, correlations and logits of each class."""
 
 EXAMPLES = """  mdistill report runs
   mdistill report runs/cifar100 results -o report.html --title "CIFAR-100, three seeds"

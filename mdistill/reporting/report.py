@@ -35,7 +35,8 @@ STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 76rem; color: var(--ink); background: var(--paper);
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; overflow-wrap: break-word; }
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif;
+  overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; padding-top: .75rem; border-top: 2px solid var(--faint); }
 p, li { max-width: 46rem; }
@@ -212,7 +213,10 @@ def _table(groups: Sequence[Series]) -> str:
     known = {run.teacher: run.teacher_top1 for each in groups for run in each.runs if run.teacher_top1 is not None}
     teacher = "".join(f" Teacher {name}: {top1:.2f} %." for name, top1 in known.items())
     caption = f"Test top-1 of the last epoch, mean ± sample standard deviation over finished runs.{teacher}"
-    return f"<table><caption>{_text(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return (
+        f"<table><caption>{_text(caption)}</caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table>"
+    )
 
 
 def _ranks(means: Sequence[float | None]) -> list[str]:
