@@ -100,7 +100,10 @@ def test_means_of_classes_and_what_differs(both: tuple[Tensor, Tensor, Tensor]) 
     difference = matrix_difference(means, class_means(teacher, target))
     assert difference.diagonal().tolist() == [0.0] * CLASSES
     assert float(difference[0, 1]) == pytest.approx(abs(float(means[0, 1] - class_means(teacher, target)[0, 1])))
-    gaps = [[abs(a - b) for a, b in zip(*rows, strict=True)] for rows in zip(student.tolist(), teacher.tolist(), strict=True)]
+    gaps = [
+        [abs(a - b) for a, b in zip(*rows, strict=True)]
+        for rows in zip(student.tolist(), teacher.tolist(), strict=True)
+    ]
     expected = [sum(column) / IMAGES for column in zip(*gaps, strict=True)]
     assert class_difference(student, teacher).tolist() == pytest.approx(expected, rel=1e-6)
 

@@ -64,7 +64,12 @@ def test_runs_of_other_cells_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_pairs_have_the_student_alone_beside_them(tmp_path: Path) -> None:
-    for method, teacher, student in (("m", "big", "small"), ("n", "huge", "small"), ("v", "", "small"), ("v", "", "big")):
+    for method, teacher, student in (
+        ("m", "big", "small"),
+        ("n", "huge", "small"),
+        ("v", "", "small"),
+        ("v", "", "big"),
+    ):
         write(tmp_path, method, teacher=teacher, student=student)
     groups = {title: [each.label for each in groups] for title, groups in by_pair(read_records([tmp_path])).items()}
     assert groups == {
@@ -86,7 +91,10 @@ def test_cost_and_teachers(tmp_path: Path) -> None:
     assert (taught.step_ms, taught.top1, taught.extra) == (pytest.approx(25.0), 35.0, 5)
     assert found["v (big)"].extra is None
     (line,) = by_teacher(groups).values()
-    assert [(each.teacher, each.teacher_top1, each.top1) for each in line] == [("huge", 50.0, 33.0), ("big", 60.0, 35.0)]
+    assert [(each.teacher, each.teacher_top1, each.top1) for each in line] == [
+        ("huge", 50.0, 33.0),
+        ("big", 60.0, 35.0),
+    ]
 
 
 def test_classes_fold_into_a_square() -> None:
