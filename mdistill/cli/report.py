@@ -14,7 +14,7 @@ from mdistill.reporting.report import report as page
 DESCRIPTION = """Write a page about runs: a table, learning curves and cost for each pair of teacher and student,
 students by their teachers, and what stands behind each number. RUN is a run folder, or a folder with runs below. The
 page is one file that needs nothing beside it. It is made from the runs' records alone, unless --networks asks for
-pictures of what the networks compute: agreement with the teacher, calibration, correlations and logits of each class."""
+pictures of what networks compute: agreement with the teacher, calibration, correlations and logits of each class."""
 
 EXAMPLES = """  mdistill report runs
   mdistill report runs/cifar100 results -o report.html --title "CIFAR-100, three seeds"

@@ -88,7 +88,7 @@ def logit_correlation(logits: "Tensor") -> "Tensor":
         (C, C) float64.
     """
     centred = logits.double() - logits.double().mean(dim=0)
-    length = centred.norm(dim=0)
+    length: Tensor = centred.norm(dim=0)
     unit = centred / length.where(length > 0, 1.0)
     return unit.T @ unit
 
