@@ -114,12 +114,12 @@ def cost(points: Sequence[Cost], *, title: str) -> "Figure":
             radii.append((area / 3.1416) ** 0.5 * figure.dpi / 72)
         axes.set(xlabel="milliseconds for a batch", ylabel="test top-1 (%)")
         axes.margins(0.22, 0.16)
-        _label_points(figure, axes, [(each.step_ms, each.top1, each.label) for each in points], radii)
         known = [each for each in points if each.extra is not None]
         words = f"the largest circle: {largest:,} extra parameters" if largest else "no extra parameters"
         if len(known) < len(points):
             words = "ring: extra parameters not recorded" + (f"; {words}" if known else "")
         _note(figure, words)
+        _label_points(figure, axes, [(each.step_ms, each.top1, each.label) for each in points], radii)
     return figure
 
 
@@ -147,8 +147,8 @@ def teachers(lines: Mapping[str, Sequence[Taught]], *, title: str) -> "Figure":
         axes.set(xlabel="teacher top-1 (%)", ylabel="student top-1 (%)")
         axes.margins(0.16, 0.2)
         named = [(x, top, name) for (name, x), top in tops.items()]
-        _label_points(figure, axes, named, [6.0 * figure.dpi / 72] * len(named))
         _legend_below(axes)
+        _label_points(figure, axes, named, [6.0 * figure.dpi / 72] * len(named))
     return figure
 
 
@@ -248,7 +248,8 @@ def bars(panels: Mapping[str, Mapping[str, tuple[float, float]]], *, title: str)
         for axes, (quantity, panel) in zip(rows, panels.items(), strict=True):
             places, labels = range(len(panel)), list(panel)
             values, deviations = zip(*panel.values(), strict=True)
-            axes.barh(places, values, xerr=deviations, height=0.62, color=COLOURS[0], capsize=2.5, ecolor=INK)
+            errors = deviations if any(deviations) else None
+            axes.barh(places, values, xerr=errors, height=0.62, color=COLOURS[0], capsize=2.5, ecolor=INK)
             for place, value, deviation in zip(places, values, deviations, strict=True):
                 text = f" {value:.2f}" + (f" ± {deviation:.2f}" if deviation else "")
                 axes.annotate(text, (value + deviation, place), va="center", fontsize=9.5)
@@ -391,7 +392,10 @@ def _note(figure: "Figure", words: str) -> None:
 def _label_points(
     figure: "Figure", axes: "Axes", points: Sequence[tuple[float, float, str]], radii: Sequence[float]
 ) -> None:
-    """Write each point's label beside it, off the others; a label that lies far from its point gets a line to it."""
+    """Write each point's label beside it, off the others; a label that lies far from its point gets a line to it.
+
+    All else must be in ``figure`` by then: its layout is fixed here.
+    """
     canvas: Any = figure.canvas
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # as they are now
     _fix_layout(figure)  # and with it where the points are

@@ -145,7 +145,7 @@ def logits(records: Sequence[Record], options: Options, networks: "Networks | No
         label: [[nan if value is None else value for value in row] for row in figures.folded(each.tolist())]
         for label, each in found.items()
     }
-    return _heat(found, rectangles, "|student - teacher| of each class's logit, mean over images", options)
+    return _heat(found, rectangles, "|student - teacher|, mean over images", options)
 
 
 def _heat(found: "Mapping[str, Tensor]", matrices: Mapping[str, Any], words: str, options: Options) -> Picture:

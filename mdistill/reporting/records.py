@@ -285,7 +285,8 @@ def knowing_teachers(records: Sequence[Record]) -> list[Record]:
         top1 = None
         if record.teacher and record.teacher_top1 is None:
             weights = record.teacher_file
-            top1 = alone.get(weights.parent.resolve()) if weights is not None else None
+            places = (weights.resolve(), weights.parent.resolve()) if weights is not None else ()
+            top1 = next((alone[place] for place in places if place in alone), None)
         found.append(record if top1 is None else record.noting("teacher", {"top1": top1}))
     return found
 

@@ -48,7 +48,8 @@ table { border-collapse: collapse; width: 100%; max-width: 46rem; margin: .75rem
 caption { text-align: left; color: var(--faint); font-size: .9rem; padding-bottom: .4rem; }
 th, td { text-align: right; padding: .35rem .4rem; vertical-align: top; font-variant-numeric: tabular-nums; }
 td { white-space: nowrap; }
-th:first-child { text-align: left; padding-left: 0; overflow-wrap: anywhere; }
+th:first-child { text-align: left; padding-left: 0; }
+tbody th { overflow-wrap: anywhere; }
 code { overflow-wrap: anywhere; }
 thead th { border-bottom: 2px solid var(--faint); }
 tbody tr:nth-child(even) { background: var(--band); }
