@@ -237,7 +237,12 @@ def _run(record: Record) -> str:
     state = f"{done} of {record.epochs} epochs"
     if record.state != "complete":
         state = f'<span class="warn">{record.state}, {state}</span>'
-    told = [("cell", record.cell), ("commit", record.said("commit")[:48]), ("device", record.said("device"))]
+    commit, mark, changes = record.said("commit").partition("+")
+    told = [
+        ("cell", record.cell),
+        ("commit", f"{commit[:12]}{mark}{changes}" if commit else ""),
+        ("device", record.said("device")),
+    ]
     told.append(("started", record.said("started")))
     facts = ", ".join(f"{name} {_text(value)}" for name, value in told if value)
     name = f"{record.name} seed {record.seed}"
