@@ -14,6 +14,8 @@ COMMANDS = {
     "train": "train a student from a teacher, or a network alone",
     "eval": "evaluate a run folder or a checkpoint",
     "audit": "replay the first steps of a run and say whether they are the same",
+    "plot": "draw a picture of runs: curves, time, t-SNE, logits, calibration, agreement",
+    "report": "write one HTML page about many runs",
     "cache": "compute a teacher's logits ahead of training",
     "table": "train what the table of a paper is missing, show it, compare its methods",
     "data": "look through a folder of images, or make a smaller copy",

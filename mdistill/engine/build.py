@@ -340,6 +340,19 @@ def build_students(config: Config, info: DataInfo) -> dict[str, nn.Module]:
     return students | {name: copy.deepcopy(headline) for name in averages_of(config, headline)}
 
 
+def count_parameters(distiller: Distiller) -> dict[str, int]:
+    """Of the student, of the teacher, and ``extra``: what the method has beside them, in any of its phases."""
+    networks = {"student": distiller.student, "teacher": distiller.teacher}
+    own = {name: _sizes(network) for name, network in networks.items() if network is not None}
+    shared = {key for sizes in own.values() for key in sizes}
+    extra = sum(size for key, size in _sizes(distiller).items() if key not in shared)
+    return {**{name: sum(sizes.values()) for name, sizes in own.items()}, "extra": extra}
+
+
+def _sizes(network: nn.Module) -> dict[int, int]:
+    return {id(parameter): parameter.numel() for parameter in network.parameters()}
+
+
 def large_state(distillers: Sequence[Distiller], device: torch.device) -> str | None:
     """A line on what the methods of all trials keep on ``device`` beside their networks, where that is much.
 
@@ -470,6 +483,7 @@ def _assemble(
         metadata["notes"] += [f"student: {begin} {records[0].note}"] if records[0].note else []
         metadata["notes"] += note_on_images(config, info)
     metadata["notes"] += _notes_on_features(distillers[0])
+    metadata["parameters"] = count_parameters(distillers[0])
     loaded: list[LoadedTeacher] = []
     if config.teacher is not None and teacher is not None:
         loaded = load_teacher(config, networks_of(teacher), sources, info.class_names, checkpoint_root)

@@ -1,0 +1,185 @@
+"""``mdistill plot`` and ``mdistill report``: pictures and pages of tiny runs, and one line for each mistake."""
+
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from mdistill.cli.plot import main as plot_main
+from mdistill.cli.report import main as report_main
+from mdistill.reporting.drawing import COLOURS, INK
+from mdistill.reporting.plots import KINDS
+from mdistill.reporting.report import PALETTE
+
+from .. import runs
+from ..conftest import refused
+from ..reporting.page_check import contrast, problems
+from ..reporting.written_runs import write
+
+pytestmark = pytest.mark.xdist_group("pictures")  # matplotlib and the runs below take a second each
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two seeds of a taught network."""
+    folder = tmp_path_factory.mktemp("trained")
+    runs.train(runs.write_config(folder, "kd", solver={"epochs": 1}), folder, seeds=(0, 1))
+    return folder
+
+
+def draw(kind: str, folders: Sequence[Path], output: Path, *flags: str) -> int:
+    root = folders[0].parent
+    roots = ["--checkpoint-root", str(root), "--data-root", str(root), "--device", "cpu"]
+    return plot_main([kind, *map(str, folders), "-o", str(output), *roots, *flags])
+
+
+FLAGS = {
+    "tsne": ["--perplexity", "5", "--classes", "1,2,3"],
+    "correlation": ["--matrix", "means", "--scale", "3"],
+    "classes": ["--classes", "0,4", "--image", "7", "--top", "3", "--role", "teacher"],
+    "reliability": ["--role", "teacher", "--bins", "5"],
+    "agreement": ["--temperature", "4"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_drawn_and_told(
+    kind: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [trained / "seed0"] if kind == "classes" else [trained / "seed0", trained / "seed1"]
+    if kind == "teachers":
+        folders = [write(tmp_path, "m", teacher=name, session={"teacher": {"top1": 70.0}}) for name in ("a", "b")]
+    assert draw(kind, folders, tmp_path / "picture.svg", *FLAGS.get(kind, [])) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines
+    assert last == f"picture: {tmp_path / 'picture.svg'}"
+    assert (tmp_path / "picture.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_a_student_agrees_with_itself(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The teacher's own weights as a student: every prediction is the same and nothing differs."""
+    folder = tmp_path / "seed0"
+    shutil.copytree(trained / "seed0", folder)
+    shutil.copy(trained / "teacher.pt", tmp_path)
+    shutil.copy(trained / "teacher.pt", folder / "student.pt")
+    assert draw("agreement", [folder], tmp_path / "a.png") == 0
+    assert draw("correlation", [folder], tmp_path / "c.png") == 0
+    out = capsys.readouterr().out
+    assert "kd: agreement 100.00 %, KL 0.0000 nats, 1 seed" in out
+    assert "kd: mean 0.0000, largest 0.0000" in out
+
+
+def test_the_page_is_accessible_and_complete(trained: Path, tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    for seed in (0, 1):
+        write(root, "m<b>", seed, teacher="big", top1=[1.0, 2.0, 30.0 + seed], session={"teacher": {"top1": 70.0}})
+    write(root, "m<b>", teacher="huge", session={"teacher": {"top1": 75.0}})
+    write(root, "fell", teacher="huge", top1=[50.0, 50.0, 1.0])
+    write(root, "begun", teacher="huge", top1=[])
+    write(root, "v", student="small", top1=[20.0])
+    page = tmp_path / "report.html"
+    assert report_main([str(root), "-o", str(page), "--title", "A & B"]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert problems(text) == []
+    assert "<h1>A &amp; B</h1>" in text
+    assert "6 runs of 4 methods: 3 complete, " in text
+    for words in ("1 unfinished", "1 collapsed", "1 without an epoch", "30.50 ± 0.71", "m&lt;b&gt;", "commit abc"):
+        assert words in text
+    for caption in ("Learning curves", "Time of a batch and accuracy", "small by its teachers"):
+        assert f"<figcaption>{caption}" in text
+
+
+def test_a_page_with_what_networks_compute(trained: Path, tmp_path: Path) -> None:
+    roots = ["--checkpoint-root", str(trained), "--data-root", str(trained), "--device", "cpu"]
+    assert report_main([str(trained), "-o", str(tmp_path / "r.html"), "--networks", *roots]) == 0
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert problems(text) == []
+    for caption in (
+        "Agreement with the teacher",
+        "Calibration: kd",
+        "Correlations of logits: kd",
+        "Logits of each class",
+    ):
+        assert f"<figcaption>{caption}" in text
+    assert 'alt="Agreement with the teacher, tiny_net → tiny_net: kd: agreement ' in text
+
+
+def test_the_check_of_pages_finds_what_is_wrong() -> None:
+    page = '<html><head></head><body><h1>a</h1><h3>b</h3><img src="http://x/y"><table></table><a href="#z">c</a></html>'
+    found = " ".join(problems(page))
+    for words in ("no language", "no title", "no viewport", "no main", "headings [1, 3]", "without words", "caption"):
+        assert words in found
+    for words in ("leads nowhere: #z", "not in the file: http://x/y", "</html> closes nothing", "without a size"):
+        assert words in found
+    assert (contrast("#000000", "#ffffff"), contrast("#777777", "#777777")) == (21.0, 1.0)
+    assert contrast("#767676", "#ffffff") == pytest.approx(4.54, abs=0.01)
+
+
+def test_colours_stand_out() -> None:
+    from mdistill.reporting.report import STYLE
+
+    for name in ("ink", "faint", "link", "warn"):
+        for ground in ("paper", "band"):
+            assert contrast(PALETTE[name], PALETTE[ground]) >= 4.5
+    assert all(contrast(colour, "#ffffff") >= 4.5 for colour in (*COLOURS, INK))
+    assert not re.search(r"#[0-9a-f]{3}", STYLE)  # colours are in the palette alone
+    assert set(re.findall(r"var\(--(\w+)\)", STYLE)) == set(PALETTE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "message"),
+    [
+        ("curve", [], r"unknown kind of picture 'curve'; did you mean 'curves'\? \(kinds: curves, time, "),
+        ("curves", ["--metric", "test/tp1"], r"did you mean 'test/top1'"),
+        ("classes", [], r"name the classes to show"),
+        ("classes", ["--classes", "leopard"], r"no class 'leopard' .*a number from 0 to 9"),
+        ("classes", ["--classes", "1", "--image", "99"], r"--image: found 99, the images are 0 to 59"),
+        ("tsne", ["--perplexity", "90"], r"t-SNE with perplexity 90 needs more images than that, found 60"),
+        ("logits", ["--split", "tset"], r"--split: no split 'tset' here; did you mean 'test'"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    kind: str, flags: list[str], message: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert re.search(message, refused(capsys, draw(kind, [trained / "seed0"], tmp_path / "x.png", *flags)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_ending_that_is_no_format_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path, "m")
+    line = refused(capsys, plot_main(["curves", str(folder), "-o", str(tmp_path / "x.pgn")]))
+    assert line.endswith("a picture ends in .png, .svg, .pdf; found '.pgn'; did you mean 'png'?")
+    assert "is a folder" in refused(capsys, report_main([str(folder), "-o", str(tmp_path)]))
+
+
+@pytest.mark.parametrize(("kind", "module"), [("tsne", "sklearn.manifold"), ("curves", "matplotlib")])
+def test_a_library_that_is_not_installed_is_named(
+    kind: str,
+    module: str,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    line = refused(capsys, draw(kind, [trained / "seed0"], tmp_path / "x.png"))
+    assert "cannot be imported" in line
+    assert line.endswith("pip install 'mdistill[plots]'")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_a_teacher_has_nothing_to_agree_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = runs.write_config(tmp_path, "vanilla", solver={"epochs": 1})
+    runs.train(cfg, tmp_path)
+    for kind in ("agreement", "correlation"):
+        assert "a run without a teacher; this picture compares" in refused(
+            capsys, draw(kind, [tmp_path / "seed0"], tmp_path / "x.png")
+        )
+
+
+def test_too_many_panels_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [write(tmp_path, "m", seed) for seed in range(5)]
+    assert "at most 4, found 5 runs" in refused(capsys, draw("tsne", folders, tmp_path / "x.png"))

@@ -1,0 +1,166 @@
+"""Records of runs and what pictures show of them, worked out by hand."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from mdistill.errors import UserError
+from mdistill.reporting.figures import band, by_teacher, costs, folded, learning, place_labels, thinned
+from mdistill.reporting.series import by_pair, find_runs, read_record, read_records, series, spread
+
+from .written_runs import write
+
+
+def test_a_record_says_what_was_run(tmp_path: Path) -> None:
+    session = {"teacher": {"top1": 70.5}, "parameters": {"student": 10, "extra": 7}}
+    folder = write(tmp_path, "m", 3, teacher="big", top1=[10.0, 40.0, 30.0], variant="beta=4", session=session)
+    record = read_record(folder)
+    assert (record.dataset, record.method, record.pair, record.seed) == ("tiny", "m", "big → small", 3)
+    assert (record.name, record.state, record.top1, record.best) == ("m, beta=4", "complete", 30.0, 40.0)
+    assert (record.teacher_top1, record.extra_parameters, record.said("commit")) == (70.5, 7, "abc")
+    assert record.step_ms == pytest.approx(1000 * 50 / 2000)  # the median of 1000, 2000 and 3000 images a second
+
+
+def test_how_far_a_run_came(tmp_path: Path) -> None:
+    runs = {"complete": [30.0, 29.0, 31.0], "unfinished": [30.0], "collapsed": [30.0, 30.0, 1.0], "empty": []}
+    for state, top1 in runs.items():
+        assert read_record(write(tmp_path / state, "m", top1=top1)).state == state
+
+
+def test_lines_of_a_first_phase_are_no_figures(tmp_path: Path) -> None:
+    folder = write(tmp_path, "m", epochs=4)
+    lines = [{"epoch": 1, "phase": "first", "test/top1": 99.0}, {"epoch": 2, "test/top1": 20.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record = read_record(folder)
+    assert (record.best, len(record.metrics)) == (20.0, 1)
+
+
+def test_seeds_of_one_cell_are_a_series_with_a_band(tmp_path: Path) -> None:
+    for seed, top1 in enumerate(([10.0, 20.0, 30.0], [14.0, 24.0, 36.0], [50.0])):
+        write(tmp_path, "m", seed, top1=top1)
+    (each,) = series(read_records([tmp_path]))
+    assert each.values == [30.0, 36.0]
+    found = band(each, "test/top1")
+    assert (found.seeds, found.epochs, found.mean) == (2, [1, 2, 3], [12.0, 22.0, 33.0])
+    assert found.deviation == pytest.approx([math.sqrt(8), math.sqrt(8), math.sqrt(18)])
+    assert spread(each.values) == found.last == "33.00 ± 4.24"
+    assert (spread([]), spread([1.0])) == ("-", "1.00")
+
+
+def test_thin_curves_keep_their_end(tmp_path: Path) -> None:
+    write(tmp_path, "m", top1=[float(epoch) for epoch in range(1, 11)], epochs=10)
+    found = band(series(read_records([tmp_path]))[0], "test/top1")
+    assert thinned(found, 4).epochs == [1, 4, 7, 10]
+    assert thinned(found, 5).epochs == [2, 4, 6, 8, 10]
+    assert thinned(found, 99) == found
+
+
+def test_runs_of_other_cells_are_told_apart(tmp_path: Path) -> None:
+    write(tmp_path / "a", "m", 0, teacher="big", cell="0123456789")
+    write(tmp_path / "b", "m", 0, teacher="big", cell="abcdefghij")
+    assert [each.label for each in series(read_records([tmp_path]))] == ["m [012345]", "m [abcdef]"]
+
+
+def test_pairs_have_the_student_alone_beside_them(tmp_path: Path) -> None:
+    for method, teacher, student in (
+        ("m", "big", "small"),
+        ("n", "huge", "small"),
+        ("v", "", "small"),
+        ("v", "", "big"),
+    ):
+        write(tmp_path, method, teacher=teacher, student=student)
+    groups = {title: [each.label for each in groups] for title, groups in by_pair(read_records([tmp_path])).items()}
+    assert groups == {
+        "big → small": ["m", "v (small)"],
+        "huge → small": ["n", "v (small)"],
+        "without a teacher": ["v (big)"],
+    }
+
+
+def test_cost_and_teachers(tmp_path: Path) -> None:
+    alone = write(tmp_path, "v", student="big", top1=[1.0, 2.0, 60.0])
+    files = {"teacher": {"top1": None, "files": [{"path": str(alone / "student.pt")}]}, "parameters": {"extra": 5}}
+    for seed, last in enumerate((30.0, 40.0)):
+        write(tmp_path, "m", seed, teacher="big", top1=[1.0, 2.0, last], session=files)
+    write(tmp_path, "m", 0, teacher="huge", top1=[1.0, 2.0, 33.0], session={"teacher": {"top1": 50.0}})
+    groups = series(read_records([tmp_path]))
+    found = {each.label: each for each in costs(groups)}
+    taught = found["m (big → small)"]
+    assert (taught.step_ms, taught.top1, taught.extra) == (pytest.approx(25.0), 35.0, 5)
+    assert found["v (big)"].extra is None
+    (line,) = by_teacher(groups).values()
+    assert [(each.teacher, each.teacher_top1, each.top1) for each in line] == [
+        ("huge", 50.0, 33.0),
+        ("big", 60.0, 35.0),
+    ]
+
+
+def test_classes_fold_into_a_square() -> None:
+    assert [len(row) for row in folded([0.0] * 100)] == [10] * 10
+    assert folded([1.0, 2.0, 3.0, 4.0, 5.0]) == [[1.0, 2.0, 3.0], [4.0, 5.0, None]]
+
+
+def test_labels_do_not_lie_on_each_other() -> None:
+    points = [(50.0 + number % 3, 50.0 + 2 * (number // 3), 4.0) for number in range(12)]
+    sizes = [(30.0 + 5 * (number % 4), 8.0) for number in range(12)]
+    places = place_labels(points, sizes, (0.0, 0.0, 400.0, 300.0))
+    boxes = [(x, y, x + w, y + h) for (x, y), (w, h) in zip(places, sizes, strict=True)]
+    for number, (a, b, c, d) in enumerate(boxes):
+        assert a >= 0
+        assert b >= 0
+        assert c <= 400
+        assert d <= 300
+        for e, f, g, h in boxes[:number]:
+            assert c <= e or g <= a or d <= f or h <= b
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("no metrics", r"seed0 has no metrics.jsonl: nothing of this run can be shown"),
+        ("no epoch", r"seed0 holds no finished epoch: nothing"),
+        ("no config", r"seed0 has no config.yaml: it is not the folder of a run"),
+        ("newer", r"env.json: written in format 2, and mdistill .* reads format 1: update it"),
+        ("damaged", r"config.yaml: not the configuration of a run: solver: should be a section, found None"),
+        ("no YAML", r"config.yaml: not valid YAML: "),
+        ("no run", r"nothing: no run in it or below \(metrics.jsonl or config.yaml would be in its folder\)"),
+        ("typing", r"sed0 does not exist; did you mean 'seed0'"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path: Path, damage: str, message: str) -> None:
+    folder = write(tmp_path, "m")
+    asked = folder
+    if damage == "no metrics":
+        (folder / "metrics.jsonl").unlink()
+    elif damage == "no epoch":
+        (folder / "metrics.jsonl").write_text("")
+    elif damage == "no config":
+        (folder / "config.yaml").unlink()
+    elif damage == "newer":
+        (folder / "env.json").write_text('{"format": 2, "runs": []}')
+    elif damage == "damaged":
+        (folder / "config.yaml").write_text("data: {name: tiny, batch_size: 3}\n")
+    elif damage == "no YAML":
+        (folder / "config.yaml").write_text("data: [\n")
+    elif damage == "no run":
+        asked = tmp_path / "nothing"
+        asked.mkdir()
+    else:
+        asked = folder.with_name("sed0")
+    with pytest.raises(UserError, match=message) as raised:
+        read_records([asked])
+    assert "\n" not in str(raised.value)
+
+
+def test_an_unknown_metric_names_the_nearest(tmp_path: Path) -> None:
+    write(tmp_path, "m")
+    with pytest.raises(UserError, match=r"--metric: 'test/top2' is at no epoch .*; did you mean 'test/top1'"):
+        learning(series(read_records([tmp_path])), "test/top2")
+
+
+def test_a_folder_half_replaced_is_no_run(tmp_path: Path) -> None:
+    folder = write(tmp_path, "m")
+    write(folder / ".replaced.x", "m")
+    assert find_runs([tmp_path, folder]) == [folder]
