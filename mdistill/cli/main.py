@@ -16,6 +16,7 @@ COMMANDS = {
     "audit": "replay the first steps of a run and say whether they are the same",
     "plot": "draw a picture of runs: curves, time, t-SNE, logits, calibration, agreement",
     "report": "write one HTML page about many runs",
+    "watch": "follow running work on a local page",
     "cache": "compute a teacher's logits ahead of training",
     "table": "train what the table of a paper is missing, show it, compare its methods",
     "data": "look through a folder of images, or make a smaller copy",

@@ -192,10 +192,15 @@ def _configured(cell: Cell, seed: int, epochs: int | None) -> "tuple[Cell, Confi
 
 def _run(cell: Cell, config: "Config", output: Path) -> Run:
     folder = config.run_folder()
+    return Run(cell, config.seed, config, output / folder, claim_key(folder))
+
+
+def claim_key(folder: Path) -> str:
+    """The name by which the run in ``folder``, as it lies below the output folder, is claimed."""
     key = "--".join(folder.parts)
     if len(key.encode()) > MOST_BYTES:
         key = f"{key[:60]}~{hashlib.sha256(key.encode()).hexdigest()[:16]}--{folder.name}"
-    return Run(cell, config.seed, config, output / folder, key)
+    return key
 
 
 def _teacher(
