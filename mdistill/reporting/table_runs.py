@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from mdistill.engine.claims import Claims
 from mdistill.engine.run_folder import read_metrics
-from mdistill.errors import UserError, printable, shown
+from mdistill.errors import Stopped, UserError, printable, shown
 from mdistill.files import lock_folder, read_text
 from mdistill.reporting.table_files import Cell, Row, Table, runs_of
 
@@ -542,10 +542,13 @@ class _Training:
     def _poll(self, job: _Job) -> tuple[int | None, str]:
         """Its exit code, or how its worker was lost; None and "" while it runs."""
         try:
-            return job.process.poll(), ""
+            code = job.process.poll()
+            if code == Stopped.exit_code and isinstance(job.process, RemoteProcess) and not job.asked:
+                raise WorkerLost("its process was told to stop, as where a machine is taken away")
         except WorkerLost as error:
             self.losses[job.run.key] += 1
             return None, printable(str(error), 400)
+        return code, ""
 
     def _begin_jobs(self) -> None:
         """Begin what nobody has, until ``jobs`` are running."""
