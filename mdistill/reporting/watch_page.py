@@ -111,11 +111,12 @@ class Parts:
         self.version = int(time.time() * 1000)  # later than of any server before, whose page may still be open
         self._html: dict[str, str] = {}
         self._changed: dict[str, int] = {}
+        self._cells: dict[str, tuple[Cell, str]] = {}  # as they were, and their HTML
 
     def update(self, view: View) -> None:
         """Take in what there is now."""
-        fresh = dict(_parts(view))
-        if fresh.keys() == self._html.keys() and fresh == self._html and [*fresh] == [*self._html]:
+        fresh = dict(self._parts(view))
+        if fresh == self._html and [*fresh] == [*self._html]:
             return
         self.version += 1
         self._changed = {
@@ -148,6 +149,23 @@ class Parts:
             ]
         )
 
+    def _parts(self, view: View) -> Iterable[tuple[str, str]]:
+        """Each part's id and HTML, which stays the same until something has changed: no time that passes is in it."""
+        yield "summary", _summary(view)
+        for name, title, running in (("now", "Running", True), ("lately", "Lately", False)):
+            if view.workers and not running:
+                yield "workers", _workers(view.workers)
+            cells = [cell for cell in view.cells if cell.running is running]
+            if cells:
+                yield name, f'<h2 id="{name}">{title}</h2>'
+            for cell in cells:
+                key = f"c{hashlib.sha256(cell.key.encode(errors='replace')).hexdigest()[:12]}"
+                if key not in self._cells or self._cells[key][0] != cell:
+                    self._cells[key] = (cell, _cell(key, cell))
+                yield key, self._cells[key][1]
+        if view.problems:
+            yield "problems", _problems(view.problems)
+
 
 def content_policy(page: str) -> str:
     """What a browser may do with ``page``: run its own script, use its own style, ask where it came from."""
@@ -162,31 +180,16 @@ def _digest(code: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}"
 
 
-def _parts(view: View) -> Iterable[tuple[str, str]]:
-    """Each part's id and HTML, which say the same until something has changed: no time that passes is in them."""
-    yield "summary", _summary(view)
-    for name, title, running in (("now", "Running", True), ("lately", "Lately", False)):
-        if view.workers and not running:
-            yield "workers", _workers(view.workers)
-        cells = [cell for cell in view.cells if cell.running is running]
-        if cells:
-            yield name, f'<h2 id="{name}">{title}</h2>'
-        for cell in cells:
-            key = f"c{hashlib.sha256(cell.key.encode(errors='replace')).hexdigest()[:12]}"
-            yield key, _cell(key, cell)
-    if view.problems:
-        lines = "".join(f"<li>{text(line)}</li>" for line in view.problems)
-        yield (
-            "problems",
-            f'<section id="problems" class="wide"><h2>Records that cannot be read</h2><ul>{lines}</ul></section>',
-        )
-
-
 def _summary(view: View) -> str:
     counts = [f"{view.count(state)} {state}" for state in STATES if view.count(state)]
     words = ", ".join(counts) or "No run is there yet"
     older = f"; {plural(view.older, 'older run')} not shown" if view.older else ""
     return f'<p id="summary" class="wide">{text(words)}{older}.</p>'
+
+
+def _problems(problems: Sequence[str]) -> str:
+    lines = "".join(f"<li>{text(line)}</li>" for line in problems)
+    return f'<section id="problems" class="wide"><h2>Records that cannot be read</h2><ul>{lines}</ul></section>'
 
 
 def _workers(workers: Sequence[Worker]) -> str:
