@@ -92,7 +92,7 @@ class Cluster:
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, int(share.cpus)))
         environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         home = Path(mdistill.__file__).resolve().parents[1]
-        if home.name != "site-packages":  # else the nodes have it installed, maybe elsewhere
+        if home.name not in {"site-packages", "dist-packages"}:  # else the nodes have it installed, maybe elsewhere
             environment["PYTHONPATH"] = str(home)
         options = {"num_cpus": share.cpus, "num_gpus": share.gpus, "max_restarts": 0, "max_task_retries": 0}
         runner = self._runner.options(max_concurrency=2, **options).remote()
