@@ -662,15 +662,21 @@ def claiming_child() -> None:
         claims.close()
         sys.exit(UserError.exit_code)
 
-    def watch() -> None:
-        while claims.holds(key):
-            time.sleep(POLL)
-        os.kill(os.getpid(), signal.SIGTERM)
+    ended = threading.Event()
 
-    threading.Thread(target=watch, name="claim", daemon=True).start()
+    def watch() -> None:
+        while not ended.wait(POLL):
+            if not claims.holds(key):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    thread = threading.Thread(target=watch, name="claim", daemon=True)
+    thread.start()
     try:
         child()
     finally:
+        ended.set()
+        thread.join()
         claims.close()
 
 

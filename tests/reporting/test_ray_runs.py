@@ -1,5 +1,7 @@
 """Runs of a table in a Ray cluster: a real one of two nodes, of which one dies; else stood in for."""
 
+import os
+import signal
 import socket
 import sys
 import threading
@@ -238,6 +240,7 @@ def test_a_process_claims_its_run(
     for _ in range(2):
         monkeypatch.setattr(sys, "argv", ["-c", str(tmp_path), "run", "--cfg", "x"])
         table_runs.claiming_child()
+        assert not [thread for thread in threading.enumerate() if thread.name == "claim"]
         assert others.take("run") is None  # it has given it up
         others.release("run")
     others.take("run")
@@ -247,6 +250,34 @@ def test_a_process_claims_its_run(
     assert refused_line(capsys, ended.value.code) == f"error: run {table_runs.IN_USE}, {others.owner}"
     assert held == [True, True]
     others.close()
+
+
+def test_a_process_whose_claim_is_taken_over_saves_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signals: list[int] = []
+    told = threading.Event()
+
+    def kill(process: int, number: int) -> None:
+        if number:  # 0 asks whether it is there
+            assert process == os.getpid()
+            signals.append(number)
+            told.set()
+
+    def child() -> None:
+        (tmp_path / "run" / "2").mkdir()  # somebody has taken it over
+        touched = [each for each in owned if each.holds("run")]
+        for claims in touched:
+            claims.touch()
+        assert told.wait(60)
+
+    owned: list[Claims] = []
+    real = Claims.__init__
+    monkeypatch.setattr(Claims, "__init__", lambda self, *given: (owned.append(self), real(self, *given))[1])
+    monkeypatch.setattr(table_runs, "child", child)
+    monkeypatch.setattr(table_runs, "POLL", 0.001)
+    monkeypatch.setattr(table_runs.os, "kill", kill)
+    monkeypatch.setattr(sys, "argv", ["-c", str(tmp_path), "run", "--cfg", "x"])
+    table_runs.claiming_child()
+    assert signals == [signal.SIGTERM]
 
 
 def refused_line(capsys: pytest.CaptureFixture[str], code: object) -> str:
