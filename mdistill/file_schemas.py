@@ -242,6 +242,7 @@ class TableFile(BaseModel):
     methods: Annotated[tuple[TableRow, ...], Field(strict=False, min_length=1)]
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(strict=False, min_length=1)] = (0, 1, 2)
     set: Overrides = ()  # for every run
+    epochs: Annotated[int, Field(ge=1)] | None = None  # that every schedule is shortened to
 
 
 def checked(schema: type[Schema], content: Any, path: Path, advice: str = "") -> Schema:

@@ -4,13 +4,13 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdistill.cli import _table_records, common
-from mdistill.errors import RunFailed, Stopped
+from mdistill.errors import RunFailed, Stopped, UserError
 
 if TYPE_CHECKING:
     from mdistill.reporting.table_files import Table
@@ -71,7 +71,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def table(args: argparse.Namespace) -> int | None:
+def table(args: argparse.Namespace) -> None:
     from mdistill.reporting.table_files import find_table, read_table
 
     configs = common.project_root() / "configs"
@@ -83,12 +83,13 @@ def table(args: argparse.Namespace) -> int | None:
         seeds=args.seeds,
         overrides=args.overrides,
         imports=args.imports,
+        epochs=args.epochs,
     )
-    output = args.output / f"epochs{args.epochs}" if args.epochs else args.output
-    return _run(args, found, output, configs)
+    output = args.output / f"epochs{found.epochs}" if found.epochs else args.output
+    _run(args, found, output, configs)
 
 
-def _run(args: argparse.Namespace, found: "Table", output: Path, configs: Path) -> int | None:
+def _run(args: argparse.Namespace, found: "Table", output: Path, configs: Path) -> None:
     from mdistill.reporting.table_runs import plan
 
     runs = plan(
@@ -97,12 +98,11 @@ def _run(args: argparse.Namespace, found: "Table", output: Path, configs: Path) 
         checkpoint_root=args.checkpoint_root,
         configs=configs,
         train_teachers=args.train_teachers,
-        epochs=args.epochs,
     )
     if args.dry_run:
         _print_plan(found, runs, args, output)
-        return None
-    return _train(args, runs, output)
+        return
+    _train(args, runs, output, configs)
 
 
 def _recorded(args: argparse.Namespace, output: Path) -> list[Path]:
@@ -143,9 +143,10 @@ def _time_left(seconds: float, unknown: int, jobs: int) -> str:
     return f"about {timedelta(seconds=round(seconds / jobs))}, {how}, by the epochs that are recorded{rest}"
 
 
-def _train(args: argparse.Namespace, runs: "Sequence[Run]", output: Path) -> int | None:
+def _train(args: argparse.Namespace, runs: "Sequence[Run]", output: Path, configs: Path) -> None:
     from mdistill.engine.claims import Claims
     from mdistill.engine.console import StopRequest
+    from mdistill.reporting.table_cells import layout
     from mdistill.reporting.table_runs import Speeds, train
 
     flags = ["--output", str(output), "--checkpoint-root", str(args.checkpoint_root)]
@@ -174,8 +175,9 @@ def _train(args: argparse.Namespace, runs: "Sequence[Run]", output: Path) -> int
         raise Stopped(f"{name}: stopped, {done}; what was running is saved, run the same command again to go on")
     if outcome.failed:
         raise RunFailed(f"{done}, {len(outcome.failed)} failed; what they printed is in {output / '.logs'}")
+    with suppress(UserError):  # of a row or pair that was not asked for; `show` tells of it
+        layout(args.table, configs, args.output, overrides=args.overrides, epochs=args.epochs)  # so that it is quick
     print(done)
-    return None
 
 
 class _Progress:

@@ -109,7 +109,7 @@ def layout(
     Args:
         configs: the folder of all configurations.
         overrides: ``key=value`` for every run.
-        epochs: what every schedule is shortened to.
+        epochs: what every schedule is shortened to; None for what the table says.
 
     Raises:
         UserError: there is no such table, or it cannot be built.
@@ -120,8 +120,8 @@ def layout(
             return _read(json.loads(read_text(memory)))
     from mdistill.reporting.table_files import find_table, read_table
 
-    table = read_table(find_table(name, configs), configs, overrides=overrides)
-    found, lasting = _resolved(table, configs, epochs)
+    table = read_table(find_table(name, configs), configs, overrides=overrides, epochs=epochs)
+    found, lasting = _resolved(table, configs)
     if memory is not None and lasting and output.is_dir():
         with suppress(RunFailed, OSError):  # nothing but time depends on it
             write_text(memory, json.dumps(asdict(found)))
@@ -133,15 +133,15 @@ def layout(
     return found
 
 
-def _resolved(table: "Table", configs: Path, epochs: int | None) -> tuple[Layout, bool]:
+def _resolved(table: "Table", configs: Path) -> tuple[Layout, bool]:
     """The table, and whether it depends on nothing but what ``_memory`` looks at."""
     from mdistill.config import without_defaults
-    from mdistill.reporting.table_runs import short
+    from mdistill.reporting.table_files import short
 
     cells, lasting = [], True
     for cell in table.cells:
         published = cell.config(table.seeds[0])
-        config = published if epochs is None else short(cell, epochs).config(table.seeds[0])
+        config = published if table.epochs is None else short(cell, table.epochs).config(table.seeds[0])
         plain = config.resolved()
         settings = flat_settings(plain)
         chosen = flat_settings(without_defaults(config))
@@ -162,7 +162,7 @@ def _resolved(table: "Table", configs: Path, epochs: int | None) -> tuple[Layout
         without,
         table.metrics,
         table.notes,
-        epochs,
+        table.epochs,
     )
     return found, lasting
 

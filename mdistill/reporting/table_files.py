@@ -1,7 +1,7 @@
 """Table files: which pairs, methods and seeds a table has, and the runs behind its cells."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,8 @@ from mdistill.errors import UserError, suggestion
 if TYPE_CHECKING:
     from mdistill.config import Config, Inline
     from mdistill.file_schemas import TableFile, TablePair, TableRow
+
+COUNTED = ("epochs", "epoch", "after")  # how names of a method's settings that are counted in epochs end
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Table:
     notes: tuple[str, ...] = ()
     dataset: str = ""  # the folder of its configurations
     every_run: tuple[str, ...] = ()  # ``key=value`` for all of them, the command line's last
+    epochs: int | None = None  # that every schedule is to be shortened to; those of ``cells`` are whole
 
     def cell(self, row: Row, pair: str) -> Cell:
         """The cell of ``row`` and ``pair``, which is none of ``row.without``."""
@@ -102,6 +105,7 @@ def read_table(
     seeds: Sequence[int] | None = None,
     overrides: Sequence[str] = (),
     imports: Sequence[str] = (),
+    epochs: int | None = None,
 ) -> Table:
     """The table of ``path``, or the part of it that is asked for.
 
@@ -110,6 +114,7 @@ def read_table(
         methods: names of rows.
         overrides: ``key=value`` for every run, after the table's own.
         imports: further user modules.
+        epochs: what every schedule is shortened to; None for what the file says.
 
     Raises:
         UserError: the file, a row or a pair is none.
@@ -166,6 +171,7 @@ def read_table(
         given.notes,
         given.dataset,
         (*given.set, *overrides),
+        given.epochs if epochs is None else epochs,
     )
 
 
@@ -193,7 +199,8 @@ def cell_of(
         raise UserError(f"{path}: {row} {table.pairs[0]}: left out, {why}")
     if len(table.cells) > 1:
         raise UserError(f"--pair: {path} has {len(table.cells)} pairs; name one of {', '.join(table.pairs)}")
-    return table.cells[0]
+    (cell,) = table.cells
+    return cell if table.epochs is None else short(cell, table.epochs)
 
 
 def runs_of(table: Table) -> Iterator[tuple[Cell, int]]:
@@ -201,6 +208,31 @@ def runs_of(table: Table) -> Iterator[tuple[Cell, int]]:
     for seed in table.seeds:
         for cell in table.cells:
             yield cell, seed
+
+
+def short(cell: Cell, epochs: int) -> Cell:
+    """``cell`` with a schedule of ``epochs``, and all that is counted in epochs in the same proportion."""
+    config = cell.config(0)
+    solver = config.solver
+    factor = epochs / solver.epochs
+
+    def scaled(value: int) -> int:
+        return max(1, round(value * factor))
+
+    def schedule(section: str, milestones: Sequence[int], warmup: int, total: int) -> list[str]:
+        kept = sorted(each for each in {scaled(each) for each in milestones} if each < total)
+        lines = [f"{section}.epochs={total}", f"{section}.milestones={kept}"]
+        return [*lines, *([f"{section}.lr_warmup_epochs={scaled(warmup)}"] if warmup else [])]
+
+    overrides = schedule("solver", solver.milestones, solver.lr_warmup_epochs, epochs)
+    if solver.average_from:
+        overrides.append(f"solver.average_from={scaled(solver.average_from)}")
+    for name, phase in config.phases.items():
+        overrides += schedule(f"phases.{name}", phase.milestones, phase.lr_warmup_epochs, scaled(phase.epochs))
+    for key, value in config.distiller.arguments.items():
+        if key.rpartition("_")[2] in COUNTED and isinstance(value, int) and value > 0:
+            overrides.append(f"distiller.{key}={scaled(value)}")
+    return replace(cell, overrides=(*cell.overrides, *(line.replace(" ", "") for line in overrides)))
 
 
 def _parsed(path: Path) -> "TableFile":

@@ -20,7 +20,7 @@ from mdistill.engine.claims import Claims
 from mdistill.engine.run_folder import read_metrics
 from mdistill.errors import UserError, printable, shown
 from mdistill.files import lock_folder, read_text
-from mdistill.reporting.table_files import Cell, Row, Table, runs_of
+from mdistill.reporting.table_files import Cell, Row, Table, runs_of, short
 
 if TYPE_CHECKING:
     from mdistill.config import Config
@@ -32,7 +32,6 @@ RECENT = 20  # epochs of a record by which the speed of a run is judged, its las
 MOST_BYTES = 200  # of a run's key, which names files
 IN_USE = "is in use by another running process"  # as ``lock_folder`` says
 TEACHER = "teacher"  # the row that a missing teacher's run is of
-COUNTED = ("epochs", "epoch", "after")  # how names of a method's settings that are counted in epochs end
 
 State = Literal["complete", "begun", "missing", "other"]
 
@@ -131,15 +130,10 @@ def _difference(path: Path, config: "Config") -> str:
     return "; ".join([*listed[:3], *(["..."] if listed[3:] else [])])
 
 
-def plan(
-    table: Table, *, output: Path, checkpoint_root: Path, configs: Path, train_teachers: bool, epochs: int | None = None
-) -> list[Run]:
+def plan(table: Table, *, output: Path, checkpoint_root: Path, configs: Path, train_teachers: bool) -> list[Run]:
     """Every run of ``table``, teachers that have to be trained first, then seed by seed; one of several cells once.
 
     A teacher whose file is missing and which an earlier call has trained below ``output`` is taken from there.
-
-    Args:
-        epochs: what every schedule is shortened to.
 
     Raises:
         UserError: a configuration does not fit, or two rows would share a run folder.
@@ -151,16 +145,14 @@ def plan(
     for cell, seed in runs_of(table):
         place = (cell.row, cell.pair)
         if place not in configurations:
-            configurations[place] = _configured(cell, table.seeds[0], epochs)
+            configurations[place] = _configured(cell, table.seeds[0], table.epochs)
         shortened, config = configurations[place]
         run = _run(shortened, config.model_copy(update={"seed": seed}), output)
         teacher = config.teacher
         if teacher is not None:
             known = (teacher.name, teacher.checkpoint)
             if known not in sources:
-                sources[known] = _teacher(
-                    run, table, output, checkpoint_root, configs, train=train_teachers, epochs=epochs
-                )
+                sources[known] = _teacher(run, table, output, checkpoint_root, configs, train=train_teachers)
             source = sources[known]
             if isinstance(source, Run):
                 override = (f"teacher.checkpoint={source.folder.resolve()}", "teacher.expected_top1=null")
@@ -206,7 +198,6 @@ def _teacher(
     configs: Path,
     *,
     train: bool,
-    epochs: int | None,
 ) -> Run | str | None:
     """Where the teacher of ``run`` comes from: its file (None), a run that trains it, or why it is missing."""
     reason = _why_missing(run.config, checkpoint_root)
@@ -216,7 +207,7 @@ def _teacher(
     cell = _teacher_cell(run, table, configs)
     if cell is None:
         return reason
-    trained = _run(*_configured(cell, 0, epochs), output)
+    trained = _run(*_configured(cell, 0, table.epochs), output)
     if train or trained.state == "complete":
         return trained
     return f"{reason}; or train it here, with --train-teachers"
@@ -254,31 +245,6 @@ def _teacher_cell(run: Run, table: Table, configs: Path) -> Cell | None:
         overrides=overrides,
         folders=run.cell.folders,
     )
-
-
-def short(cell: Cell, epochs: int) -> Cell:
-    """``cell`` with a schedule of ``epochs``, and all that is counted in epochs in the same proportion."""
-    config = cell.config(0)
-    solver = config.solver
-    factor = epochs / solver.epochs
-
-    def scaled(value: int) -> int:
-        return max(1, round(value * factor))
-
-    def schedule(section: str, milestones: Sequence[int], warmup: int, total: int) -> list[str]:
-        kept = sorted(each for each in {scaled(each) for each in milestones} if each < total)
-        lines = [f"{section}.epochs={total}", f"{section}.milestones={kept}"]
-        return [*lines, *([f"{section}.lr_warmup_epochs={scaled(warmup)}"] if warmup else [])]
-
-    overrides = schedule("solver", solver.milestones, solver.lr_warmup_epochs, epochs)
-    if solver.average_from:
-        overrides.append(f"solver.average_from={scaled(solver.average_from)}")
-    for name, phase in config.phases.items():
-        overrides += schedule(f"phases.{name}", phase.milestones, phase.lr_warmup_epochs, scaled(phase.epochs))
-    for key, value in config.distiller.arguments.items():
-        if key.rpartition("_")[2] in COUNTED and isinstance(value, int) and value > 0:
-            overrides.append(f"distiller.{key}={scaled(value)}")
-    return replace(cell, overrides=(*cell.overrides, *(line.replace(" ", "") for line in overrides)))
 
 
 # ---- how long it takes ---------------------------------------------------------------------------------------------
