@@ -280,7 +280,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     if path.is_file():
         for text in read_text(path).splitlines():
             with suppress(ValueError):
-                lines.append(EpochLine.model_validate_json(text).model_dump(exclude_unset=True))
+                values = EpochLine.model_validate_json(text).model_dump(exclude_unset=True)
+                lines.append({key: values[key] for key in json.loads(text)})  # in its order, so that it is written back
     return lines
 
 
