@@ -6,6 +6,7 @@
 the header of a file of cached logits, or of distances between classes. ``TableFile``: a table file.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -21,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from mdistill import __version__
 from mdistill.errors import UserError
 from mdistill.files import read_text
 from mdistill.registry import problem_lines
@@ -249,16 +251,33 @@ def checked(schema: type[Schema], content: Any, path: Path, advice: str = "") ->
     """``content`` of ``path`` as ``schema``; text is read as JSON.
 
     Raises:
-        UserError: it is not; one line with what is wrong first, and ``advice``.
+        UserError: it is not; one line with what is wrong first, and ``advice``. Or it is of a newer format.
     """
     try:
         if isinstance(content, str):
             return schema.model_validate_json(content)
         return schema.model_validate(content)
     except ValidationError as error:
+        if "format" in schema.model_fields:
+            _refuse_newer(content, path)
         lines = problem_lines(error)
         more = f" (and {len(lines) - 1} more)" if lines[1:] else ""
         raise UserError(f"{path} is damaged: {lines[0]}{more}{f'; {advice}' if advice else ''}") from None
+
+
+def _refuse_newer(content: Any, path: Path) -> None:
+    """Say of a record of a newer format that it is one."""
+    if isinstance(content, str):
+        try:
+            content = json.loads(content)
+        except (ValueError, RecursionError):
+            return
+    found = content.get("format") if isinstance(content, dict) else None
+    if type(found) is int and found > RECORD_FORMAT:
+        raise UserError(
+            f"{path} is of format {found}, which a newer version of mdistill wrote; this one, {__version__}, reads"
+            f" format {RECORD_FORMAT}: update mdistill"
+        )
 
 
 def read_json(schema: type[Schema], path: Path, advice: str = "") -> Schema:

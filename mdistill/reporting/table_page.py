@@ -157,7 +157,7 @@ def _appendix(table: Table) -> Iterator[str]:
     for each in table.results.values():
         for number, trial in enumerate(each.trials):
             record = trial.record
-            best = record.last.get("best/top1") if record.last else None
+            best = record.best_accuracy("top1")
             values = (
                 str(trial.seed),
                 f"{record.top1:.2f}" if record.top1 is not None else "",
@@ -165,7 +165,7 @@ def _appendix(table: Table) -> Iterator[str]:
                 record.commit[:12] + record.commit[40:],
                 record.identity,
                 record.copies.get("data", "")[:12],
-                str(record.session.get("device", "")),
+                str(record.noted("device") or ""),
                 str(record.folder),
             )
             anchor = "" if number else f' id="{_anchor(table, each)}"'

@@ -24,7 +24,7 @@ VALUES = {
 
 def record(seed: int, copies: dict[str, str]) -> Record:
     session = {"data": {"fingerprint": copies["data"]}, "teacher": {"fingerprint": copies["teacher"]}}
-    return Record(Path("runs"), {"seed": seed}, session, None, 0)
+    return Record(Path("runs"), {"seed": seed}, [session], None, 0)
 
 
 def table(copies: dict[str, str] = A) -> Table:
