@@ -293,17 +293,10 @@ def read_sessions(folder: Path) -> list[dict[str, Any]]:
     path = folder / "env.json"
     if not path.is_file():
         return []
-    from mdistill.file_schemas import RECORD_FORMAT, Environment, checked
+    from mdistill.file_schemas import Environment, checked, refuse_newer
 
     text = read_text(path)
-    with suppress(ValueError, RecursionError):
-        content = json.loads(text)
-        found = content.get("format") if isinstance(content, dict) else None
-        if type(found) is int and found > RECORD_FORMAT:
-            raise UserError(
-                f"{path} is of format {found}, which a newer version of mdistill wrote; this one, {__version__}, reads"
-                f" format {RECORD_FORMAT}: update mdistill"
-            )
+    refuse_newer(text, path)
     advice = "put the file back, or delete it: the run then goes on without the record of its earlier sessions"
     return [session.model_dump(exclude_unset=True) for session in checked(Environment, text, path, advice).sessions]
 

@@ -69,6 +69,7 @@ class Table:
     notes: tuple[str, ...] = ()
     dataset: str = ""  # the folder of its configurations
     every_run: tuple[str, ...] = ()  # ``key=value`` for all of them, the command line's last
+    transfer: dict[str, Any] = field(default_factory=dict)  # settings of metrics on targets
 
     def cell(self, row: Row, pair: str) -> Cell:
         """The cell of ``row`` and ``pair``, which is none of ``row.without``."""
@@ -166,6 +167,7 @@ def read_table(
         given.notes,
         given.dataset,
         (*given.set, *overrides),
+        given.transfer.model_dump(mode="json"),
     )
 
 
@@ -207,7 +209,7 @@ def _parsed(path: Path) -> "TableFile":
     from pydantic import ValidationError
 
     from mdistill.config.files import read_yaml
-    from mdistill.file_schemas import TableFile, TableRow
+    from mdistill.file_schemas import TableFile, TableRow, TransferSettings
     from mdistill.registry import problem_lines
 
     try:
@@ -216,7 +218,8 @@ def _parsed(path: Path) -> "TableFile":
         lines = []
         for detail, line in zip(error.errors(), problem_lines(error), strict=True):
             place, key = ".".join(map(str, detail["loc"])), str(detail["loc"][-1])
-            known = (TableRow if len(detail["loc"]) > 1 else TableFile).model_fields
+            inner = TransferSettings if detail["loc"][0] == "transfer" else TableRow
+            known = (inner if len(detail["loc"]) > 1 else TableFile).model_fields
             if detail["type"] == "extra_forbidden":
                 line = f"{place}: unknown key{suggestion(key, known)} (allowed: {', '.join(known)})"
             elif detail["type"] == "missing":
