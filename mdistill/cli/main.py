@@ -13,6 +13,7 @@ from mdistill.errors import UserError, suggestion
 COMMANDS = {
     "train": "train a student from a teacher, or a network alone",
     "eval": "evaluate a run folder or a checkpoint",
+    "transfer": "train a linear classifier on a student's features, on STL-10, Tiny ImageNet or your images",
     "audit": "replay the first steps of a run and say whether they are the same",
     "plot": "draw a picture of runs: curves, time, t-SNE, logits, calibration, agreement",
     "report": "write one HTML page about many runs",

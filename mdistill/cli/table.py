@@ -103,6 +103,24 @@ def _run(args: argparse.Namespace, found: "Table", output: Path, configs: Path) 
         _print_plan(found, runs, args, output)
         return
     _train(args, runs, output, configs)
+    _tell_transfers(args, found, runs)
+
+
+def _tell_transfers(args: argparse.Namespace, found: "Table", runs: "Sequence[Run]") -> None:
+    """What is to be done next, where a table has figures on other data and they are not all there."""
+    from mdistill.reporting.records import read_record
+    from mdistill.reporting.transfers import is_done, targets_of
+
+    targets = targets_of(found.metrics)
+    records = [read_record(run.folder) for run in runs if run.cell.row in found.rows and targets]
+    lacking = [each for each in records if not all(is_done(each, target, found.transfer) for target in targets)]
+    if lacking:
+        place = "" if args.output == Path("runs") else f" --output {args.output}"
+        place += f" --epochs {args.epochs}" if args.epochs else ""
+        print(
+            f"{len(lacking)} of them are still to be transferred to {' or '.join(targets)}:"
+            f" mdistill transfer --table {args.table}{place}"
+        )
 
 
 def _recorded(args: argparse.Namespace, output: Path) -> list[Path]:

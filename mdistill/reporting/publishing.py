@@ -10,6 +10,7 @@ from mdistill.engine.run_folder import read_sessions
 from mdistill.errors import UserError
 from mdistill.files import read_text, write_text
 from mdistill.reporting.records import Record
+from mdistill.reporting.transfers import FOLDER, transfers_of
 
 MAX_BYTES = 1_000_000  # of a file
 
@@ -25,7 +26,7 @@ def destination(record: Record, output: Path) -> Path:
 
 
 def publish(record: Record, target: Path) -> bool:
-    """Write configuration, environment and metrics of ``record`` into ``target``; whether that changed anything.
+    """Write configuration, environment, metrics and transfers of ``record`` into ``target``; whether any changed.
 
     Absolute paths become relative to the current folder, or their last part where they lie elsewhere.
 
@@ -46,6 +47,9 @@ def publish(record: Record, target: Path) -> bool:
         import yaml  # slow to import
 
         files["config.yaml"] = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=120)
+    for name, transfer in transfers_of(record).items():
+        content = transfer.model_dump(mode="json")
+        files[f"{FOLDER}/{name}"] = json.dumps(_portable(content), indent=2, allow_nan=False) + "\n"
     for name, text in files.items():
         if len(text.encode()) > MAX_BYTES:
             size = len(text.encode()) / 1e6

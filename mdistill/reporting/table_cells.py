@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mdistill.errors import RunFailed, UserError, suggestion
 from mdistill.files import read_text, write_text
 from mdistill.reporting.records import Record, flat_settings, key_of
+from mdistill.reporting.transfers import split_metric, targets_of
 
 if TYPE_CHECKING:
     from mdistill.reporting.table_files import Table
@@ -35,6 +36,7 @@ class Wanted:
     epochs: int
     settings: dict[str, Any]  # that change results, by dotted key
     chosen: tuple[str, ...]  # those of them that are not at their default
+    metric: str = "top1"  # of its figures
 
     def difference(self, record: Record) -> str | None:
         """The first setting in which ``record`` is another run, with both values; None where it is of this cell.
@@ -69,6 +71,41 @@ class Layout:
     metrics: tuple[str, ...] = ("top1",)
     notes: tuple[str, ...] = ()
     shortened: int | None = None  # epochs that every schedule was shortened to
+    transfer: dict[str, Any] = field(default_factory=dict)  # settings of metrics on targets
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Data sets that its students' features are tried on."""
+        return targets_of(self.metrics)
+
+    def holds(self, record: Record) -> bool:
+        """Whether ``record`` is of one of its cells and seeds."""
+        of_cell = (cell.key == record.key and cell.difference(record) is None for cell in self.cells)
+        return record.seed in self.seeds and any(of_cell)
+
+    def showing(self, metrics: Sequence[str]) -> "Layout":
+        """Its cells with figures of ``metrics``: a column for each pair, or for each pair and metric of several."""
+        if len(metrics) == 1:
+            return replace(self, cells=tuple(replace(cell, metric=metrics[0]) for cell in self.cells))
+
+        def column(pair: str, metric: str) -> str:
+            target, accuracy = split_metric(metric)
+            return " ".join([pair, *([target] if target else []), *([] if accuracy == "top1" else ["top-5"])])
+
+        columns = {pair: {metric: column(pair, metric) for metric in metrics} for pair in self.pairs}
+        return replace(
+            self,
+            pairs=tuple(name for pair in self.pairs for name in columns[pair].values()),
+            cells=tuple(
+                replace(cell, pair=name, metric=metric)
+                for cell in self.cells
+                for metric, name in columns[cell.pair].items()
+            ),
+            without={
+                row: {name: why for pair, why in pairs.items() for name in columns.get(pair, {}).values()}
+                for row, pairs in self.without.items()
+            },
+        )
 
     def part(self, rows: Sequence[str] | None, pairs: Sequence[str] | None, seeds: Sequence[int] | None) -> "Layout":
         """Some of its rows, pairs and seeds, in the order asked for; None for all.
@@ -163,6 +200,7 @@ def _resolved(table: "Table", configs: Path) -> tuple[Layout, bool]:
         table.metrics,
         table.notes,
         table.epochs,
+        table.transfer,
     )
     return found, lasting
 

@@ -72,6 +72,7 @@ class Table:
     dataset: str = ""  # the folder of its configurations
     every_run: tuple[str, ...] = ()  # ``key=value`` for all of them, the command line's last
     epochs: int | None = None  # that every schedule is to be shortened to; those of ``cells`` are whole
+    transfer: dict[str, Any] = field(default_factory=dict)  # settings of metrics on targets
 
     def cell(self, row: Row, pair: str) -> Cell:
         """The cell of ``row`` and ``pair``, which is none of ``row.without``."""
@@ -172,6 +173,7 @@ def read_table(
         given.dataset,
         (*given.set, *overrides),
         given.epochs if epochs is None else epochs,
+        given.transfer.model_dump(mode="json"),
     )
 
 
@@ -239,7 +241,7 @@ def _parsed(path: Path) -> "TableFile":
     from pydantic import ValidationError
 
     from mdistill.config.files import read_yaml
-    from mdistill.file_schemas import TableFile, TableRow
+    from mdistill.file_schemas import TableFile, TableRow, TransferSettings
     from mdistill.registry import problem_lines
 
     try:
@@ -248,7 +250,8 @@ def _parsed(path: Path) -> "TableFile":
         lines = []
         for detail, line in zip(error.errors(), problem_lines(error), strict=True):
             place, key = ".".join(map(str, detail["loc"])), str(detail["loc"][-1])
-            known = (TableRow if len(detail["loc"]) > 1 else TableFile).model_fields
+            inner = TransferSettings if detail["loc"][0] == "transfer" else TableRow
+            known = (inner if len(detail["loc"]) > 1 else TableFile).model_fields
             if detail["type"] == "extra_forbidden":
                 line = f"{place}: unknown key{suggestion(key, known)} (allowed: {', '.join(known)})"
             elif detail["type"] == "missing":

@@ -222,6 +222,16 @@ BY_HAND = {  # of the papers
     ("mcld_table6", "MCLD", "res110_res20"): 71.36,
     ("mcld_table6", "DKD", "res32x4_mv2"): 69.72,
     ("mcld_table7", "MCLD", "res32x4_res8x4"): 77.89,
+    ("mcld_table8", "student alone", "res32x4_res8x4"): 65.18,
+    ("mcld_table8", "DKD", "res32x4_res8x4"): 70.09,
+    ("mcld_table8", "DOT + DKD", "res32x4_res8x4"): 68.88,
+    ("mcld_table8", "MCLD", "res32x4_res8x4"): 70.61,
+    ("mcld_table8", "teacher alone", "res32x4_res8x4"): 65.78,
+    ("mcld_table9", "student alone", "res110_res20"): 62.45,
+    ("mcld_table9", "DOT + DKD", "res110_res20"): 64.79,
+    ("mcld_table9", "LSKD + DKD", "res110_res20"): 65.40,
+    ("mcld_table9", "MCLD", "res110_res20"): 66.97,
+    ("mcld_table9", "teacher alone", "res110_res20"): 63.99,
     ("mcld_table10", "KD", "wrn28_4_wrn16_2"): 75.04,
     ("mcld_table11", "DKD", "wrn16_4_wrn16_2"): 76.00,
     ("rld_table1", "mask g alone", "res32x4_res8x4"): 75.50,
@@ -257,13 +267,13 @@ def test_every_cell_of_a_paper_has_a_configuration_and_its_figure(path: Path) ->
                 missing.add(cell.row.name)
                 continue
             wanted = BY_HAND.get((path.stem, cell.row.name, cell.pair))
-            assert metric == "top5" or wanted in (None, figure.value)
+            assert metric != table.metrics[0] or wanted in (None, figure.value)
     gap = {"LSKD + MLKD"} if path.stem == "mcld_table1" else set()  # one cell is empty, and stands in Table 4
     assert missing - gap == UNPUBLISHED.get(path.stem, set())
 
 
 def test_all_tables_are_there() -> None:
-    wanted = [f"mcld_table{number}" for number in (1, 2, 3, 4, 5, 6, 7, 10, 11)]
+    wanted = [f"mcld_table{number}" for number in range(1, 12)]
     assert {path.stem for path in PAPERS} == {*wanted, *(f"rld_table{number}" for number in range(1, 7))}
 
 
