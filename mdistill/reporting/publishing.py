@@ -39,7 +39,7 @@ def publish(record: Record, target: Path) -> bool:
     sessions = read_sessions(record.folder)
     if not sessions:
         raise UserError(f"{record.folder} has no env.json, which says what its result was made with")
-    files["env.json"] = json.dumps({"sessions": _portable(sessions)}, indent=2, allow_nan=False) + "\n"
+    files["env.json"] = _text({"sessions": _portable(sessions)}, record.folder / "env.json")
     config = _portable(record.config)
     if config == record.config:
         files["config.yaml"] = read_text(record.folder / "config.yaml")
@@ -49,7 +49,7 @@ def publish(record: Record, target: Path) -> bool:
         files["config.yaml"] = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=120)
     for name, transfer in transfers_of(record).items():
         content = transfer.model_dump(mode="json")
-        files[f"{FOLDER}/{name}"] = json.dumps(_portable(content), indent=2, allow_nan=False) + "\n"
+        files[f"{FOLDER}/{name}"] = _text(_portable(content), record.folder / FOLDER / name)
     for name, text in files.items():
         if len(text.encode()) > MAX_BYTES:
             size = len(text.encode()) / 1e6
@@ -69,6 +69,18 @@ def publish(record: Record, target: Path) -> bool:
             write_text(target / name, text)
             changed = True
     return changed
+
+
+def _text(content: Any, path: Path) -> str:
+    """``content`` of ``path`` as JSON.
+
+    Raises:
+        UserError: it holds a number that JSON has not.
+    """
+    try:
+        return json.dumps(content, indent=2, allow_nan=False) + "\n"
+    except ValueError:
+        raise UserError(f"{path} is damaged: it holds a number that is not finite") from None
 
 
 def _portable(value: Any) -> Any:
