@@ -69,6 +69,7 @@ class Layout:
     metrics: tuple[str, ...] = ("top1",)
     notes: tuple[str, ...] = ()
     shortened: int | None = None  # epochs that every schedule was shortened to
+    tuned: dict[str, dict[str, str]] = field(default_factory=dict)  # rows and their pairs: how, or that they are not
 
     def part(self, rows: Sequence[str] | None, pairs: Sequence[str] | None, seeds: Sequence[int] | None) -> "Layout":
         """Some of its rows, pairs and seeds, in the order asked for; None for all.
@@ -136,6 +137,7 @@ def layout(
 def _resolved(table: "Table", configs: Path, epochs: int | None) -> tuple[Layout, bool]:
     """The table, and whether it depends on nothing but what ``_memory`` looks at."""
     from mdistill.config import without_defaults
+    from mdistill.reporting.table_files import how_tuned
     from mdistill.reporting.table_runs import short
 
     cells, lasting = [], True
@@ -151,6 +153,10 @@ def _resolved(table: "Table", configs: Path, epochs: int | None) -> tuple[Layout
         lasting = lasting and not config.imports and cell.cfg.resolve().is_relative_to(configs.resolve())
     rows = tuple(row.name for row in table.rows)
     without = {row.name: dict(row.without) for row in table.rows if row.without}
+    tuned: dict[str, dict[str, str]] = {}
+    if table.names_tuned or any(row.search for row in table.rows):
+        for cell in table.cells:
+            tuned.setdefault(cell.row.name, {})[cell.pair] = how_tuned(cell, named=bool(table.names_tuned))
     found = Layout(
         table.title,
         table.source,
@@ -163,6 +169,7 @@ def _resolved(table: "Table", configs: Path, epochs: int | None) -> tuple[Layout
         table.metrics,
         table.notes,
         epochs,
+        tuned,
     )
     return found, lasting
 
@@ -173,7 +180,9 @@ def _memory(name: str, configs: Path, output: Path, overrides: Sequence[str], ep
     if path is None:
         return None
     code = Path(__file__).resolve().parents[1]
-    stamp = _Stamp().add([path, *configs.rglob("*.yaml"), *code.rglob("*.py")]).digest
+    stamp = (
+        _Stamp().add([path, *path.parent.glob("*.tuned.yaml"), *configs.rglob("*.yaml"), *code.rglob("*.py")]).digest
+    )
     stamp.update(json.dumps([list(overrides), epochs, sys.version]).encode())
     return output / MEMORY / f"{path.stem}-{stamp.hexdigest()[:16]}.json"
 
