@@ -142,13 +142,14 @@ def _search(
 
 def _write(args: argparse.Namespace, table: "Table", found: "Sequence[Search]", tuning: "Tuning") -> list[str]:
     """Write the record and what is chosen, and print it; a line for each search that is not done."""
-    from mdistill.reporting.tuning import RECORDS, findings, write_chosen, write_record
+    from mdistill.reporting.publishing import SEARCHES
+    from mdistill.reporting.tuning import findings, write_chosen, write_record
 
     ended = -1
     while ended != tuning.ended():  # another process may have ended a trial while this one wrote
         ended = tuning.ended()
         done, others = findings(found, tuning)
-        record = args.output / RECORDS / f"{found[0].folder.name}.json"
+        record = args.output / SEARCHES / f"{found[0].folder.name}.json"
         write_record(record, table, found, tuning)
         file = write_chosen(table, done) if done else None
     for each in done:

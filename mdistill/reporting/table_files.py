@@ -208,8 +208,7 @@ def cell_of(
     """
     pairs = None if pair is None else [pair]
     try:
-        given = {"overrides": overrides, "imports": imports, "tuned": tuned}
-        table = read_table(path, configs, methods=[row], pairs=pairs, **given)
+        table = read_table(path, configs, methods=[row], pairs=pairs, overrides=overrides, imports=imports, tuned=tuned)
     except UserError as error:
         raise UserError(str(error).replace("--methods", "--row").replace("--pairs", "--pair")) from None
     if not table.cells:
@@ -228,7 +227,7 @@ def runs_of(table: Table) -> Iterator[tuple[Cell, int]]:
 
 
 def _parsed(path: Path) -> "TableFile":
-    from pydantic import ValidationError
+    from pydantic import BaseModel, ValidationError
 
     from mdistill.config.files import read_yaml
     from mdistill.file_schemas import SearchSpace, TableFile, TableRow, TuneSettings
@@ -240,7 +239,7 @@ def _parsed(path: Path) -> "TableFile":
         lines = []
         for detail, line in zip(error.errors(), problem_lines(error), strict=True):
             place, key = ".".join(map(str, detail["loc"])), str(detail["loc"][-1])
-            model = TableRow if len(detail["loc"]) > 1 else TableFile
+            model: type[BaseModel] = TableRow if len(detail["loc"]) > 1 else TableFile
             model = TuneSettings if detail["loc"][0] == "tune" else SearchSpace if "search" in detail["loc"] else model
             known = model.model_fields
             if detail["type"] == "extra_forbidden":
@@ -339,7 +338,8 @@ def how_tuned(cell: Cell, *, named: bool) -> str:
 def as_overrides(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """``key=value`` for each of them."""
     return tuple(
-        f"{key}={json.dumps(value, separators=(',', ':'), ensure_ascii=False)}" for key, value in settings.items()
+        f"{key}={json.dumps(value, separators=(',', ':'), ensure_ascii=False, default=str)}"
+        for key, value in settings.items()
     )
 
 

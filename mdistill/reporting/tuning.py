@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from mdistill.file_schemas import ChosenSettings, SearchSpace
 
 FOLDER = ".tune"  # below the runs, of trials
-RECORDS = "searches"  # below the runs, of what was searched
 SHARE = 10  # one training image in so many is held out where the table file does not say how many
 SCORE = "top-1 on the held-out training images after the last epoch, percent"
 RULE = "chosen evenly over the classes, the same images for every run and seed (data.holdout)"
@@ -457,7 +456,7 @@ def _chosen(done: Finding, sampler: str) -> "ChosenSettings":
         pair=search.cell.pair,
         settings=dict(best.settings),
         own_settings=dict(search.own),
-        top1=best.top1,
+        top1=best.top1 or 0.0,
         own_top1=done.trials[0].top1,
         trial=best.number,
         trials=len(done.trials),
