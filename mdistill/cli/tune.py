@@ -71,7 +71,8 @@ def tune(args: argparse.Namespace) -> None:
         return
     assert journal is not None
     found = with_holdout(found, journal, data_root=args.data_root, download=args.download)
-    _search(args, table, found, journal, folder)
+    whole = read_table(args.table, configs, imports=args.imports, tuned=False)
+    _search(args, whole, found, journal, folder)
 
 
 def _print_plan(args: argparse.Namespace, table: "Table", found: "Sequence[Search]", journal: "Journal | None") -> None:
@@ -132,7 +133,7 @@ def _search(
         claims.close()
     for line in outcome.failures():
         print(f"failed: {line}", file=sys.stderr)
-    others = _write(args, table, found, tuning)
+    others = _write(args, table, found, tuning, journal)
     if name is not None and outcome.stopped:
         raise Stopped(f"{name}: stopped; what was running is saved, run the same command again to go on")
     if outcome.failed or others:
@@ -140,7 +141,9 @@ def _search(
         raise RunFailed("\n".join([*others[:-1], f"{others[-1]}{why}"]) if others else f"runs failed{why}")
 
 
-def _write(args: argparse.Namespace, table: "Table", found: "Sequence[Search]", tuning: "Tuning") -> list[str]:
+def _write(
+    args: argparse.Namespace, table: "Table", found: "Sequence[Search]", tuning: "Tuning", journal: "Journal"
+) -> list[str]:
     """Write the record and what is chosen, and print it; a line for each search that is not done."""
     from mdistill.reporting.publishing import SEARCHES
     from mdistill.reporting.tuning import findings, write_chosen, write_record
@@ -150,7 +153,7 @@ def _write(args: argparse.Namespace, table: "Table", found: "Sequence[Search]", 
         ended = tuning.ended()
         done, others = findings(found, tuning)
         record = args.output / SEARCHES / f"{found[0].folder.name}.json"
-        write_record(record, table, found, tuning)
+        write_record(record, table, journal, args.epochs)
         file = write_chosen(table, done) if done else None
     for each in done:
         print(each.line)

@@ -85,7 +85,7 @@ class Search:
     def run(self, number: int, settings: Mapping[str, Any]) -> "TrialRun":
         """Trial ``number``, with ``settings``."""
         overrides = [*as_overrides(settings), f"data.holdout={self.holdout or 1}", "run.evaluate_test=false"]
-        variant = f"{_slug(self.cell.row.name)}-trial{number:03d}"
+        variant = f"{_slug(self.cell.row.name)}-{self.cell.pair}-trial{number:03d}"  # of two pairs of the same networks
         cell = replace(self.cell, overrides=(*self.cell.overrides, *overrides, f"variant={variant}"))
         if self.short_epochs is not None:
             cell = short(cell, self.short_epochs)
@@ -406,24 +406,31 @@ def findings(found: Sequence[Search], tuning: Tuning) -> tuple[list[Finding], li
     return done, others
 
 
-def write_record(path: Path, table: Table, found: Sequence[Search], tuning: Tuning) -> None:
-    """All trials of all searches, as JSON."""
+def write_record(path: Path, table: Table, journal: Journal, epochs: int | None) -> None:
+    """All trials of all searches in ``journal``, as JSON.
+
+    Args:
+        epochs: what schedules were shortened to.
+    """
+    from mdistill.file_schemas import SearchSpace
+
     listed = []
-    for search in found:
+    for name in journal.names():
+        notes = journal.notes(name)
+        spaces = {key: SearchSpace.model_validate(space) for key, space in notes.get("space", {}).items()}
         trials = [
             {"trial": each.number, "state": each.state, "top1": each.top1, "settings": each.settings, **each.record}
-            for each in tuning.trials(search)
+            for each in journal.trials(name, spaces)
         ]
-        notes = search.notes()
-        del notes["settings"]
-        listed.append({**notes, "budget": search.budget, "own_settings": search.own, "trials": trials})
+        told = {key: notes.get(key) for key in ("row", "pair", "of", "space", "budget", "holdout", "seed")}
+        listed.append({**told, "trials": trials})
     content = {
         "format": 1,
         "table": table.path.name,
         "title": table.title,
         "score": SCORE,
         "holdout": RULE,
-        "shortened_to_epochs": found[0].short_epochs if found else None,
+        "shortened_to_epochs": epochs,
         "sampler": searching.sampler_name(),
         "searches": listed,
     }
@@ -431,7 +438,11 @@ def write_record(path: Path, table: Table, found: Sequence[Search], tuning: Tuni
 
 
 def write_chosen(table: Table, done: Sequence[Finding]) -> Path:
-    """The settings of ``done``, in the file that the table names; what it has of other searches stays. Its path."""
+    """The settings of ``done``, in a file beside the table's; what that has of other searches stays. Its path.
+
+    Args:
+        table: all of it.
+    """
     import yaml  # slow to import
 
     file, sampler = tuned_file(table.path), searching.sampler_name()

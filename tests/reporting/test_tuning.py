@@ -275,8 +275,8 @@ def test_a_search_from_the_table_file_to_the_table(
     assert others[0]["settings"] == {"solver.lr": 0.05}
     for config in started:
         assert (config.seed, config.data.holdout, config.run.evaluate_test) == (3, 10, False)
-        assert config.variant.startswith(("KD-trial0", "mine-trial0"))
-    assert {str(config.variant).split(",")[0] for config in started[:2]} == {"KD-trial000", "mine-trial000"}
+        assert config.variant.startswith(("KD-wide_narrow-trial0", "mine-wide_narrow-trial0"))
+    assert [str(config.variant).split("-")[0] for config in started[:4]] == ["KD", "mine"] * 2  # in turn
     for trial in trials:
         given = {key.partition(".")[2]: value for key, value in trial["settings"].items()}
         assert trial["top1"] == pytest.approx(of_kd(given))
@@ -337,6 +337,20 @@ def test_a_single_run_has_the_tuned_settings_unless_told_otherwise(
     config = print_config(file, capsys, *PAIR)
     assert config["distiller"]["kd_weight"] == chosen["settings"]["distiller.kd_weight"]
     assert print_config(file, capsys, *PAIR, "--untuned") == own
+
+
+def test_pairs_may_be_tuned_one_after_the_other(tune: Tune, file: Path, tmp_path: Path) -> None:
+    other = "{name: wide_wide, teacher: {name: tiny_net, width: 32, checkpoint: teacher.pt}, student: {name: tiny_net,"
+    file.write_text(TABLE.replace("[wide_narrow]", f"[wide_narrow, {other} width: 32}}}}]"))
+    started: list[Any] = []
+    for pair in ("wide_wide", "wide_narrow"):
+        assert tune("--pairs", pair, budget=1, started=started) == 0
+    assert [config.student.arguments["width"] for config in started] == [32, 32, 16, 16]
+    listed = yaml.safe_load((tmp_path / "table.tuned.yaml").read_text())["chosen"]
+    places = [("KD", "wide_narrow"), ("KD", "wide_wide"), ("mine", "wide_narrow"), ("mine", "wide_wide")]
+    assert [(each["row"], each["pair"]) for each in listed] == places
+    recorded = json.loads((tmp_path / "runs/searches/table.json").read_text())["searches"]
+    assert sorted((each["row"], each["pair"]) for each in recorded) == places
 
 
 @pytest.mark.slow
