@@ -3,7 +3,8 @@
 ``EpochLine``: a line of ``metrics.jsonl``. ``Environment``: ``env.json``. ``Teachers``: ``teachers.json``.
 ``ExternalRun``: ``external.json``. ``TransferRecord``: ``transfer/<target>.json``.
 ``Checkpoint``: the plain part of ``last.pt``; its tensors are compared with those that they go into. ``ChunkHeader``:
-the header of a file of cached logits, or of distances between classes. ``TableFile``: a table file.
+the header of a file of cached logits, or of distances between classes. ``TableFile``: a table file. ``TunedFile``: the
+settings that were chosen for one.
 """
 
 import json
@@ -272,6 +273,39 @@ Overrides = Annotated[tuple[str, ...], Field(strict=False)]  # ``key=value`` eac
 PairName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}$")]
 
 
+class SearchSpace(_Exact):
+    """Values of a setting among which one is searched: a range, of whole numbers where both ends are, or choices."""
+
+    low: int | float | None = None
+    high: int | float | None = None
+    log: bool = False  # whether a range is searched evenly in its logarithm
+    choices: Annotated[list[Any], Field(min_length=2)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_the_two(self) -> "SearchSpace":
+        if self.choices is not None:
+            if self.low is not None or self.high is not None or self.log:
+                raise ValueError("should have either choices, or low and high")
+            try:
+                texts = [json.dumps(choice, sort_keys=True, allow_nan=False) for choice in self.choices]
+            except TypeError:
+                raise ValueError("choices should be numbers, words, true, false, null or lists of them") from None
+            if len(set(texts)) < len(texts):
+                raise ValueError("a choice is given twice")
+        elif self.low is None or self.high is None:
+            raise ValueError("should have low and high, such as {low: 0.1, high: 10, log: true}, or choices: [1, 2, 4]")
+        elif not self.low < self.high:
+            raise ValueError("low should be below high")
+        elif self.log and self.low <= 0:
+            raise ValueError("low should be above 0 where log is true")
+        return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is a range of whole numbers."""
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+
 class TableRow(_Named):
     """A method of a table file; or its folder alone."""
 
@@ -281,6 +315,7 @@ class TableRow(_Named):
     set: Overrides = ()  # for this row's runs
     published: str | None = None  # variant of its published figures, where it is not that of its runs
     without: dict[str, str] = {}  # pairs that it cannot be trained for, and why
+    search: dict[str, SearchSpace] = {}  # what ``mdistill tune`` searches, by dotted setting
 
     @classmethod
     def _short(cls, name: str) -> dict[str, Any]:
@@ -317,6 +352,12 @@ Metric = Annotated[str, AfterValidator(_metric)]
 """An accuracy of a run on its own test split, or of a linear classifier on its student's features on another's."""
 
 
+class TuneSettings(_Exact):
+    """How the rows of a table file are tuned."""
+
+    holdout: Annotated[int, Field(ge=1, lt=2**31)] | None = None  # training images; None for a tenth of them
+
+
 class TableFile(BaseModel):
     """A table file: which pairs, methods and seeds a table has."""
 
@@ -334,6 +375,39 @@ class TableFile(BaseModel):
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(strict=False, min_length=1)] = (0, 1, 2)
     set: Overrides = ()  # for every run
     epochs: Annotated[int, Field(ge=1)] | None = None  # that every schedule is shortened to
+    tune: TuneSettings = TuneSettings()
+    tuned: str = ""  # a file beside this one with the settings that were chosen
+
+
+class ChosenSettings(_Exact):
+    """What a search has chosen for a row and a pair of a table, and how."""
+
+    row: Text
+    pair: Text
+    settings: dict[Text, Any]  # by dotted key
+    own_settings: dict[Text, Any]  # the table's own, of the first trial
+    top1: Percent  # of the last epoch on the held-out images
+    own_top1: Percent | None  # the same with the table's own settings; None where that trial failed
+    trial: Count  # that was chosen, from 0
+    trials: Count  # that there were
+    failed: Count  # of them
+    budget: Count
+    whole_space: bool  # whether all settings of the space were tried
+    holdout: Count  # images
+    data: Text  # fingerprint of the images that were trained on and held out
+    epochs: Count  # of a trial
+    own_epochs: Count  # of a run of the table
+    seed: Annotated[int, Field(ge=0, lt=2**63)]  # of every trial
+    sampler: Text
+    commit: Text
+    of: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]  # digest of what the table file says of the row and the pair
+
+
+class TunedFile(_Exact):
+    """The settings that ``mdistill tune`` has chosen for a table."""
+
+    format: Annotated[int, Field(ge=1, le=RECORD_FORMAT)] = RECORD_FORMAT
+    chosen: list[ChosenSettings]
 
 
 def checked(schema: type[Schema], content: Any, path: Path, advice: str = "") -> Schema:

@@ -129,7 +129,7 @@ def _found(args: argparse.Namespace) -> "Found":
 
 
 def _publish(args: argparse.Namespace) -> None:
-    from mdistill.reporting.publishing import destination, publish
+    from mdistill.reporting.publishing import destination, publish, publish_searches
     from mdistill.reporting.records import find_records, read_record
 
     for name in args.names:
@@ -142,6 +142,8 @@ def _publish(args: argparse.Namespace) -> None:
             ended = [record for record in records if record.complete or record.failure]
             print(f"{name}: {len(ended)} runs have ended, {len(records) - len(ended)} have not, below {args.output}")
             records = ended
+            for target in publish_searches(Path(name).stem, args.output, args.results):
+                print(target)
         for record in records:
             target = args.results / destination(record, args.output)
             changed = publish(record, target)

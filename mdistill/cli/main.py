@@ -19,6 +19,7 @@ COMMANDS = {
     "report": "write one HTML page about many runs",
     "cache": "compute a teacher's logits ahead of training",
     "table": "train what the table of a paper is missing, show it, compare its methods",
+    "tune": "search the settings of a table's rows, each with as many trials, on held-out training images",
     "data": "look through a folder of images, or make a smaller copy",
     "import": "take runs that others published into tables",
     "methods": "list the methods: paper, loss, needs, settings and their sources",

@@ -38,14 +38,11 @@ LOOK = 2.0  # seconds between two looks at how far it is
 MEASURE = 60.0  # and at how long an epoch takes
 
 
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"found {text!r}; write names, such as kd,mcld")
-    return names
+names = _table_records.names
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A number from 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"should be a number from 1, found {text!r}")
     return int(text)
@@ -56,19 +53,24 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("action", choices=("run", *_table_records.ACTIONS))
     parser.add_argument("table", help="a name in configs/tables, or a table file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run, after the table's own")
-    parser.add_argument("--methods", type=_names, help="some of its rows (default: all)")
-    parser.add_argument("--pairs", type=_names, help="some of its pairs (default: all)")
+    parser.add_argument("--methods", type=names, help="some of its rows (default: all)")
+    parser.add_argument("--pairs", type=names, help="some of its pairs (default: all)")
     parser.add_argument("--seeds", type=common.seeds, help="such as 0,1,2 (default: the table's)")
     parser.add_argument(
-        "--epochs", type=_count, help="shorten every schedule in proportion; such runs lie in OUTPUT/epochs<N>"
+        "--epochs", type=count, help="shorten every schedule in proportion; such runs lie in OUTPUT/epochs<N>"
     )
-    parser.add_argument("--jobs", type=_count, default=1, help="runs at a time; on a CPU each gets its share of cores")
+    add_jobs(parser)
     parser.add_argument("--train-teachers", action="store_true", help="train teachers whose file is missing")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the time it takes, train nothing")
     common.add_roots(parser)
     common.add_cache_root(parser)
     common.add_imports(parser)
     return parser.parse_intermixed_args(arguments)
+
+
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    """The flag that says how many runs are trained at a time."""
+    parser.add_argument("--jobs", type=count, default=1, help="runs at a time; on a CPU each gets its share of cores")
 
 
 def table(args: argparse.Namespace) -> None:
@@ -149,11 +151,16 @@ def _print_plan(found: "Table", runs: "Sequence[Run]", args: argparse.Namespace,
     seconds, unknown = Speeds(runs, _recorded(args, output)).left(runs)
     print(
         f"{len(runs)} runs, {complete} complete{f', {cannot} cannot be trained' if cannot else ''};"
-        f" {_time_left(seconds, unknown, args.jobs)}"
+        f" {time_left(seconds, unknown, args.jobs)}"
     )
 
 
-def _time_left(seconds: float, unknown: int, jobs: int) -> str:
+def time_left(seconds: float, unknown: int, jobs: int) -> str:
+    """How long what is left takes, in words.
+
+    Args:
+        unknown: epochs that nobody has timed.
+    """
     if not seconds:
         return f"{unknown} epochs to do, of pairs that nobody has timed" if unknown else "nothing to do"
     rest = f", and {unknown} epochs of pairs that nobody has timed" if unknown else ""
@@ -167,9 +174,6 @@ def _train(args: argparse.Namespace, runs: "Sequence[Run]", output: Path, config
     from mdistill.reporting.table_cells import layout
     from mdistill.reporting.table_runs import Speeds, train
 
-    flags = ["--output", str(output), "--checkpoint-root", str(args.checkpoint_root)]
-    flags += ["--data-root", str(args.data_root), "--cache-root", str(common.cache_root(args))]
-    flags += [*(["--device", args.device] if args.device else []), *(["--download"] if args.download else [])]
     claims = Claims(output / ".claims")
     try:
         with StopRequest() as stop, _progress(runs, Speeds(runs, _recorded(args, output))) as progress:
@@ -178,7 +182,7 @@ def _train(args: argparse.Namespace, runs: "Sequence[Run]", output: Path, config
                 claims,
                 logs=output / ".logs",
                 jobs=args.jobs,
-                flags=flags,
+                flags=run_flags(args, output),
                 asked_to_stop=lambda: stop.signal is not None,
                 report=progress.report,
                 tell=progress.tell,
@@ -196,6 +200,13 @@ def _train(args: argparse.Namespace, runs: "Sequence[Run]", output: Path, config
     with suppress(UserError):  # of a row or pair that was not asked for; `show` tells of it
         layout(args.table, configs, args.output, overrides=args.overrides, epochs=args.epochs)  # so that it is quick
     print(done)
+
+
+def run_flags(args: argparse.Namespace, output: Path) -> list[str]:
+    """Of ``mdistill train`` for every run that writes below ``output``."""
+    flags = ["--output", str(output), "--checkpoint-root", str(args.checkpoint_root)]
+    flags += ["--data-root", str(args.data_root), "--cache-root", str(common.cache_root(args))]
+    return [*flags, *(["--device", args.device] if args.device else []), *(["--download"] if args.download else [])]
 
 
 class _Progress:

@@ -86,7 +86,12 @@ def launch_evaluation(
         precision: of the network; bf16 is evaluated in float32, since its eight bits make ties of close logits, which
             count against the network. None leaves it as the caller has it.
         observe: is given the images (B, 3, H, W), logits (B, C) and labels (B,) of each batch.
+
+    Raises:
+        ValueError: ``split`` is not among those of ``dataset`` that are evaluated.
     """
+    if split not in dataset.splits:
+        raise ValueError(f"the split {split!r} is not evaluated here, but {', '.join(dataset.splits)}")
     started = time.perf_counter()
     was_training = network.training
     network.eval()

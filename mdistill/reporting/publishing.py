@@ -13,6 +13,7 @@ from mdistill.reporting.records import Record
 from mdistill.reporting.transfers import FOLDER, transfers_of
 
 MAX_BYTES = 1_000_000  # of a file
+SEARCHES = "searches"  # the folder of what was searched, below the runs and below the results
 
 
 def destination(record: Record, output: Path) -> Path:
@@ -51,11 +52,7 @@ def publish(record: Record, target: Path) -> bool:
         content = transfer.model_dump(mode="json")
         files[f"{FOLDER}/{name}"] = _text(_portable(content), record.folder / FOLDER / name)
     for name, text in files.items():
-        if len(text.encode()) > MAX_BYTES:
-            size = len(text.encode()) / 1e6
-            raise UserError(
-                f"{record.folder / name} has {size:.1f} MB, and a published file at most {MAX_BYTES / 1e6:g}"
-            )
+        _check_size(record.folder / name, text)
     if (target / "env.json").is_file():
         there = read_sessions(target)
         if there and there[0].get("started") != sessions[0].get("started"):
@@ -81,6 +78,27 @@ def _text(content: Any, path: Path) -> str:
         return json.dumps(content, indent=2, allow_nan=False) + "\n"
     except ValueError:
         raise UserError(f"{path} is damaged: it holds a number that is not finite") from None
+
+
+def publish_searches(table: str, output: Path, results: Path) -> list[Path]:
+    """Copy the records of searches for the table called ``table``; where they are then.
+
+    Raises:
+        UserError: one is too large.
+    """
+    published = []
+    for path in [output / SEARCHES / f"{table}.json", *sorted((output / SEARCHES).glob(f"{table}-epochs[0-9]*.json"))]:
+        if path.is_file():
+            _check_size(path, text := read_text(path))
+            target = results / SEARCHES / path.name
+            write_text(target, text)
+            published.append(target)
+    return published
+
+
+def _check_size(path: Path, text: str) -> None:
+    if (size := len(text.encode())) > MAX_BYTES:
+        raise UserError(f"{path} has {size / 1e6:.1f} MB, and a published file at most {MAX_BYTES / 1e6:g}")
 
 
 def _portable(value: Any) -> Any:

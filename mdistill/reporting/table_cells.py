@@ -72,6 +72,7 @@ class Layout:
     notes: tuple[str, ...] = ()
     shortened: int | None = None  # epochs that every schedule was shortened to
     transfer: dict[str, Any] = field(default_factory=dict)  # settings of metrics on targets
+    tuned: dict[str, dict[str, str]] = field(default_factory=dict)  # rows and their pairs: how, or that they are not
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -173,7 +174,7 @@ def layout(
 def _resolved(table: "Table", configs: Path) -> tuple[Layout, bool]:
     """The table, and whether it depends on nothing but what ``_memory`` looks at."""
     from mdistill.config import without_defaults
-    from mdistill.reporting.table_files import short
+    from mdistill.reporting.table_files import how_tuned, short
 
     cells, lasting = [], True
     for cell in table.cells:
@@ -188,6 +189,10 @@ def _resolved(table: "Table", configs: Path) -> tuple[Layout, bool]:
         lasting = lasting and not config.imports and cell.cfg.resolve().is_relative_to(configs.resolve())
     rows = tuple(row.name for row in table.rows)
     without = {row.name: dict(row.without) for row in table.rows if row.without}
+    tuned: dict[str, dict[str, str]] = {}
+    if table.names_tuned or any(row.search for row in table.rows):
+        for cell in table.cells:
+            tuned.setdefault(cell.row.name, {})[cell.pair] = how_tuned(cell, named=bool(table.names_tuned))
     found = Layout(
         table.title,
         table.source,
@@ -201,6 +206,7 @@ def _resolved(table: "Table", configs: Path) -> tuple[Layout, bool]:
         table.notes,
         table.epochs,
         table.transfer,
+        tuned,
     )
     return found, lasting
 
@@ -211,7 +217,9 @@ def _memory(name: str, configs: Path, output: Path, overrides: Sequence[str], ep
     if path is None:
         return None
     code = Path(__file__).resolve().parents[1]
-    stamp = _Stamp().add([path, *configs.rglob("*.yaml"), *code.rglob("*.py")]).digest
+    stamp = (
+        _Stamp().add([path, *path.parent.glob("*.tuned.yaml"), *configs.rglob("*.yaml"), *code.rglob("*.py")]).digest
+    )
     stamp.update(json.dumps([list(overrides), epochs, sys.version]).encode())
     return output / MEMORY / f"{path.stem}-{stamp.hexdigest()[:16]}.json"
 

@@ -365,6 +365,21 @@ class Process(Protocol):
 Start = Callable[[Sequence[str], Path, Mapping[str, str]], Process]
 
 
+class Agenda:
+    """What is done with a run beside training it, while it is claimed; with a table's runs nothing."""
+
+    def settled(self, run: Run) -> Run | None:
+        """``run`` as it is to be trained, under the same key; None where it has ended already."""
+        return run
+
+    def complete(self, run: Run) -> None:
+        """It is; several processes may say so."""
+
+    def failed(self, run: Run) -> bool:
+        """Whether a run that has failed is done with nevertheless."""
+        return False
+
+
 @dataclass
 class _Job:
     run: Run
@@ -385,6 +400,7 @@ def train(
     report: Callable[[Sequence[Run], Outcome], None],
     tell: Callable[[str], None] = print,
     start: Start | None = None,
+    agenda: Agenda | None = None,
 ) -> Outcome:
     """Train every run that is not complete, ``jobs`` at a time; a run that fails does not keep the others.
 
@@ -395,8 +411,10 @@ def train(
         report: is told, every ``POLL`` seconds, what is running and what has become of the others.
         tell: prints a line.
         start: begins a process with arguments, the file that it prints to, and its environment.
+        agenda: is asked about each run.
     """
-    return _Training(runs, claims, logs, jobs, flags, tell, start or _start).run(asked_to_stop, report)
+    training = _Training(runs, claims, logs, jobs, flags, tell, start or _start, agenda or Agenda())
+    return training.run(asked_to_stop, report)
 
 
 class _Training:
@@ -409,8 +427,10 @@ class _Training:
         flags: Sequence[str],
         tell: Callable[[str], None],
         start: Start,
+        agenda: Agenda,
     ) -> None:
         self.claims, self.logs, self.jobs, self.flags, self.tell, self.start = claims, logs, jobs, flags, tell, start
+        self.agenda = agenda
         self.outcome = Outcome()
         self.pending = {run.key: run for run in runs}
         self.active: dict[str, _Job] = {}
@@ -460,7 +480,10 @@ class _Training:
             elif job.lost or IN_USE in (why := _reason(job.log, code)):  # by a run whose worker was killed
                 self.pending[key] = job.run
             else:
-                self._fail(job.run, why)
+                if self.agenda.failed(job.run):
+                    self.outcome.complete.append(job.run)
+                else:
+                    self._fail(job.run, why)
                 self.tell(f"failed: {job.run.label}: {why}")
             self.claims.release(key)
         return ended
@@ -471,15 +494,19 @@ class _Training:
             if len(self.active) >= self.jobs:
                 return
             if run.state == "complete":
+                self.agenda.complete(run)
                 self.outcome.complete.append(self.pending.pop(key))
             elif why := self._hindrance(run):
                 self._fail(self.pending.pop(key), why)
             elif run.needs not in {*self.pending, *self.active} and not _in_use(run.folder) and self._claim(run):
                 self._begin(self.pending.pop(key))
 
-    def _begin(self, run: Run) -> None:
-        """Train ``run``, which is ours: nobody else writes its folder now."""
-        if run.is_complete():  # by another process, a moment ago
+    def _begin(self, claimed: Run) -> None:
+        """Train what is ``claimed``: nobody else writes its folder now."""
+        run = self.agenda.settled(claimed)
+        if run is None:
+            self.outcome.complete.append(claimed)
+        elif run.is_complete():  # by another process, a moment ago
             self._complete(run)
         elif run.difference:
             settings = f"a run of other settings ({run.difference})"
@@ -489,7 +516,7 @@ class _Training:
             arguments = [*run.cell.arguments(run.seed), "--resume", *self.flags]
             self.active[run.key] = _Job(run, self.start(arguments, log, self.environment), log)
             return
-        self.claims.release(run.key)
+        self.claims.release(claimed.key)
 
     def _claim(self, run: Run) -> bool:
         """Claim ``run``, and tell of an owner that is not there any more."""
@@ -509,6 +536,7 @@ class _Training:
         return False
 
     def _complete(self, run: Run) -> None:
+        self.agenda.complete(run)
         self.outcome.complete.append(run)
         self.tell(f"complete: {run.label}")
 

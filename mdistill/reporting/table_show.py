@@ -354,6 +354,17 @@ def _external(layout: Layout, folders: Sequence[Path]) -> tuple[tuple[ExternalRo
     return tuple(made), problems
 
 
+def _tuning(layout: Layout) -> list[str]:
+    """A line for each way in which cells were tuned, or were not, with the rows, or the cells, that were."""
+    ways: dict[str, list[str]] = {}
+    for row in layout.rows:
+        of_row = {pair: how for pair, how in layout.tuned.get(row, {}).items() if pair in layout.pairs}
+        for how in dict.fromkeys(of_row.values()):
+            pairs = [pair for pair in of_row if of_row[pair] == how]
+            ways.setdefault(how, []).append(row if len(pairs) == len(of_row) else f"{row} ({', '.join(pairs)})")
+    return [f"{', '.join(rows)}: {how}" for how, rows in ways.items()]
+
+
 def _notes(
     layout: Layout, results: Mapping[tuple[str, str], Result], figures: Sequence[Figure], epoch: Epoch
 ) -> list[str]:
@@ -377,6 +388,7 @@ def _notes(
         if any(each.published is not None and not each.same_epochs for each in results.values()):
             notes.append("no difference is given where the published run was of another number of epochs")
     notes += layout.notes
+    notes += _tuning(layout)
     for row, pairs in layout.without.items():
         if row in layout.rows:
             notes += [f"no {row} {pair}: {why}" for pair, why in pairs.items() if pair in layout.pairs]
