@@ -4,7 +4,6 @@ The file needs nothing beside it. Text is escaped; pictures are SVG files within
 """
 
 import base64
-import html
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,9 @@ from typing import TYPE_CHECKING
 from mdistill import __version__
 from mdistill.errors import UserError, printable
 from mdistill.reporting import drawing, plots
+from mdistill.reporting.html_page import head as _head
+from mdistill.reporting.html_page import plural as _plural
+from mdistill.reporting.html_page import text as _text
 from mdistill.reporting.records import Record, State, knowing_teachers
 from mdistill.reporting.series import Series, by_pair
 from mdistill.reporting.statistics import mean_std_text
@@ -31,28 +33,7 @@ STATES: Mapping[State, str] = {
 }
 EPOCHS = 120  # of a curve, about: more than a phone has room for
 
-PALETTE = {
-    "ink": "#1d1d1f",
-    "faint": "#5c5c61",
-    "link": "#0b5394",
-    "warn": "#9c2a10",
-    "paper": "#ffffff",
-    "band": "#f4f4f6",
-}
-"""Each of the first four has a contrast of at least 4.5 with each of the others; a test computes it."""
-
 STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 76rem; color: var(--ink); background: var(--paper);
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif;
-  overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; padding-top: .75rem; border-top: 2px solid var(--faint); }
-p, li { max-width: 46rem; }
-a { color: var(--link); }
-.faint { color: var(--faint); font-size: .9rem; }
-.warn { color: var(--warn); }
 nav ul { columns: 16rem; padding-left: 1.2rem; }
 table { border-collapse: collapse; width: 100%; max-width: 46rem; margin: .75rem 0; }
 caption { text-align: left; color: var(--faint); font-size: .9rem; padding-bottom: .4rem; }
@@ -60,7 +41,6 @@ th, td { text-align: right; padding: .35rem .4rem; vertical-align: top; font-var
 td { white-space: nowrap; }
 th:first-child { text-align: left; padding-left: 0; }
 tbody th { overflow-wrap: anywhere; }
-code { overflow-wrap: anywhere; }
 thead th { border-bottom: 2px solid var(--faint); }
 tbody tr:nth-child(even) { background: var(--band); }
 tbody th { font-weight: normal; }
@@ -71,10 +51,8 @@ figure { margin: .5rem 0; }
 figcaption { font-weight: bold; margin-bottom: .3rem; }
 img { display: block; width: 100%; max-width: 40rem; height: auto; background: var(--paper); }
 details { margin: .75rem 0; }
-summary { cursor: pointer; color: var(--link); padding: .4rem 0; }
 .runs { padding-left: 1.2rem; font-size: .9rem; }
 .runs li { margin: .5rem 0; }
-code { font-size: .9em; }
 """
 
 
@@ -108,7 +86,7 @@ def report(
         _section(number, name, groups, networks)
         for number, (name, groups) in enumerate(by_pair(begun).items(), start=1)
     ]
-    parts = [_head(title), "<body>", "<main>", f"<h1>{_text(title)}</h1>", _summary(records)]
+    parts = [_head(title, STYLE), "<body>", "<main>", f"<h1>{_text(title)}</h1>", _summary(records)]
     if len(sections) > 2:
         links = (f'<li><a href="#{each.key}">{_text(each.title)}</a></li>' for each in sections)
         parts.append(f'<nav aria-label="Contents"><ul>{"".join(links)}</ul></nav>')
@@ -184,15 +162,6 @@ def _picture(
         f"<figure><figcaption>{_text(caption)}</figcaption>"
         f'<img alt="{_text(words)}" width="{width}" height="{height}" decoding="async"'
         f' src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"></figure>'
-    )
-
-
-def _head(title: str) -> str:
-    colours = "".join(f" --{name}: {colour};" for name, colour in PALETTE.items())
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>:root {{{colours} }}{STYLE}</style>\n</head>"
     )
 
 
@@ -272,11 +241,3 @@ def _notes() -> str:
         "<li>A run collapsed if its last accuracy is less than half of its best, or no better than a guess.</li>"
         "<li>Times are of the machine that each run had, and compare only where that was the same.</li></ul>"
     )
-
-
-def _plural(count: int, word: str) -> str:
-    return f"{count} {word}{'s' if count != 1 else ''}"
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))

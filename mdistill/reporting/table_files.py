@@ -273,8 +273,8 @@ def _parsed(path: Path) -> "TableFile":
         lines = []
         for detail, line in zip(error.errors(), problem_lines(error), strict=True):
             place, key = ".".join(map(str, detail["loc"])), str(detail["loc"][-1])
-            inner = {"transfer": TransferSettings, "tune": TuneSettings}.get(str(detail["loc"][0]), TableRow)
-            model: type[BaseModel] = inner if len(detail["loc"]) > 1 else TableFile
+            sections: dict[object, type[BaseModel]] = {"transfer": TransferSettings, "tune": TuneSettings}
+            model = sections.get(detail["loc"][0], TableRow) if len(detail["loc"]) > 1 else TableFile
             known = (SearchSpace if "search" in detail["loc"] else model).model_fields
             if detail["type"] == "extra_forbidden":
                 line = f"{place}: unknown key{suggestion(key, known)} (allowed: {', '.join(known)})"

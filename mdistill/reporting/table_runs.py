@@ -10,21 +10,24 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from mdistill.engine.claims import Claims
 from mdistill.engine.run_folder import read_metrics
-from mdistill.errors import UserError, printable, shown
+from mdistill.errors import Stopped, UserError, printable, shown
 from mdistill.files import lock_folder, read_text
 from mdistill.reporting.table_files import Cell, Row, Table, runs_of, short
 
 if TYPE_CHECKING:
     from mdistill.config import Config
 
+LOSSES = 3  # workers that a run may lose before it counts as failed
+SETTLE = 90.0  # seconds that a network file system may take to show what a run on another machine has written
 POLL = 0.5  # seconds between two looks at what is running
 SCAN = 5.0  # seconds between two looks at what others have claimed, where nothing else can be begun
 QUIET = 90.0  # seconds without a sign of the owner of a claim, after which it is told of
@@ -184,10 +187,15 @@ def _configured(cell: Cell, seed: int, epochs: int | None) -> "tuple[Cell, Confi
 
 def _run(cell: Cell, config: "Config", output: Path) -> Run:
     folder = config.run_folder()
+    return Run(cell, config.seed, config, output / folder, claim_key(folder))
+
+
+def claim_key(folder: Path) -> str:
+    """The name by which the run in ``folder``, as it lies below the output folder, is claimed."""
     key = "--".join(folder.parts)
     if len(key.encode()) > MOST_BYTES:
         key = f"{key[:60]}~{hashlib.sha256(key.encode()).hexdigest()[:16]}--{folder.name}"
-    return Run(cell, config.seed, config, output / folder, key)
+    return key
 
 
 def _teacher(
@@ -362,6 +370,18 @@ class Process(Protocol):
         """Ask it to save and end."""
 
 
+@runtime_checkable
+class RemoteProcess(Process, Protocol):
+    """One on another machine; its ``poll`` may raise ``WorkerLost``."""
+
+    def has_begun(self) -> bool:
+        """Whether there was room for it."""
+
+
+class WorkerLost(Exception):  # noqa: N818  (reads as the sentence it prints)
+    """The machine or the worker that a run was handed to is gone; says how."""
+
+
 Start = Callable[[Sequence[str], Path, Mapping[str, str]], Process]
 
 
@@ -387,6 +407,20 @@ class _Job:
     log: Path
     lost: bool = False  # another process has taken its claim over
     asked: bool = False  # to save and end
+    settled: float | None = None  # when what it has written on another machine is seen here, at the latest
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it runs, and does not wait for room."""
+        return not isinstance(self.process, RemoteProcess) or self.process.has_begun()
+
+    def is_settling(self) -> bool:
+        """Whether it ended well on another machine and its last files cannot be seen from here yet."""
+        if not isinstance(self.process, RemoteProcess) or self.run.state == "complete":
+            return False
+        if self.settled is None:
+            self.settled = time.monotonic() + SETTLE
+        return time.monotonic() < self.settled
 
 
 def train(
@@ -435,6 +469,7 @@ class _Training:
         self.pending = {run.key: run for run in runs}
         self.active: dict[str, _Job] = {}
         self.told: set[Path] = set()  # claims that were waited for
+        self.losses: Counter[str] = Counter()  # of workers, by run
         self.environment = _environment(jobs)
         try:
             logs.mkdir(parents=True, exist_ok=True)
@@ -453,7 +488,7 @@ class _Training:
             if len(self.active) < self.jobs and (ended or time.monotonic() >= next_scan):
                 self._begin_jobs()
                 next_scan = time.monotonic() + SCAN
-            report([job.run for job in self.active.values()], self.outcome)
+            report([job.run for job in self.active.values() if job.has_begun], self.outcome)
             if self.pending or self.active:
                 time.sleep(POLL)
         return self.outcome
@@ -465,11 +500,13 @@ class _Training:
             if not job.lost and not self.claims.holds(key):
                 job.lost = True
                 self.tell(f"{job.run.label}: another process has taken it over, so it is stopped here")
-            code = job.process.poll()
-            if code is None:
+            code, lost = self._poll(job)
+            if code is None and not lost:
                 if (stopping or job.lost) and not job.asked:  # a second time would end it at once
                     job.asked = True
                     job.process.terminate()
+                continue
+            if code == 0 and job.is_settling():
                 continue
             ended = True
             del self.active[key]
@@ -477,7 +514,10 @@ class _Training:
                 self._complete(job.run)
             elif stopping:
                 self.outcome.stopped.append(job.run)
-            elif job.lost or IN_USE in (why := _reason(job.log, code)):  # by a run whose worker was killed
+            elif lost and self.losses[key] < LOSSES:
+                self.pending[key] = job.run
+                self.tell(f"{job.run.label}: {lost}, so it is resumed")
+            elif job.lost or IN_USE in (why := lost or _reason(job.log, code)):  # by a run whose worker was killed
                 self.pending[key] = job.run
             else:
                 if self.agenda.failed(job.run):
@@ -487,6 +527,17 @@ class _Training:
                 self.tell(f"failed: {job.run.label}: {why}")
             self.claims.release(key)
         return ended
+
+    def _poll(self, job: _Job) -> tuple[int | None, str]:
+        """Its exit code, or how its worker was lost; None and "" while it runs."""
+        try:
+            code = job.process.poll()
+            if code == Stopped.exit_code and isinstance(job.process, RemoteProcess) and not job.asked:
+                raise WorkerLost("its process was told to stop, as where a machine is taken away")
+        except WorkerLost as error:
+            self.losses[job.run.key] += 1
+            return None, printable(str(error), 400)
+        return code, ""
 
     def _begin_jobs(self) -> None:
         """Begin what nobody has, until ``jobs`` are running."""
@@ -591,13 +642,39 @@ def child() -> None:
     sys.exit(importlib.import_module("mdistill.cli.train").main())
 
 
-def _reason(log: Path, code: int) -> str:
+def claiming_child() -> None:
+    """``child`` that claims its run first, as a worker would: the folder of claims and the key are its first arguments.
+
+    Where somebody else has it, that is said as where its folder is in use. A claim that is taken over ends it.
+    """
+    root, key = sys.argv[1:3]
+    del sys.argv[1:3]
+    claims = Claims(Path(root))
+    other = claims.take(key)
+    if other is not None:
+        print(f"error: {key} {IN_USE}, {other.place}", flush=True)
+        claims.close()
+        sys.exit(UserError.exit_code)
+
+    def watch() -> None:
+        while claims.holds(key):
+            time.sleep(POLL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="claim", daemon=True).start()
+    try:
+        child()
+    finally:
+        claims.close()
+
+
+def _reason(log: Path, code: int | None) -> str:
     """The line of what a run printed that says what was wrong, or how its process ended."""
     lines = [line.strip() for line in read_text(log).splitlines() if line.strip()] if log.is_file() else []
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     if told:
         return printable(told[0], 400)
-    if code < 0:
+    if code is not None and code < 0:
         name = signal.Signals(-code).name if -code in {*signal.Signals} else f"signal {-code}"
         hint = ", as where memory runs out" if name == "SIGKILL" else ""
         return f"its process was ended by {name}{hint}; run the same command again to go on"

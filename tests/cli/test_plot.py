@@ -10,9 +10,9 @@ import pytest
 
 from mdistill.cli.plot import main as plot_main
 from mdistill.cli.report import main as report_main
+from mdistill.reporting import html_page
 from mdistill.reporting.drawing import COLOURS, INK
 from mdistill.reporting.plots import KINDS
-from mdistill.reporting.report import PALETTE
 
 from .. import runs
 from ..conftest import refused
@@ -119,14 +119,15 @@ def test_the_check_of_pages_finds_what_is_wrong() -> None:
 
 
 def test_colours_stand_out() -> None:
-    from mdistill.reporting.report import STYLE
+    from mdistill.reporting.report import STYLE as OWN
 
+    style = html_page.STYLE + OWN
     for name in ("ink", "faint", "link", "warn"):
         for ground in ("paper", "band"):
-            assert contrast(PALETTE[name], PALETTE[ground]) >= 4.5
+            assert contrast(html_page.PALETTE[name], html_page.PALETTE[ground]) >= 4.5
     assert all(contrast(colour, "#ffffff") >= 4.5 for colour in (*COLOURS, INK))
-    assert not re.search(r"#[0-9a-f]{3}", STYLE)  # colours are in the palette alone
-    assert set(re.findall(r"var\(--(\w+)\)", STYLE)) == set(PALETTE)
+    assert not re.search(r"#[0-9a-f]{3}", style)  # colours are in the palette alone
+    assert set(re.findall(r"var\(--(\w+)\)", style)) == set(html_page.PALETTE)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from mdistill.errors import UserError
 from mdistill.reporting import table_runs
 from mdistill.reporting.published import Figure, disagreeing, figure_of, read_published
 from mdistill.reporting.table_files import Table, cell_of, find_table, read_table, runs_of, short
-from mdistill.reporting.table_runs import Outcome, Run, Speeds, plan, train
+from mdistill.reporting.table_runs import Outcome, Run, Speeds, WorkerLost, plan, train
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = read_published(ROOT / "results" / "published.csv")
@@ -537,6 +537,77 @@ def test_a_claim_of_a_dead_host_is_one_line(
         "complete: kd wide_narrow seed 0",
     ]
     other.close()
+
+
+class Remote(Trained):
+    """A process on another machine: what it has come to, each time that it is asked; then how it ended."""
+
+    def __init__(self, code: int, *steps: Callable[[], None]) -> None:
+        super().__init__(code)
+        self.steps = iter(steps)
+
+    def poll(self) -> int | None:
+        for step in self.steps:
+            step()
+            return None if self.terminated else self.code
+        return self.code
+
+    def has_begun(self) -> bool:
+        return True
+
+
+def lose() -> None:
+    raise WorkerLost("its node is gone")
+
+
+def test_a_run_whose_worker_is_lost_is_handed_out_again(planned: Callable[..., list[Run]], work: Work) -> None:
+    runs = planned(pairs=["wide_narrow"], methods=["kd"], seeds=[0])
+    started: list[Remote] = []
+    told: list[str] = []
+
+    def process(code: int) -> Remote:
+        ends = [lambda: Remote(0, lose), lambda: Remote(75), lambda: Remote(0, lambda: write_run(runs[0]))]
+        started.append(ends[len(started)]())
+        return started[-1]
+
+    assert len(work(runs, process=process, told=told).complete) == 1
+    assert told == [
+        "kd wide_narrow seed 0: its node is gone, so it is resumed",
+        "kd wide_narrow seed 0: its process was told to stop, as where a machine is taken away, so it is resumed",
+        "complete: kd wide_narrow seed 0",
+    ]
+
+
+def test_a_run_that_loses_every_worker_fails(planned: Callable[..., list[Run]], work: Work) -> None:
+    runs = planned(pairs=["wide_narrow"], methods=["kd"], seeds=[0])
+    begun: list[str] = []
+    outcome = work(runs, process=lambda code: Remote(0, lose), begun=begun)
+    assert len(begun) == table_runs.LOSSES
+    assert outcome.failures() == ["kd wide_narrow seed 0: its node is gone"]
+
+
+def test_what_another_machine_has_written_may_be_seen_later(
+    planned: Callable[..., list[Run]], work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = planned(pairs=["wide_narrow"], methods=["kd"], seeds=[0])
+    late: list[Callable[[], None]] = [lambda: None, lambda: None, lambda: write_run(runs[0])]
+    assert len(work(runs, process=lambda code: Remote(0, *late)).complete) == 1
+    runs = planned(pairs=["wide_narrow"], methods=["kd"], seeds=[1])
+    monkeypatch.setattr(table_runs, "SETTLE", 0)
+    outcome = work(runs, process=lambda code: Remote(0))
+    assert outcome.failures() == ["kd wide_narrow seed 1: exit code 0, nothing printed"]
+
+
+def test_what_waits_for_room_is_not_running(planned: Callable[..., list[Run]]) -> None:
+    (run,) = planned(pairs=["wide_narrow"], methods=["kd"], seeds=[0])
+
+    class Waiting(Remote):
+        def has_begun(self) -> bool:
+            return False
+
+    assert table_runs._Job(run, Remote(0), Path("log")).has_begun
+    assert not table_runs._Job(run, Waiting(0), Path("log")).has_begun
+    assert table_runs._Job(run, Trained(0), Path("log")).has_begun
 
 
 def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
