@@ -1,11 +1,13 @@
 """What each kind of file beside the weights holds; ``read_json`` and ``checked`` compare a file with its schema.
 
 ``EpochLine``: a line of ``metrics.jsonl``. ``Environment``: ``env.json``. ``Teachers``: ``teachers.json``.
-``ExternalRun``: ``external.json``.
+``ExternalRun``: ``external.json``. ``TransferRecord``: ``transfer/<target>.json``.
 ``Checkpoint``: the plain part of ``last.pt``; its tensors are compared with those that they go into. ``ChunkHeader``:
-the header of a file of cached logits, or of distances between classes. ``TableFile``: a table file.
+the header of a file of cached logits, or of distances between classes. ``TableFile``: a table file. ``TunedFile``: the
+settings that were chosen for one.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -21,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from mdistill import __version__
 from mdistill.errors import UserError
 from mdistill.files import read_text
 from mdistill.registry import problem_lines
@@ -117,6 +120,79 @@ class ExternalRun(_Exact):
     measured: dict[Literal["last", "best"], _Measured] = {}
 
 
+TARGET_NAME = r"(?:stl10|tiny_imagenet|folder-[A-Za-z0-9_.\-]{1,80})"
+
+
+class TransferSettings(_Exact):
+    """How a linear classifier on frozen features is trained, and what the images are turned into before."""
+
+    epochs: Annotated[int, Field(ge=1, le=10**6)] = 100
+    batch_size: Annotated[int, Field(ge=1, lt=2**31)] = 64
+    lr: Annotated[float, Field(gt=0, le=1e9)] = 0.1
+    milestones: Annotated[tuple[Epoch, ...], Field(strict=False)] = (30, 60, 90)  # epochs after which the rate falls
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1  # by this factor
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = True
+    weight_decay: Annotated[float, Field(ge=0, le=1e9)] = 0.0
+    standardize: bool = False  # each feature, by its mean and deviation over the training images
+    mirror: bool = False  # train on the features of every image and of its mirror image
+    image_size: Annotated[int, Field(ge=1, le=4096)] = 32
+    resize: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    normalize: Literal["student", "target", "imagenet", "half"] = "student"  # by whose mean and deviation
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "TransferSettings":
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones should ascend, found {list(self.milestones)}")
+        return self
+
+
+class _Feature(_Exact):
+    layer: Text
+    width: Count
+
+
+class _TargetData(_Exact):
+    fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    classes: Count
+    train_images: Count
+    test_images: Count
+    notes: list[Text] = []
+
+
+class _Student(_Exact):
+    name: Text
+    file: Text
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _OfRun(_Exact):
+    started: Text
+    epoch: Count  # how many it had done
+
+
+class TransferRecord(_Exact):
+    """What a linear classifier on the features of a run's student reaches on another data set."""
+
+    format: Annotated[int, Field(ge=1, le=RECORD_FORMAT)] = RECORD_FORMAT
+    target: Annotated[str, Field(pattern=f"^{TARGET_NAME}$")]
+    top1: Percent  # on the target's test images, after the last epoch
+    top5: Percent
+    loss: float  # there: mean cross-entropy, nats
+    train_top1: Percent  # on the features that it was trained on
+    settings: TransferSettings
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    mean: list[float]  # that images were normalised by
+    std: list[float]
+    precision: Text  # of the student's arithmetic
+    feature: _Feature
+    data: _TargetData
+    student: _Student
+    run: _OfRun | None  # of the run whose student it is; None for a file that stands alone
+    seconds: dict[Text, float]
+    environment: dict[str, Any]  # commit, versions, device and the like
+
+
 class Teachers(RootModel[dict[str, Percent]]):
     """Measured top-1 by fingerprints of weights and data."""
 
@@ -197,6 +273,39 @@ Overrides = Annotated[tuple[str, ...], Field(strict=False)]  # ``key=value`` eac
 PairName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}$")]
 
 
+class SearchSpace(_Exact):
+    """Values of a setting among which one is searched: a range, of whole numbers where both ends are, or choices."""
+
+    low: int | float | None = None
+    high: int | float | None = None
+    log: bool = False  # whether a range is searched evenly in its logarithm
+    choices: Annotated[list[Any], Field(min_length=2)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_the_two(self) -> "SearchSpace":
+        if self.choices is not None:
+            if self.low is not None or self.high is not None or self.log:
+                raise ValueError("should have either choices, or low and high")
+            try:
+                texts = [json.dumps(choice, sort_keys=True, allow_nan=False) for choice in self.choices]
+            except TypeError:
+                raise ValueError("choices should be numbers, words, true, false, null or lists of them") from None
+            if len(set(texts)) < len(texts):
+                raise ValueError("a choice is given twice")
+        elif self.low is None or self.high is None:
+            raise ValueError("should have low and high, such as {low: 0.1, high: 10, log: true}, or choices: [1, 2, 4]")
+        elif not self.low < self.high:
+            raise ValueError("low should be below high")
+        elif self.log and self.low <= 0:
+            raise ValueError("low should be above 0 where log is true")
+        return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is a range of whole numbers."""
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+
 class TableRow(_Named):
     """A method of a table file; or its folder alone."""
 
@@ -206,6 +315,7 @@ class TableRow(_Named):
     set: Overrides = ()  # for this row's runs
     published: str | None = None  # variant of its published figures, where it is not that of its runs
     without: dict[str, str] = {}  # pairs that it cannot be trained for, and why
+    search: dict[str, SearchSpace] = {}  # what ``mdistill tune`` searches, by dotted setting
 
     @classmethod
     def _short(cls, name: str) -> dict[str, Any]:
@@ -227,6 +337,27 @@ class TablePair(_Named):
         return {key: value for key, value in given.items() if value is not None}
 
 
+METRIC = re.compile(rf"(?:{TARGET_NAME}/)?top[15]")
+
+
+def _metric(name: str) -> str:
+    if not METRIC.fullmatch(name):
+        raise ValueError(
+            "should be top1 or top5, or either on a target: stl10/top1, tiny_imagenet/top1, folder-NAME/top1"
+        )
+    return name
+
+
+Metric = Annotated[str, AfterValidator(_metric)]
+"""An accuracy of a run on its own test split, or of a linear classifier on its student's features on another's."""
+
+
+class TuneSettings(_Exact):
+    """How the rows of a table file are tuned."""
+
+    holdout: Annotated[int, Field(ge=1, lt=2**31)] | None = None  # training images; None for a tenth of them
+
+
 class TableFile(BaseModel):
     """A table file: which pairs, methods and seeds a table has."""
 
@@ -234,7 +365,8 @@ class TableFile(BaseModel):
     title: Annotated[str, Field(min_length=1)]
     source: str = ""  # of its published figures, as in ``results/published.csv``
     table: Annotated[str, BeforeValidator(str)] = ""  # its number there
-    metrics: Annotated[tuple[Literal["top1", "top5"], ...], Field(strict=False, min_length=1)] = ("top1",)
+    metrics: Annotated[tuple[Metric, ...], Field(strict=False, min_length=1)] = ("top1",)
+    transfer: TransferSettings = TransferSettings()  # of the metrics on targets
     notes: Annotated[tuple[str, ...], Field(strict=False)] = ()  # on published figures
     dataset: str = "cifar100"  # a folder of ``configs``
     imports: Annotated[tuple[str, ...], Field(strict=False)] = ()  # user modules, looked for beside the file
@@ -242,22 +374,73 @@ class TableFile(BaseModel):
     methods: Annotated[tuple[TableRow, ...], Field(strict=False, min_length=1)]
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(strict=False, min_length=1)] = (0, 1, 2)
     set: Overrides = ()  # for every run
+    epochs: Annotated[int, Field(ge=1)] | None = None  # that every schedule is shortened to
+    tune: TuneSettings = TuneSettings()
+    tuned: str = ""  # a file beside this one with the settings that were chosen
+
+
+class ChosenSettings(_Exact):
+    """What a search has chosen for a row and a pair of a table, and how."""
+
+    row: Text
+    pair: Text
+    settings: dict[Text, Any]  # by dotted key
+    own_settings: dict[Text, Any]  # the table's own, of the first trial
+    top1: Percent  # of the last epoch on the held-out images
+    own_top1: Percent | None  # the same with the table's own settings; None where that trial failed
+    trial: Count  # that was chosen, from 0
+    trials: Count  # that there were
+    failed: Count  # of them
+    budget: Count
+    whole_space: bool  # whether all settings of the space were tried
+    holdout: Count  # images
+    data: Text  # fingerprint of the images that were trained on and held out
+    epochs: Count  # of a trial
+    own_epochs: Count  # of a run of the table
+    seed: Annotated[int, Field(ge=0, lt=2**63)]  # of every trial
+    sampler: Text
+    commit: Text
+    of: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]  # digest of what the table file says of the row and the pair
+
+
+class TunedFile(_Exact):
+    """The settings that ``mdistill tune`` has chosen for a table."""
+
+    format: Annotated[int, Field(ge=1, le=RECORD_FORMAT)] = RECORD_FORMAT
+    chosen: list[ChosenSettings]
 
 
 def checked(schema: type[Schema], content: Any, path: Path, advice: str = "") -> Schema:
     """``content`` of ``path`` as ``schema``; text is read as JSON.
 
     Raises:
-        UserError: it is not; one line with what is wrong first, and ``advice``.
+        UserError: it is not; one line with what is wrong first, and ``advice``. Or it is of a newer format.
     """
     try:
         if isinstance(content, str):
             return schema.model_validate_json(content)
         return schema.model_validate(content)
     except ValidationError as error:
+        if "format" in schema.model_fields:
+            _refuse_newer(content, path)
         lines = problem_lines(error)
         more = f" (and {len(lines) - 1} more)" if lines[1:] else ""
         raise UserError(f"{path} is damaged: {lines[0]}{more}{f'; {advice}' if advice else ''}") from None
+
+
+def _refuse_newer(content: Any, path: Path) -> None:
+    """Say of a record of a newer format that it is one."""
+    if isinstance(content, str):
+        try:
+            content = json.loads(content)
+        except (ValueError, RecursionError):
+            return
+    found = content.get("format") if isinstance(content, dict) else None
+    if type(found) is int and found > RECORD_FORMAT:
+        raise UserError(
+            f"{path} is of format {found}, which a newer version of mdistill wrote; this one, {__version__}, reads"
+            f" format {RECORD_FORMAT}: update mdistill"
+        )
 
 
 def read_json(schema: type[Schema], path: Path, advice: str = "") -> Schema:

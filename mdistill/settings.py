@@ -19,6 +19,7 @@ NO_RESULT = {
     ),
     "run.engine",
     "run.evaluate_every",
+    "run.evaluate_test",
     "run.checkpoint_minutes",
 }
 """Settings that change no result: paths, names, how a run is run."""

@@ -51,7 +51,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def audit(args: argparse.Namespace) -> int:
     if args.threads is not None and not 1 <= args.threads <= MOST_THREADS:
         raise UserError(f"--threads: should be from 1 to {MOST_THREADS:,}, found {args.threads}")
-    session, line = read_record(args.run)
+    session, line, cell = read_record(args.run)
     from mdistill import distributed
     from mdistill.engine.audit import ran_on_cuda
     from mdistill.engine.build import pick_device
@@ -66,13 +66,14 @@ def audit(args: argparse.Namespace) -> int:
         threads = session.get("threads") if args.threads is None else args.threads
         aside = redirect_stdout(sys.stderr) if args.json else nullcontext()  # what is told on the way
         with computing_with(threads if device.type == "cpu" else None), aside:
-            result = examine(args, config, device, session, line)
+            result = examine(args, config, device, {**session, "cell": cell}, line)
     print_line(json.dumps({"run": str(args.run), **result}) if args.json else "\n".join(lines_of(args.run, result)))
     return 0 if result["verdict"] in {"bit-equal", "close"} else 1
 
 
-def read_record(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the session that began the run in ``folder`` noted, and the metrics of its first epoch.
+def read_record(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str | None]:
+    """What the session that began the run in ``folder`` noted, the metrics of its first epoch, and the cell of its
+    last session, which may have lengthened it.
 
     Raises:
         UserError: something that is needed is not there, or damaged.
@@ -91,7 +92,7 @@ def read_record(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(
             f"{folder / 'metrics.jsonl'} has no line of a first epoch; what is compared is recorded at its end"
         )
-    return sessions[0], lines[0]
+    return sessions[0], lines[0], sessions[-1].get("cell")
 
 
 @contextmanager
@@ -138,7 +139,9 @@ def examine(
     fields = audit.differing_fields(session, now)
     result: dict[str, Any] = {"fields": fields, "not_recorded": audit.unrecorded_fields(session, now)}
     recorded = line.get("first_steps")
-    other = " and ".join(what for field, what in audit.FINGERPRINTS.items() if field in fields)
+    other = " and ".join(what for field, what in audit.IDENTITY.items() if field in fields)
+    if "cell" in fields and not other:
+        other = "other settings than config.yaml has now"
     if other:
         return {"verdict": "different", "why": f"the run had {other}, so nothing was replayed", **result}
     if recorded is None and not args.first_epoch:

@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,14 +40,11 @@ LOOK = 2.0  # seconds between two looks at how far it is
 MEASURE = 60.0  # and at how long an epoch takes
 
 
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"found {text!r}; write names, such as kd,mcld")
-    return names
+names = _table_records.names
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A number from 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"should be a number from 1, found {text!r}")
     return int(text)
@@ -68,17 +65,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("action", choices=("run", *_table_records.ACTIONS))
     parser.add_argument("table", help="a name in configs/tables, or a table file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run, after the table's own")
-    parser.add_argument("--methods", type=_names, help="some of its rows (default: all)")
-    parser.add_argument("--pairs", type=_names, help="some of its pairs (default: all)")
+    parser.add_argument("--methods", type=names, help="some of its rows (default: all)")
+    parser.add_argument("--pairs", type=names, help="some of its pairs (default: all)")
     parser.add_argument("--seeds", type=common.seeds, help="such as 0,1,2 (default: the table's)")
     parser.add_argument(
-        "--epochs", type=_count, help="shorten every schedule in proportion; such runs lie in OUTPUT/epochs<N>"
+        "--epochs", type=count, help="shorten every schedule in proportion; such runs lie in OUTPUT/epochs<N>"
     )
-    parser.add_argument(
-        "--jobs",
-        type=_count,
-        help="runs at a time; on a CPU each gets its share of cores (default: 1; of Ray no limit)",
-    )
+    add_jobs(parser, None, "1; of Ray no limit")
     parser.add_argument("--train-teachers", action="store_true", help="train teachers whose file is missing")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the time it takes, train nothing")
     common.add_roots(parser)
@@ -94,7 +87,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def table(args: argparse.Namespace) -> int | None:
+def add_jobs(parser: argparse.ArgumentParser, default: int | None = 1, told: str = "1") -> None:
+    """The flag that says how many runs are trained at a time."""
+    words = f"runs at a time; on a CPU each gets its share of cores (default: {told})"
+    parser.add_argument("--jobs", type=count, default=default, help=words)
+
+
+def table(args: argparse.Namespace) -> None:
     from mdistill.reporting.table_files import find_table, read_table
 
     configs = common.project_root() / "configs"
@@ -106,12 +105,13 @@ def table(args: argparse.Namespace) -> int | None:
         seeds=args.seeds,
         overrides=args.overrides,
         imports=args.imports,
+        epochs=args.epochs,
     )
-    output = args.output / f"epochs{args.epochs}" if args.epochs else args.output
-    return _run(args, found, output, configs)
+    output = args.output / f"epochs{found.epochs}" if found.epochs else args.output
+    _run(args, found, output, configs)
 
 
-def _run(args: argparse.Namespace, found: "Table", output: Path, configs: Path) -> int | None:
+def _run(args: argparse.Namespace, found: "Table", output: Path, configs: Path) -> None:
     from mdistill.reporting.table_runs import plan
 
     runs = plan(
@@ -120,12 +120,29 @@ def _run(args: argparse.Namespace, found: "Table", output: Path, configs: Path) 
         checkpoint_root=args.checkpoint_root,
         configs=configs,
         train_teachers=args.train_teachers,
-        epochs=args.epochs,
     )
     if args.dry_run:
         _print_plan(found, runs, args, output)
-        return None
-    return _train(args, runs, output)
+        return
+    _train(args, runs, output, configs)
+    _tell_transfers(args, found, runs)
+
+
+def _tell_transfers(args: argparse.Namespace, found: "Table", runs: "Sequence[Run]") -> None:
+    """What is to be done next, where a table has figures on other data and they are not all there."""
+    from mdistill.reporting.records import read_record
+    from mdistill.reporting.transfers import is_done, targets_of
+
+    targets = targets_of(found.metrics)
+    records = [read_record(run.folder) for run in runs if run.cell.row in found.rows and targets]
+    lacking = [each for each in records if not all(is_done(each, target, found.transfer) for target in targets)]
+    if lacking:
+        place = "" if args.output == Path("runs") else f" --output {args.output}"
+        place += f" --epochs {args.epochs}" if args.epochs else ""
+        print(
+            f"{len(lacking)} of them are still to be transferred to {' or '.join(targets)}:"
+            f" mdistill transfer --table {args.table}{place}"
+        )
 
 
 def _recorded(args: argparse.Namespace, output: Path) -> list[Path]:
@@ -154,11 +171,16 @@ def _print_plan(found: "Table", runs: "Sequence[Run]", args: argparse.Namespace,
     seconds, unknown = Speeds(runs, _recorded(args, output)).left(runs)
     print(
         f"{len(runs)} runs, {complete} complete{f', {cannot} cannot be trained' if cannot else ''};"
-        f" {_time_left(seconds, unknown, args.jobs or 1)}"
+        f" {time_left(seconds, unknown, args.jobs or 1)}"
     )
 
 
-def _time_left(seconds: float, unknown: int, jobs: int) -> str:
+def time_left(seconds: float, unknown: int, jobs: int) -> str:
+    """How long what is left takes, in words.
+
+    Args:
+        unknown: epochs that nobody has timed.
+    """
     if not seconds:
         return f"{unknown} epochs to do, of pairs that nobody has timed" if unknown else "nothing to do"
     rest = f", and {unknown} epochs of pairs that nobody has timed" if unknown else ""
@@ -166,28 +188,28 @@ def _time_left(seconds: float, unknown: int, jobs: int) -> str:
     return f"about {timedelta(seconds=round(seconds / jobs))}, {how}, by the epochs that are recorded{rest}"
 
 
-def _train(args: argparse.Namespace, runs: "Sequence[Run]", output: Path) -> int | None:
+def _train(args: argparse.Namespace, runs: "Sequence[Run]", output: Path, configs: Path) -> None:
     from mdistill.engine.console import StopRequest
+    from mdistill.reporting.table_cells import layout
     from mdistill.reporting.table_runs import Speeds, train
 
-    flags = ["--output", str(output), "--checkpoint-root", str(args.checkpoint_root)]
-    flags += ["--data-root", str(args.data_root), "--cache-root", str(common.cache_root(args))]
-    flags += ["--download"] if args.download else []
-    with _workers(args, output) as (claims, start, device):
-        flags += ["--device", device] if device else []
-        with StopRequest() as stop, _progress(runs, Speeds(runs, _recorded(args, output))) as progress:
-            outcome = train(
-                runs,
-                claims,
-                logs=output / ".logs",
-                jobs=args.jobs or (len(runs) if args.ray else 1),
-                flags=flags,
-                asked_to_stop=lambda: stop.signal is not None,
-                report=progress.report,
-                tell=progress.tell,
-                start=start,
-            )
-            name = stop.signal
+    with (
+        _workers(args, output) as (claims, start, device),
+        StopRequest() as stop,
+        _progress(runs, Speeds(runs, _recorded(args, output))) as progress,
+    ):
+        outcome = train(
+            runs,
+            claims,
+            logs=output / ".logs",
+            jobs=args.jobs or (len(runs) if args.ray else 1),
+            flags=run_flags(args, output, device),
+            asked_to_stop=lambda: stop.signal is not None,
+            report=progress.report,
+            tell=progress.tell,
+            start=start,
+        )
+        name = stop.signal
     for line in outcome.failures():
         print(f"failed: {line}", file=sys.stderr)
     done = f"{len(outcome.complete)} of {len(runs)} runs are complete"
@@ -195,8 +217,16 @@ def _train(args: argparse.Namespace, runs: "Sequence[Run]", output: Path) -> int
         raise Stopped(f"{name}: stopped, {done}; what was running is saved, run the same command again to go on")
     if outcome.failed:
         raise RunFailed(f"{done}, {len(outcome.failed)} failed; what they printed is in {output / '.logs'}")
+    with suppress(UserError):  # of a row or pair that was not asked for; `show` tells of it
+        layout(args.table, configs, args.output, overrides=args.overrides, epochs=args.epochs)  # so that it is quick
     print(done)
-    return None
+
+
+def run_flags(args: argparse.Namespace, output: Path, device: str | None) -> list[str]:
+    """Of ``mdistill train`` for every run that writes below ``output``."""
+    flags = ["--output", str(output), "--checkpoint-root", str(args.checkpoint_root)]
+    flags += ["--data-root", str(args.data_root), "--cache-root", str(common.cache_root(args))]
+    return [*flags, *(["--device", device] if device else []), *(["--download"] if args.download else [])]
 
 
 @contextmanager

@@ -166,6 +166,7 @@ class RunConfig(_Section):
     teacher_top_k: PositiveInt = 50  # classes of a sparse entry
     engine: Literal["auto", "eager", "graph", "compile"] = "auto"  # how steps are launched
     evaluate_every: PositiveInt = 1  # epochs; the last one is always evaluated
+    evaluate_test: bool = True  # false: the held-out images alone, as while settings are chosen
     checkpoint_minutes: Positive = 15.0  # within a longer epoch, the state is saved about as often
     deterministic: bool = False  # deterministic kernels on CUDA (slower); a CPU run always is
 
@@ -439,6 +440,8 @@ def _cross_checks(config: Config) -> list[str]:
             f"run.teacher_top_k: counts the classes of run.teacher_logits 'sparse', found {run.teacher_top_k} with"
             f" {run.teacher_logits!r}"
         )
+    if not run.evaluate_test and config.data.holdout == 0:
+        problems.append("run.evaluate_test: false evaluates the held-out images alone, and data.holdout is 0")
     solver = config.solver
     if solver.average_statistics != "averaged" and solver.average_from is None:
         problems.append(

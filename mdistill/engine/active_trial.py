@@ -435,7 +435,7 @@ class ActiveTrial:
 def session(experiment: Experiment, config: Config, engine: Engine) -> dict[str, Any]:
     """What a session of a run records of itself: its environment, data and teacher, and how steps are launched."""
     cell = cell_identity(config, experiment.fingerprints)
-    metadata = {**experiment.metadata, "engine": engine.name, "cell": cell}
+    metadata = {**experiment.metadata, "engine": engine.name, "cell": cell, "seed": config.seed}
     return environment(experiment.device, metadata, modules=config.imports)
 
 

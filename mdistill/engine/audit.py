@@ -14,7 +14,7 @@ from mdistill.precision import Precision
 
 Verdict = Literal["bit-equal", "close", "different"]
 
-CLOSE: dict[Precision, tuple[float, float]] = {"fp32": (1e-4, 1e-2), "tf32": (5e-3, 5e-2), "bf16": (5e-2, 1e-1)}
+CLOSE: dict[Precision, tuple[float, float]] = {"fp32": (1e-5, 1e-2), "tf32": (5e-3, 5e-2), "bf16": (5e-3, 5e-2)}
 """How far loss terms may be apart, as a share of the loss of their step, to be called close: in the first step, where
 weights and images are the same and rounding alone can differ, and in any of them, as rounding grows."""
 
@@ -23,16 +23,18 @@ CLOSE_EPOCH = 2e-2
 
 FIELDS = (
     *("code", "commit", "versions", "device", "kernels", "threads", "processes", "engine", "memory_format", "cell"),
-    *("data.fingerprint", "teacher.fingerprint", "student.sha256"),
+    *("seed", "data.fingerprint", "teacher.fingerprint", "student.sha256"),
 )
 """What ``env.json`` says of a session that can change its result; of a section all of it."""
 
-FINGERPRINTS = {
+IDENTITY = {
+    "seed": "another seed",
     "data.fingerprint": "other data",
     "teacher.fingerprint": "another teacher",
     "student.sha256": "other weights to begin with",
 }
-"""Those without which it is another run, and what the run then had."""
+"""Those without which it is another run, and what the run then had. Where all of them agree and ``cell`` does not, it
+had other settings."""
 
 
 @dataclass(frozen=True)

@@ -132,9 +132,12 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def build_dataset(config: Config, *, data_root: Path, download: bool) -> Dataset:
-    """The configured data set, with its hold-out."""
+    """The configured data set, with its hold-out; without ``run.evaluate_test`` its test split is not evaluated."""
     dataset = DATASETS.get(config.data.name)(data_root, download, **config.data.arguments)
-    return dataset.hold_out(config.data.holdout)
+    dataset = dataset.hold_out(config.data.holdout)
+    if not config.run.evaluate_test:
+        dataset.splits = tuple(split for split in dataset.splits if split != "test")
+    return dataset
 
 
 def build_network(section: str, name: str, arguments: Mapping[str, Any], info: DataInfo, *, seed: int) -> nn.Module:
@@ -409,8 +412,8 @@ def build(
     Args:
         configs: one for each trial; they differ in ``seed`` alone.
         cache_root: folder of the logit caches and class distances; None keeps none.
-        check_teacher: compare the teacher's accuracy with ``teacher.expected_top1``; what was measured once is
-            remembered under ``output_root``.
+        check_teacher: compare the teacher's accuracy with ``teacher.expected_top1``, where the test split is evaluated;
+            what was measured once is remembered under ``output_root``.
 
     Raises:
         UserError: anything in the configuration, the data, the teacher's file or its cache that does not fit.
@@ -426,7 +429,7 @@ def build(
         experiment, teacher, loaded = _assemble(configs, device, **roots, download=download)
     config, metadata = configs[0], experiment.metadata
     if config.teacher is not None and teacher is not None:
-        if check_teacher:
+        if check_teacher and config.run.evaluate_test:
             precision = config.run.teacher_precision or config.run.precision
             measured = [
                 verify_top1(

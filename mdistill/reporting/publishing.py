@@ -10,8 +10,10 @@ from mdistill.engine.run_folder import read_sessions
 from mdistill.errors import UserError
 from mdistill.files import read_text, write_text
 from mdistill.reporting.records import Record
+from mdistill.reporting.transfers import FOLDER, transfers_of
 
 MAX_BYTES = 1_000_000  # of a file
+SEARCHES = "searches"  # the folder of what was searched, below the runs and below the results
 
 
 def destination(record: Record, output: Path) -> Path:
@@ -25,7 +27,7 @@ def destination(record: Record, output: Path) -> Path:
 
 
 def publish(record: Record, target: Path) -> bool:
-    """Write configuration, environment and metrics of ``record`` into ``target``; whether that changed anything.
+    """Write configuration, environment, metrics and transfers of ``record`` into ``target``; whether any changed.
 
     Absolute paths become relative to the current folder, or their last part where they lie elsewhere.
 
@@ -38,7 +40,7 @@ def publish(record: Record, target: Path) -> bool:
     sessions = read_sessions(record.folder)
     if not sessions:
         raise UserError(f"{record.folder} has no env.json, which says what its result was made with")
-    files["env.json"] = json.dumps({"sessions": _portable(sessions)}, indent=2, allow_nan=False) + "\n"
+    files["env.json"] = _text({"sessions": _portable(sessions)}, record.folder / "env.json")
     config = _portable(record.config)
     if config == record.config:
         files["config.yaml"] = read_text(record.folder / "config.yaml")
@@ -46,12 +48,11 @@ def publish(record: Record, target: Path) -> bool:
         import yaml  # slow to import
 
         files["config.yaml"] = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=120)
+    for name, transfer in transfers_of(record).items():
+        content = transfer.model_dump(mode="json")
+        files[f"{FOLDER}/{name}"] = _text(_portable(content), record.folder / FOLDER / name)
     for name, text in files.items():
-        if len(text.encode()) > MAX_BYTES:
-            size = len(text.encode()) / 1e6
-            raise UserError(
-                f"{record.folder / name} has {size:.1f} MB, and a published file at most {MAX_BYTES / 1e6:g}"
-            )
+        _check_size(record.folder / name, text)
     if (target / "env.json").is_file():
         there = read_sessions(target)
         if there and there[0].get("started") != sessions[0].get("started"):
@@ -65,6 +66,39 @@ def publish(record: Record, target: Path) -> bool:
             write_text(target / name, text)
             changed = True
     return changed
+
+
+def _text(content: Any, path: Path) -> str:
+    """``content`` of ``path`` as JSON.
+
+    Raises:
+        UserError: it holds a number that JSON has not.
+    """
+    try:
+        return json.dumps(content, indent=2, allow_nan=False) + "\n"
+    except ValueError:
+        raise UserError(f"{path} is damaged: it holds a number that is not finite") from None
+
+
+def publish_searches(table: str, output: Path, results: Path) -> list[Path]:
+    """Copy the records of searches for the table called ``table``; where they are then.
+
+    Raises:
+        UserError: one is too large.
+    """
+    published = []
+    for path in [output / SEARCHES / f"{table}.json", *sorted((output / SEARCHES).glob(f"{table}-epochs[0-9]*.json"))]:
+        if path.is_file():
+            _check_size(path, text := read_text(path))
+            target = results / SEARCHES / path.name
+            write_text(target, text)
+            published.append(target)
+    return published
+
+
+def _check_size(path: Path, text: str) -> None:
+    if (size := len(text.encode())) > MAX_BYTES:
+        raise UserError(f"{path} has {size / 1e6:.1f} MB, and a published file at most {MAX_BYTES / 1e6:g}")
 
 
 def _portable(value: Any) -> Any:

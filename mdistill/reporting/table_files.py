@@ -1,15 +1,19 @@
 """Table files: which pairs, methods and seeds a table has, and the runs behind its cells."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdistill.errors import UserError, suggestion
+from mdistill.errors import UserError, printable, shown, suggestion
 
 if TYPE_CHECKING:
     from mdistill.config import Config, Inline
-    from mdistill.file_schemas import TableFile, TablePair, TableRow
+    from mdistill.file_schemas import ChosenSettings, SearchSpace, TableFile, TablePair, TableRow
+
+COUNTED = ("epochs", "epoch", "after")  # how names of a method's settings that are counted in epochs end
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Row:
     settings: dict[str, Any] | None = field(default=None, compare=False)
     published: str | None = None  # variant of its published figures, where it is not that of its runs
     without: dict[str, str] = field(default_factory=dict, compare=False)  # pairs that it has no cell for, and why
+    search: "Mapping[str, SearchSpace]" = field(default_factory=dict, compare=False)  # spaces by dotted setting
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Cell:
     overrides: tuple[str, ...] = ()  # and further ones
     folders: tuple[Path, ...] = ()  # where user modules are looked for
     inline: bool = False  # whether the table file is its configuration, and has ``own`` too
+    chosen: "ChosenSettings | None" = field(default=None, compare=False)  # by a search; they are in ``own``
+    of: str = field(default="", compare=False)  # digest of what the table file says of it
 
     @property
     def cfg(self) -> Path:
@@ -69,6 +76,10 @@ class Table:
     notes: tuple[str, ...] = ()
     dataset: str = ""  # the folder of its configurations
     every_run: tuple[str, ...] = ()  # ``key=value`` for all of them, the command line's last
+    epochs: int | None = None  # that every schedule is to be shortened to; those of ``cells`` are whole
+    transfer: dict[str, Any] = field(default_factory=dict)  # settings of metrics on targets
+    names_tuned: str = ""  # the file of chosen settings that it names
+    holdout: int | None = None  # training images that a search holds out; None for a tenth of them
 
     def cell(self, row: Row, pair: str) -> Cell:
         """The cell of ``row`` and ``pair``, which is none of ``row.without``."""
@@ -102,6 +113,8 @@ def read_table(
     seeds: Sequence[int] | None = None,
     overrides: Sequence[str] = (),
     imports: Sequence[str] = (),
+    epochs: int | None = None,
+    tuned: bool = True,
 ) -> Table:
     """The table of ``path``, or the part of it that is asked for.
 
@@ -110,6 +123,8 @@ def read_table(
         methods: names of rows.
         overrides: ``key=value`` for every run, after the table's own.
         imports: further user modules.
+        epochs: what every schedule is shortened to; None for what the file says.
+        tuned: whether its runs have the settings that a search has chosen, where it names them; else its own.
 
     Raises:
         UserError: the file, a row or a pair is none.
@@ -146,13 +161,24 @@ def read_table(
             if name not in pair_names:
                 near = suggestion(name, pair_names)
                 raise UserError(f"{path}: methods: {row.name}: without: {name!r} is no pair of this table{near}")
+    told = {row.name: row for row in given.methods}
+    digests = {(row.name, pair.name): _digest(told[row.name], pair, given) for row in rows for pair in wanted}
+    chosen = _chosen(given, path, names, pair_names) if tuned and given.tuned else {}
+    for place, each in chosen.items():
+        if each.of != digests.get(place, each.of):
+            raise UserError(
+                f"{path}: tuned: {given.tuned} was chosen before this file's {place[0]!r} or {place[1]!r} was changed;"
+                " run mdistill tune again, or remove the key"
+            )
     cells = tuple(
-        _cell(row, pair, given, path, configs, tuple(overrides))
+        replace(
+            _cell(row, pair, given, path, configs, tuple(overrides), chosen.get((row.name, pair.name)), tuned=tuned),
+            of=digests[row.name, pair.name],
+        )
         for row in rows
         for pair in wanted
         if pair.name not in row.without
     )
-    chosen = given.seeds if seeds is None else tuple(seeds)
     return Table(
         path,
         given.title,
@@ -160,12 +186,16 @@ def read_table(
         given.table,
         rows,
         tuple(pair.name for pair in wanted),
-        chosen,
+        given.seeds if seeds is None else tuple(seeds),
         cells,
         given.metrics,
         given.notes,
         given.dataset,
         (*given.set, *overrides),
+        given.epochs if epochs is None else epochs,
+        given.transfer.model_dump(mode="json"),
+        given.tuned,
+        given.tune.holdout,
     )
 
 
@@ -177,15 +207,16 @@ def cell_of(
     *,
     overrides: Sequence[str] = (),
     imports: Sequence[str] = (),
+    tuned: bool = True,
 ) -> Cell:
-    """One cell of the table of ``path``; ``pair`` may be left out where there is one alone.
+    """One cell of the table of ``path``, as ``read_table`` has it; ``pair`` may be left out where there is one alone.
 
     Raises:
         UserError: there is no such row or pair, or the file is none of a table.
     """
     pairs = None if pair is None else [pair]
     try:
-        table = read_table(path, configs, methods=[row], pairs=pairs, overrides=overrides, imports=imports)
+        table = read_table(path, configs, methods=[row], pairs=pairs, overrides=overrides, imports=imports, tuned=tuned)
     except UserError as error:
         raise UserError(str(error).replace("--methods", "--row").replace("--pairs", "--pair")) from None
     if not table.cells:
@@ -193,7 +224,8 @@ def cell_of(
         raise UserError(f"{path}: {row} {table.pairs[0]}: left out, {why}")
     if len(table.cells) > 1:
         raise UserError(f"--pair: {path} has {len(table.cells)} pairs; name one of {', '.join(table.pairs)}")
-    return table.cells[0]
+    (cell,) = table.cells
+    return cell if table.epochs is None else short(cell, table.epochs)
 
 
 def runs_of(table: Table) -> Iterator[tuple[Cell, int]]:
@@ -203,11 +235,36 @@ def runs_of(table: Table) -> Iterator[tuple[Cell, int]]:
             yield cell, seed
 
 
+def short(cell: Cell, epochs: int) -> Cell:
+    """``cell`` with a schedule of ``epochs``, and all that is counted in epochs in the same proportion."""
+    config = cell.config(0)
+    solver = config.solver
+    factor = epochs / solver.epochs
+
+    def scaled(value: int) -> int:
+        return max(1, round(value * factor))
+
+    def schedule(section: str, milestones: Sequence[int], warmup: int, total: int) -> list[str]:
+        kept = sorted(each for each in {scaled(each) for each in milestones} if each < total)
+        lines = [f"{section}.epochs={total}", f"{section}.milestones={kept}"]
+        return [*lines, *([f"{section}.lr_warmup_epochs={scaled(warmup)}"] if warmup else [])]
+
+    overrides = schedule("solver", solver.milestones, solver.lr_warmup_epochs, epochs)
+    if solver.average_from:
+        overrides.append(f"solver.average_from={scaled(solver.average_from)}")
+    for name, phase in config.phases.items():
+        overrides += schedule(f"phases.{name}", phase.milestones, phase.lr_warmup_epochs, scaled(phase.epochs))
+    for key, value in config.distiller.arguments.items():
+        if key.rpartition("_")[2] in COUNTED and isinstance(value, int) and value > 0:
+            overrides.append(f"distiller.{key}={scaled(value)}")
+    return replace(cell, overrides=(*cell.overrides, *(line.replace(" ", "") for line in overrides)))
+
+
 def _parsed(path: Path) -> "TableFile":
-    from pydantic import ValidationError
+    from pydantic import BaseModel, ValidationError
 
     from mdistill.config.files import read_yaml
-    from mdistill.file_schemas import TableFile, TableRow
+    from mdistill.file_schemas import SearchSpace, TableFile, TableRow, TransferSettings, TuneSettings
     from mdistill.registry import problem_lines
 
     try:
@@ -216,7 +273,9 @@ def _parsed(path: Path) -> "TableFile":
         lines = []
         for detail, line in zip(error.errors(), problem_lines(error), strict=True):
             place, key = ".".join(map(str, detail["loc"])), str(detail["loc"][-1])
-            known = (TableRow if len(detail["loc"]) > 1 else TableFile).model_fields
+            sections: dict[object, type[BaseModel]] = {"transfer": TransferSettings, "tune": TuneSettings}
+            model = sections.get(detail["loc"][0], TableRow) if len(detail["loc"]) > 1 else TableFile
+            known = (SearchSpace if "search" in detail["loc"] else model).model_fields
             if detail["type"] == "extra_forbidden":
                 line = f"{place}: unknown key{suggestion(key, known)} (allowed: {', '.join(known)})"
             elif detail["type"] == "missing":
@@ -230,12 +289,12 @@ def _row(given: "TableRow", table: "TableFile", path: Path, configs: Path) -> Ro
 
     if given.settings is not None:
         DISTILLERS.canonical(given.method, f"{path}: methods: {given.name}")
-        return Row(given.name, given.method, given.set, given.settings, given.published, given.without)
+        return Row(given.name, given.method, given.set, given.settings, given.published, given.without, given.search)
     for folder in (configs / table.dataset / given.method, path.parent / given.method):
         if folder.exists():
-            return Row(given.name, str(folder), given.set, None, given.published, given.without)
+            return Row(given.name, str(folder), given.set, None, given.published, given.without, given.search)
     if given.method in DISTILLERS.names():
-        return Row(given.name, given.method, given.set, {}, given.published, given.without)
+        return Row(given.name, given.method, given.set, {}, given.published, given.without, given.search)
     known = [each.name for each in (configs / table.dataset).glob("[!_]*") if each.is_dir()]
     raise UserError(
         f"{path}: methods: {given.method!r} is neither a folder of {configs / table.dataset}, nor beside the table"
@@ -243,8 +302,98 @@ def _row(given: "TableRow", table: "TableFile", path: Path, configs: Path) -> Ro
     )
 
 
+def _digest(row: "TableRow", pair: "TablePair", table: "TableFile") -> str:
+    """16 digits for all that the table file says of the runs of ``row`` and ``pair``, and of how they are tuned."""
+    told = (
+        row.model_dump(exclude={"published", "without"}),
+        pair.name,
+        pair.sections,
+        table.dataset,
+        table.set,
+        table.epochs,
+    )
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _chosen(
+    table: "TableFile", path: Path, rows: Sequence[str], pairs: Sequence[str]
+) -> "dict[tuple[str, str], ChosenSettings]":
+    """What ``tuned:`` of a table file holds, by row and pair.
+
+    Raises:
+        UserError: there is no such file, it is damaged, or names what the table has not.
+    """
+    file = path.parent / table.tuned
+    if file.name != table.tuned:
+        raise UserError(f"{path}: tuned: should be the name of a file beside this one, found {shown(table.tuned)}")
+    if not file.is_file():
+        near = suggestion(file.name, [other.name for other in file.parent.glob("*.yaml")])
+        raise UserError(
+            f"{path}: tuned: no such file {file}{near}; `mdistill tune {path} --budget N` writes {tuned_file(path)}"
+        )
+    found = {(each.row, each.pair): each for each in read_tuned(file)}
+    for name, key, known in [(row, "row", rows) for row, _ in found] + [(pair, "pair", pairs) for _, pair in found]:
+        if name not in known:
+            near = suggestion(name, known)
+            raise UserError(f"{file}: {key} {printable(name)!r} is none of {path}{near}; run mdistill tune again")
+    return found
+
+
+def tuned_file(path: Path) -> Path:
+    """Where the settings that are chosen for the table of ``path`` are written."""
+    return path.with_name(f"{path.stem}.tuned.yaml")
+
+
+def read_tuned(file: Path) -> "list[ChosenSettings]":
+    """What a file of chosen settings holds.
+
+    Raises:
+        UserError: it is none, or damaged.
+    """
+    from mdistill.config.files import read_yaml
+    from mdistill.file_schemas import TunedFile, checked
+
+    return checked(TunedFile, read_yaml(file), file, "run mdistill tune again, which writes it anew").chosen
+
+
+def how_tuned(cell: Cell, *, named: bool) -> str:
+    """How the settings of ``cell`` were tuned, or why they were not, in words.
+
+    Args:
+        named: whether the table file names tuned settings.
+    """
+    chosen = cell.chosen
+    if chosen is None:
+        why = "its search is not done" if named else "the table file names no tuned settings"
+        return f"not tuned: {why if cell.row.search else 'no search space'}"
+    trials = f"all {chosen.trials} settings of its space" if chosen.whole_space else f"{chosen.trials} trials"
+    failed = f" ({chosen.failed} failed)" if chosen.failed else ""
+    epochs = f"{chosen.epochs} epochs"
+    epochs += f" instead of {chosen.own_epochs}" if chosen.epochs != chosen.own_epochs else ""
+    return (
+        f"tuned with a budget of {chosen.budget}: {trials}{failed} of {epochs} with seed {chosen.seed}, scored by top-1"
+        f" after the last epoch on {chosen.holdout:,} held-out training images, never on the test split"
+    )
+
+
+def as_overrides(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """``key=value`` for each of them."""
+    return tuple(
+        f"{key}={json.dumps(value, separators=(',', ':'), ensure_ascii=False, default=str)}"
+        for key, value in settings.items()
+    )
+
+
 def _cell(
-    row: Row, pair: "TablePair", table: "TableFile", path: Path, configs: Path, overrides: tuple[str, ...]
+    row: Row,
+    pair: "TablePair",
+    table: "TableFile",
+    path: Path,
+    configs: Path,
+    overrides: tuple[str, ...],
+    chosen: "ChosenSettings | None",
+    *,
+    tuned: bool,
 ) -> Cell:
     from mdistill.config import Inline
 
@@ -253,9 +402,11 @@ def _cell(
     if inline:
         modules = [argument for module in table.imports for argument in ("--import", module)]
         train = ("--cfg", str(path), "--row", row.name, "--pair", pair.name, *modules)
+        train += () if tuned else ("--untuned",)
         parts = (*parts, Inline(path, {"imports": list(table.imports)}))
     folders = (path.resolve().parent, *(part.resolve().parent for part in parts if isinstance(part, Path)), Path.cwd())
-    return Cell(row, pair.name, parts, train, (*table.set, *row.overrides), overrides, folders, inline)
+    own = (*table.set, *row.overrides, *(as_overrides(chosen.settings) if chosen is not None else ()))
+    return Cell(row, pair.name, parts, train, own, overrides, folders, inline, chosen)
 
 
 def _configuration(

@@ -21,7 +21,7 @@ from mdistill.engine.claims import Claims
 from mdistill.engine.run_folder import read_metrics
 from mdistill.errors import Stopped, UserError, printable, shown
 from mdistill.files import lock_folder, read_text
-from mdistill.reporting.table_files import Cell, Row, Table, runs_of
+from mdistill.reporting.table_files import Cell, Row, Table, runs_of, short
 
 if TYPE_CHECKING:
     from mdistill.config import Config
@@ -35,7 +35,6 @@ RECENT = 20  # epochs of a record by which the speed of a run is judged, its las
 MOST_BYTES = 200  # of a run's key, which names files
 IN_USE = "is in use by another running process"  # as ``lock_folder`` says
 TEACHER = "teacher"  # the row that a missing teacher's run is of
-COUNTED = ("epochs", "epoch", "after")  # how names of a method's settings that are counted in epochs end
 
 State = Literal["complete", "begun", "missing", "other"]
 
@@ -134,15 +133,10 @@ def _difference(path: Path, config: "Config") -> str:
     return "; ".join([*listed[:3], *(["..."] if listed[3:] else [])])
 
 
-def plan(
-    table: Table, *, output: Path, checkpoint_root: Path, configs: Path, train_teachers: bool, epochs: int | None = None
-) -> list[Run]:
+def plan(table: Table, *, output: Path, checkpoint_root: Path, configs: Path, train_teachers: bool) -> list[Run]:
     """Every run of ``table``, teachers that have to be trained first, then seed by seed; one of several cells once.
 
     A teacher whose file is missing and which an earlier call has trained below ``output`` is taken from there.
-
-    Args:
-        epochs: what every schedule is shortened to.
 
     Raises:
         UserError: a configuration does not fit, or two rows would share a run folder.
@@ -154,16 +148,14 @@ def plan(
     for cell, seed in runs_of(table):
         place = (cell.row, cell.pair)
         if place not in configurations:
-            configurations[place] = _configured(cell, table.seeds[0], epochs)
+            configurations[place] = _configured(cell, table.seeds[0], table.epochs)
         shortened, config = configurations[place]
         run = _run(shortened, config.model_copy(update={"seed": seed}), output)
         teacher = config.teacher
         if teacher is not None:
             known = (teacher.name, teacher.checkpoint)
             if known not in sources:
-                sources[known] = _teacher(
-                    run, table, output, checkpoint_root, configs, train=train_teachers, epochs=epochs
-                )
+                sources[known] = _teacher(run, table, output, checkpoint_root, configs, train=train_teachers)
             source = sources[known]
             if isinstance(source, Run):
                 override = (f"teacher.checkpoint={source.folder.resolve()}", "teacher.expected_top1=null")
@@ -214,7 +206,6 @@ def _teacher(
     configs: Path,
     *,
     train: bool,
-    epochs: int | None,
 ) -> Run | str | None:
     """Where the teacher of ``run`` comes from: its file (None), a run that trains it, or why it is missing."""
     reason = _why_missing(run.config, checkpoint_root)
@@ -224,7 +215,7 @@ def _teacher(
     cell = _teacher_cell(run, table, configs)
     if cell is None:
         return reason
-    trained = _run(*_configured(cell, 0, epochs), output)
+    trained = _run(*_configured(cell, 0, table.epochs), output)
     if train or trained.state == "complete":
         return trained
     return f"{reason}; or train it here, with --train-teachers"
@@ -262,31 +253,6 @@ def _teacher_cell(run: Run, table: Table, configs: Path) -> Cell | None:
         overrides=overrides,
         folders=run.cell.folders,
     )
-
-
-def short(cell: Cell, epochs: int) -> Cell:
-    """``cell`` with a schedule of ``epochs``, and all that is counted in epochs in the same proportion."""
-    config = cell.config(0)
-    solver = config.solver
-    factor = epochs / solver.epochs
-
-    def scaled(value: int) -> int:
-        return max(1, round(value * factor))
-
-    def schedule(section: str, milestones: Sequence[int], warmup: int, total: int) -> list[str]:
-        kept = sorted(each for each in {scaled(each) for each in milestones} if each < total)
-        lines = [f"{section}.epochs={total}", f"{section}.milestones={kept}"]
-        return [*lines, *([f"{section}.lr_warmup_epochs={scaled(warmup)}"] if warmup else [])]
-
-    overrides = schedule("solver", solver.milestones, solver.lr_warmup_epochs, epochs)
-    if solver.average_from:
-        overrides.append(f"solver.average_from={scaled(solver.average_from)}")
-    for name, phase in config.phases.items():
-        overrides += schedule(f"phases.{name}", phase.milestones, phase.lr_warmup_epochs, scaled(phase.epochs))
-    for key, value in config.distiller.arguments.items():
-        if key.rpartition("_")[2] in COUNTED and isinstance(value, int) and value > 0:
-            overrides.append(f"distiller.{key}={scaled(value)}")
-    return replace(cell, overrides=(*cell.overrides, *(line.replace(" ", "") for line in overrides)))
 
 
 # ---- how long it takes ---------------------------------------------------------------------------------------------
@@ -419,6 +385,21 @@ class WorkerLost(Exception):  # noqa: N818  (reads as the sentence it prints)
 Start = Callable[[Sequence[str], Path, Mapping[str, str]], Process]
 
 
+class Agenda:
+    """What is done with a run beside training it, while it is claimed; with a table's runs nothing."""
+
+    def settled(self, run: Run) -> Run | None:
+        """``run`` as it is to be trained, under the same key; None where it has ended already."""
+        return run
+
+    def complete(self, run: Run) -> None:
+        """It is; several processes may say so."""
+
+    def failed(self, run: Run) -> bool:
+        """Whether a run that has failed is done with nevertheless."""
+        return False
+
+
 @dataclass
 class _Job:
     run: Run
@@ -453,6 +434,7 @@ def train(
     report: Callable[[Sequence[Run], Outcome], None],
     tell: Callable[[str], None] = print,
     start: Start | None = None,
+    agenda: Agenda | None = None,
 ) -> Outcome:
     """Train every run that is not complete, ``jobs`` at a time; a run that fails does not keep the others.
 
@@ -463,8 +445,10 @@ def train(
         report: is told, every ``POLL`` seconds, what is running and what has become of the others.
         tell: prints a line.
         start: begins a process with arguments, the file that it prints to, and its environment.
+        agenda: is asked about each run.
     """
-    return _Training(runs, claims, logs, jobs, flags, tell, start or _start).run(asked_to_stop, report)
+    training = _Training(runs, claims, logs, jobs, flags, tell, start or _start, agenda or Agenda())
+    return training.run(asked_to_stop, report)
 
 
 class _Training:
@@ -477,8 +461,10 @@ class _Training:
         flags: Sequence[str],
         tell: Callable[[str], None],
         start: Start,
+        agenda: Agenda,
     ) -> None:
         self.claims, self.logs, self.jobs, self.flags, self.tell, self.start = claims, logs, jobs, flags, tell, start
+        self.agenda = agenda
         self.outcome = Outcome()
         self.pending = {run.key: run for run in runs}
         self.active: dict[str, _Job] = {}
@@ -534,7 +520,10 @@ class _Training:
             elif job.lost or IN_USE in (why := lost or _reason(job.log, code)):  # by a run whose worker was killed
                 self.pending[key] = job.run
             else:
-                self._fail(job.run, why)
+                if self.agenda.failed(job.run):
+                    self.outcome.complete.append(job.run)
+                else:
+                    self._fail(job.run, why)
                 self.tell(f"failed: {job.run.label}: {why}")
             self.claims.release(key)
         return ended
@@ -556,15 +545,19 @@ class _Training:
             if len(self.active) >= self.jobs:
                 return
             if run.state == "complete":
+                self.agenda.complete(run)
                 self.outcome.complete.append(self.pending.pop(key))
             elif why := self._hindrance(run):
                 self._fail(self.pending.pop(key), why)
             elif run.needs not in {*self.pending, *self.active} and not _in_use(run.folder) and self._claim(run):
                 self._begin(self.pending.pop(key))
 
-    def _begin(self, run: Run) -> None:
-        """Train ``run``, which is ours: nobody else writes its folder now."""
-        if run.is_complete():  # by another process, a moment ago
+    def _begin(self, claimed: Run) -> None:
+        """Train what is ``claimed``: nobody else writes its folder now."""
+        run = self.agenda.settled(claimed)
+        if run is None:
+            self.outcome.complete.append(claimed)
+        elif run.is_complete():  # by another process, a moment ago
             self._complete(run)
         elif run.difference:
             settings = f"a run of other settings ({run.difference})"
@@ -574,7 +567,7 @@ class _Training:
             arguments = [*run.cell.arguments(run.seed), "--resume", *self.flags]
             self.active[run.key] = _Job(run, self.start(arguments, log, self.environment), log)
             return
-        self.claims.release(run.key)
+        self.claims.release(claimed.key)
 
     def _claim(self, run: Run) -> bool:
         """Claim ``run``, and tell of an owner that is not there any more."""
@@ -594,6 +587,7 @@ class _Training:
         return False
 
     def _complete(self, run: Run) -> None:
+        self.agenda.complete(run)
         self.outcome.complete.append(run)
         self.tell(f"complete: {run.label}")
 

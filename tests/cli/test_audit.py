@@ -187,7 +187,21 @@ def test_another_teacher_is_told_without_a_replay(kd_run: Path, tmp_path: Path, 
     assert told.endswith("different: the run had another teacher, so nothing was replayed\n")
 
 
-def test_another_setting_or_term_is_told(kd_run: Path, tmp_path: Path, capsys: Capture) -> None:
+@pytest.mark.parametrize(
+    ("section", "key", "value", "why"),
+    [("solver", "lr", 0.06, "other settings than config.yaml has now"), (None, "seed", 7, "another seed")],
+)
+def test_another_setting_is_told_without_a_replay(
+    section: str | None, key: str, value: float, why: str, kd_run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    settings = yaml.safe_load((kd_run / "config.yaml").read_text())
+    (settings if section is None else settings[section])[key] = value
+    (kd_run / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert audit(kd_run, tmp_path) == 1
+    assert capsys.readouterr().out.endswith(f"different: the run had {why}, so nothing was replayed\n")
+
+
+def test_another_term_is_told(kd_run: Path, tmp_path: Path, capsys: Capture) -> None:
     def rename(line: dict[str, Any]) -> None:
         terms = line["first_steps"]["terms"]
         terms["old"] = terms.pop("kd")

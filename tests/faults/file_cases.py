@@ -29,11 +29,31 @@ import tests.conftest  # noqa: F401  (registers the tiny data set and network)
 from mdistill.data import cifar100
 from mdistill.data.loader import BatchLoader
 from mdistill.models import MODELS
+from mdistill.reporting.searching import Journal
+from mdistill.reporting.table_files import read_table
 from tests import runs
 from tests.distillers.examples import SETTINGS
 from tests.faults import damage, forked, hostile
 from tests.same import assert_same
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+TABLE = """
+title: a search
+dataset: quickstart
+pairs:
+  - name: tiny_tiny
+    teacher: {name: tiny_net, checkpoint: teacher.pt}
+    student: {name: tiny_net}
+    data: {name: tiny, images: 100, batch_size: 50}
+    solver: {epochs: 1, milestones: []}
+methods:
+  - name: KD
+    method: kd
+    settings: {ce_weight: 1.0, kd_weight: 1.0, temperature: 2.0}
+    search: {solver.lr: {low: 0.01, high: 0.1, log: true}}
+seeds: [0]
+tuned: table.tuned.yaml
+"""
 CIFAR_IMAGES = {"train": 20, "test": 10}
 LIMIT = 20  # seconds for a command
 MEMORY = 12 << 30  # bytes of address space for a command
@@ -54,7 +74,21 @@ SPARSE = (*_TRAIN, "--cfg", "sparse.yaml", "--output", "sparse", "--overwrite", 
 DISTANCES = (*_TRAIN, "--cfg", "distances.yaml", "--output", "distances", "--overwrite", "solver.epochs=1")
 EVAL = ("eval", "--device", "cpu", "--json")
 AUDIT = ("audit", f"done/{RUN}", "--checkpoint-root", ".", "--json")
-READING = {"eval", "audit"}  # commands that write nothing
+TUNED = (
+    "train",
+    "--cfg",
+    "table.yaml",
+    "--row",
+    "KD",
+    "--output",
+    "tuned",
+    "--checkpoint-root",
+    ".",
+    "--device",
+    "cpu",
+)
+TUNE = ("tune", "table.yaml", "--budget", "3", "--dry-run", "--output", "searched", "--checkpoint-root", ".")
+READING = {"eval", "audit", "tune"}  # commands that write nothing
 CIFAR = (*EVAL, "--model", "resnet8", "--data", "cifar100", "--data-root", ".", "--weights", "resnet8.pt")
 LONE = (*EVAL, "--model", "tiny_net", "--data", "tiny", "--weights")
 
@@ -86,9 +120,26 @@ def files() -> Path:
     for arguments in ([*_TRAIN, "--output", "done", "solver.epochs=1"], SPARSE, DISTANCES):
         ended = command(folder, arguments)
         assert ended.code == 0, ended
+    _write_search(folder)
     ended = command(folder, RESUME, stop_at=8)
     assert ended.code == 75, ended
     return folder
+
+
+def _write_search(folder: Path) -> None:
+    """A table file with a search, the journal of it, and what it has chosen."""
+    (folder / "table.yaml").write_text(TABLE)
+    (cell,) = read_table(folder / "table.yaml", CONFIGS, tuned=False).cells
+    journal = Journal(folder / "searched/.tune/table/journal.log")
+    journal.note("KD tiny_tiny", budget=3)
+    for number, lr in enumerate((0.05, 0.02)):
+        journal.begin("KD tiny_tiny", cell.row.search, number, {"solver.lr": lr})
+    journal.end("KD tiny_tiny", 0, 50.0, {"folder": "x"})
+    chosen = {"row": "KD", "pair": "tiny_tiny", "settings": {"solver.lr": 0.02}, "own_settings": {"solver.lr": 0.05}}
+    chosen |= {"top1": 51.0, "own_top1": 50.0, "trial": 1, "trials": 3, "failed": 0, "budget": 3, "whole_space": False}
+    chosen |= {"holdout": 10, "data": "f" * 64, "epochs": 1, "own_epochs": 1, "seed": 0, "sampler": "s", "commit": ""}
+    content = {"format": 1, "chosen": [chosen | {"of": cell.of}]}
+    (folder / "table.tuned.yaml").write_text(yaml.safe_dump(content))
 
 
 def _write_cifar(folder: Path) -> None:
@@ -138,6 +189,8 @@ def result(folder: Path, arguments: Sequence[str], out: str) -> Any:
         return {key: line[key] for key in ("model", "top1", "top5", "loss", "images")}
     if arguments[0] == "audit":
         return json.loads(out)
+    if arguments[0] == "tune":
+        return out
     run = next((folder / arguments[arguments.index("--output") + 1]).rglob("seed0"))
     states = {name: damage.load_torch(run / f"{name}.pt") for name in ("last", "student")}
     return {"metrics": runs.read_metrics(run), **states}
@@ -331,6 +384,8 @@ TARGETS = [
     Target("audit_metrics", f"done/{RUN}/metrics.jsonl", AUDIT, *_LINES, _ANY),
     Target("audit_config", f"done/{RUN}/config.yaml", AUDIT, *_YAML, _ANY),
     Target("audit_env", f"done/{RUN}/env.json", AUDIT, *_JSON, _ANY),
+    Target("tuned", "table.tuned.yaml", TUNED, *_YAML, _ANY),
+    Target("journal", "searched/.tune/table/journal.log", TUNE, *_LINES, _ANY),
     Target("cfg", "kd.yaml", FRESH, *_YAML, _ANY),
     *(Target(f"cifar_{name}", f"cifar-100-python/{name}", CIFAR, *_PICKLE, _ANY) for name in ("train", "test", "meta")),
 ]
@@ -436,11 +491,13 @@ def hostile_cases() -> Iterator[tuple[str, Case]]:
     for reader, path, arguments in (
         ("cfg", "kd.yaml", FRESH),
         ("eval", f"done/{RUN}/config.yaml", (*EVAL, f"done/{RUN}")),
+        ("tuned", "table.tuned.yaml", TUNED),
     ):
         for name, data in _texts().items():
             make = functools.partial(bytes, data)
             yield f"yaml/{reader}/{name}", functools.partial(replaced, path=path, data=make, arguments=arguments)
     for reader, path, arguments in (
+        ("journal", "searched/.tune/table/journal.log", TUNE),
         ("env", f"out/{RUN}/env.json", RESUME),
         ("eval_env", f"done/{RUN}/env.json", (*EVAL, f"done/{RUN}")),
         ("metrics", f"out/{RUN}/metrics.jsonl", RESUME),

@@ -1,0 +1,211 @@
+"""``mdistill tune``: search the settings of a table's rows, each with as many trials, on held-out training images."""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mdistill.cli import common
+from mdistill.cli.table import EVERY, LOOK, add_jobs, count, names, run_flags, time_left
+from mdistill.errors import RunFailed, Stopped
+
+if TYPE_CHECKING:
+    from mdistill.reporting.searching import Journal
+    from mdistill.reporting.table_files import Table
+    from mdistill.reporting.table_runs import Outcome, Run
+    from mdistill.reporting.tuning import Search, Tuning
+
+DESCRIPTION = """Search the settings of those rows of a table that have a search: key, for each pair.
+
+Every search has the same number of trials, the first with the table's own settings. A trial is a run with one seed,
+scored by the last epoch's top-1 on training images that are held out; the test split is never evaluated. What is chosen
+is written to TABLE.tuned.yaml beside the table file, which uses it where it says `tuned: TABLE.tuned.yaml`; all trials
+to OUTPUT/searches/TABLE.json. Any number of processes and machines may share the work over a shared --output; what was
+stopped goes on with the same command."""
+
+EXAMPLES = f"""  mdistill tune my_table.yaml --budget 20 --dry-run        what there is to do, and how long it takes
+  mdistill tune my_table.yaml --budget 20 --jobs 2
+  mdistill tune my_table.yaml --budget 20 --epochs 60      schedules shortened to 60 epochs, which the record tells
+  mdistill table run my_table.yaml                         train the table with what was chosen
+
+{common.EXIT_CODES}"""
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = common.machine_parser("tune", DESCRIPTION, EXAMPLES)
+    parser.add_argument("table", type=common.path, help="a table file with search: keys")
+    parser.add_argument("--budget", type=count, required=True, metavar="N", help="trials of each row and pair")
+    parser.add_argument("--pairs", type=names, help="some of its pairs (default: all)")
+    parser.add_argument("--epochs", type=count, metavar="N", help="shorten every schedule in proportion")
+    add_jobs(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and the time it takes, train nothing")
+    common.add_roots(parser)
+    common.add_cache_root(parser)
+    common.add_imports(parser)
+    return parser.parse_intermixed_args(arguments)
+
+
+def tune(args: argparse.Namespace) -> None:
+    from mdistill.reporting.searching import Journal
+    from mdistill.reporting.table_files import read_table
+    from mdistill.reporting.tuning import searches, with_holdout, work_folder
+
+    configs = common.project_root() / "configs"
+    table = read_table(args.table, configs, pairs=args.pairs, imports=args.imports, tuned=False)
+    found = searches(
+        table,
+        budget=args.budget,
+        output=args.output,
+        checkpoint_root=args.checkpoint_root,
+        configs=configs,
+        epochs=args.epochs,
+    )
+    folder = work_folder(table, args.output, args.epochs)
+    path = folder / "journal.log"
+    journal = None if args.dry_run and not path.is_file() else Journal(path)
+    if args.dry_run:
+        _print_plan(args, table, found, journal)
+        return
+    assert journal is not None
+    found = with_holdout(found, journal, data_root=args.data_root, download=args.download)
+    whole = read_table(args.table, configs, imports=args.imports, tuned=False)
+    _search(args, whole, found, journal, folder)
+
+
+def _print_plan(args: argparse.Namespace, table: "Table", found: "Sequence[Search]", journal: "Journal | None") -> None:
+    from mdistill.reporting.searching import described
+    from mdistill.reporting.table_runs import Speeds
+    from mdistill.reporting.tuning import SHARE, Tuning
+
+    known = [] if journal is None else journal.names()
+    left: list[Run] = []
+    for search in found:
+        ended: set[int] = set()
+        if journal is not None and search.label in known:
+            ended = {each.number for each in Tuning([search], journal).trials(search) if each.state != "running"}
+        left += [search.slot(number) for number in range(search.count) if number not in ended]
+        space = "; ".join(f"{key} {described(each)}" for key, each in search.spaces.items())
+        holdout = "a tenth" if search.holdout is None else f"{search.holdout:,}"
+        assert SHARE == 10
+        print(
+            f"{search.label}: {len(ended)} of {search.count} trials done, of {search.slot(0).epochs} epochs with"
+            f" {holdout} of the training images held out; {space}"
+        )
+        if search.missing:
+            print(f"no teacher: {search.missing}")
+    for row in table.rows:
+        if not row.search:
+            print(f"not tuned, it has no search space: {row.name}")
+    seconds, unknown = Speeds(left, [args.output, *{search.folder for search in found}]).left(left)
+    trials = sum(search.count for search in found)
+    print(f"{trials} trials, {trials - len(left)} done; {time_left(seconds, unknown, args.jobs)}")
+
+
+def _search(
+    args: argparse.Namespace, table: "Table", found: "Sequence[Search]", journal: "Journal", folder: Path
+) -> None:
+    from mdistill.engine.claims import Claims
+    from mdistill.engine.console import StopRequest
+    from mdistill.reporting.table_runs import train
+    from mdistill.reporting.tuning import agenda_of, enter
+
+    enter(found, journal)
+    runs, tuning = agenda_of(found, journal)
+    claims = Claims(folder / ".claims")
+    try:
+        with StopRequest() as stop, _progress(found, tuning) as progress:
+            outcome = train(
+                runs,
+                claims,
+                logs=folder / ".logs",
+                jobs=args.jobs,
+                flags=run_flags(args, folder, args.device),
+                asked_to_stop=lambda: stop.signal is not None,
+                report=progress.report,
+                tell=progress.tell,
+                agenda=tuning,
+            )
+            name = stop.signal
+    finally:
+        claims.close()
+    for line in outcome.failures():
+        print(f"failed: {line}", file=sys.stderr)
+    others = _write(args, table, found, tuning, journal)
+    if name is not None and outcome.stopped:
+        raise Stopped(f"{name}: stopped; what was running is saved, run the same command again to go on")
+    if outcome.failed or others:
+        why = f"; what they printed is in {folder / '.logs'}" if outcome.failed else ""
+        raise RunFailed("\n".join([*others[:-1], f"{others[-1]}{why}"]) if others else f"runs failed{why}")
+
+
+def _write(
+    args: argparse.Namespace, table: "Table", found: "Sequence[Search]", tuning: "Tuning", journal: "Journal"
+) -> list[str]:
+    """Write the record and what is chosen, and print it; a line for each search that is not done."""
+    from mdistill.reporting.publishing import SEARCHES
+    from mdistill.reporting.tuning import findings, write_chosen, write_record
+
+    ended = -1
+    while ended != tuning.ended():  # another process may have ended a trial while this one wrote
+        ended = tuning.ended()
+        done, others = findings(found, tuning)
+        record = args.output / SEARCHES / f"{found[0].folder.name}.json"
+        write_record(record, table, journal, args.epochs)
+        file = write_chosen(table, done) if done else None
+    for each in done:
+        print(each.line)
+    print(f"all trials: {record}")
+    if file is not None:
+        print(f"chosen settings: {file}")
+        if table.names_tuned != file.name:
+            print(f"{table.path} uses them once it has the line `tuned: {file.name}`")
+    return others
+
+
+class _Progress:
+    """One bar over the epochs of all trials; lines instead where there is no terminal."""
+
+    def __init__(self, found: "Sequence[Search]", tuning: "Tuning", bar: Any) -> None:
+        self._tuning, self._bar = tuning, bar
+        self._trials = sum(search.count for search in found)
+        self._each = bar.total / max(1, self._trials)
+        self._looked, self._printed = -LOOK, time.monotonic()
+
+    def report(self, active: "Sequence[Run]", outcome: "Outcome") -> None:
+        """How far the searches are."""
+        now = time.monotonic()
+        if now - self._looked < LOOK:
+            return
+        self._looked, ended = now, self._tuning.ended()
+        self._bar.n = min(self._bar.total, round(ended * self._each) + sum(run.epochs_done for run in active))
+        words = f"{ended} of {self._trials} trials done, {len(active)} running"
+        words += f", {len(outcome.failed)} failed" if outcome.failed else ""
+        self._bar.set_postfix_str(words, refresh=False)
+        if not self._bar.disable:
+            self._bar.refresh()
+        elif now - self._printed >= EVERY:
+            self._printed = now
+            print(words, flush=True)
+
+    def tell(self, line: str) -> None:
+        """Print ``line`` above the bar."""
+        self._bar.write(line)
+        sys.stdout.flush()
+
+
+@contextmanager
+def _progress(found: "Sequence[Search]", tuning: "Tuning") -> "Iterator[_Progress]":
+    from tqdm import tqdm
+
+    total = sum(search.count * search.slot(0).epochs for search in found)
+    form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}{postfix}]"
+    with tqdm(total=total, bar_format=form, dynamic_ncols=True, disable=None) as bar:
+        bar.total = total
+        yield _Progress(found, tuning, bar)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return common.run(tune, parse, arguments, when_stopped="run it again to go on")
