@@ -378,12 +378,12 @@ def test_a_trial_that_diverges_counts_and_is_not_chosen(
     def score(settings: Mapping[str, Any]) -> float | None:
         return None if settings["kd_weight"] < 0.9 else of_kd(settings)
 
-    assert tune(budget=8, score=score) == 0
+    assert tune(budget=6, score=score) == 0
     trials = trials_of(tmp_path / "runs")
     failed = [trial for trial in trials if trial["state"] == "failed"]
     assert failed
     assert {trial["failure"] for trial in failed} == {"the loss is nan"}
-    assert len(trials) == 8
+    assert len(trials) == 6
     (kd, _) = yaml.safe_load((tmp_path / "table.tuned.yaml").read_text())["chosen"]
     assert kd["failed"] == len(failed)
     assert "failed: KD wide_narrow trial " in capsys.readouterr().out
@@ -581,10 +581,10 @@ def test_a_whole_search_never_evaluates_the_test_split(
 
     monkeypatch.setattr(table_runs, "_start", start)
     roots = ["--output", str(tmp_path / "runs"), "--checkpoint-root", str(tmp_path), "--device", "cpu"]
-    assert tune_cli.main([str(file), "--budget", "3", *roots]) == 0, capsys.readouterr().err
-    assert codes == [0] * 5
+    assert tune_cli.main([str(file), "--budget", "2", *roots]) == 0, capsys.readouterr().err
+    assert codes == [0] * 4
     lines = [line for path in sorted((tmp_path / "runs").rglob("metrics.jsonl")) for line in read_metrics(path.parent)]
-    assert len(lines) == 10
+    assert len(lines) == 8
     assert not [key for line in lines for key in line if "test" in key]
     trials = trials_of(tmp_path / "runs")
     ends = [read_metrics(tmp_path / "runs/.tune/table" / trial["folder"])[-1]["val/top1"] for trial in trials]
