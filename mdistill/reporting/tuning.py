@@ -185,6 +185,8 @@ def searches(
             found.append(replace(search, own=own))
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
+    if not found:
+        raise UserError(f"--pairs: no row with a search: key has a cell of {', '.join(table.pairs)}")
     return found
 
 

@@ -502,6 +502,12 @@ def test_a_table_without_a_space_a_smaller_budget_and_another_search_are_told(
     )
     file.write_text(TABLE.replace("seeds:", "tune: {holdout: 20}\nseeds:"))
     assert "its search was begun with holdout 10, and it is 20 now" in refused(capsys, tune(budget=3))
+    file.write_text(
+        TABLE.replace("method: kd", "method: kd, without: {wide_narrow: no need}").replace(
+            "    method: kd, ", "    method: kd\n    "
+        )
+    )
+    assert "--pairs: no row with a search: key has a cell of wide_narrow" in refused(capsys, tune())
     file.write_text("title: a\ndataset: small\npairs: [wide_narrow]\nmethods: [kd]\n")
     assert "table.yaml: no row has a search: key; give one such as {name: KD, " in refused(capsys, tune())
     with pytest.raises(SystemExit):
