@@ -13,14 +13,28 @@ import itertools
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 from mdistill.config import load
 from mdistill.engine.run_folder import read_metrics
-from mdistill.reporting.tables import paired_table
+from mdistill.reporting.statistics import mean_std_text, paired
+from mdistill.reporting.tables import text_table
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "quickstart"
+
+
+def paired_table(results: Mapping[str, Mapping[int, float]], baseline: str) -> str:
+    """Mean and deviation over seeds of each label, and how far it is above ``baseline``, seed by seed."""
+    rows = []
+    for label, values in results.items():
+        row = [label, mean_std_text([*values.values()])]
+        comparison = paired([values[seed] - results[baseline][seed] for seed in sorted(values)])
+        assert comparison is not None
+        interval = f"{comparison.low:+.2f} to {comparison.high:+.2f}"
+        rows.append([*row, "", ""] if label == baseline else [*row, f"{comparison.difference:+.2f}", interval])
+    return text_table([f"top-1 over {len(results[baseline])} seeds", "", "difference", "95 % interval"], rows)
 
 
 def main() -> None:

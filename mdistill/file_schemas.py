@@ -1,7 +1,7 @@
 """What each kind of file beside the weights holds; ``read_json`` and ``checked`` compare a file with its schema.
 
 ``EpochLine``: a line of ``metrics.jsonl``. ``Environment``: ``env.json``. ``Teachers``: ``teachers.json``.
-``ExternalRun``: ``external.json``.
+``ExternalRun``: ``external.json``. ``TransferRecord``: ``transfer/<target>.json``.
 ``Checkpoint``: the plain part of ``last.pt``; its tensors are compared with those that they go into. ``ChunkHeader``:
 the header of a file of cached logits, or of distances between classes. ``TableFile``: a table file. ``TunedFile``: the
 settings that were chosen for one.
@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from mdistill import __version__
 from mdistill.errors import UserError
 from mdistill.files import read_text
 from mdistill.registry import problem_lines
@@ -117,6 +118,79 @@ class ExternalRun(_Exact):
     best: _EpochFigures | None
     files: dict[Text, Text]  # SHA-256 by name
     measured: dict[Literal["last", "best"], _Measured] = {}
+
+
+TARGET_NAME = r"(?:stl10|tiny_imagenet|folder-[A-Za-z0-9_.\-]{1,80})"
+
+
+class TransferSettings(_Exact):
+    """How a linear classifier on frozen features is trained, and what the images are turned into before."""
+
+    epochs: Annotated[int, Field(ge=1, le=10**6)] = 100
+    batch_size: Annotated[int, Field(ge=1, lt=2**31)] = 64
+    lr: Annotated[float, Field(gt=0, le=1e9)] = 0.1
+    milestones: Annotated[tuple[Epoch, ...], Field(strict=False)] = (30, 60, 90)  # epochs after which the rate falls
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1  # by this factor
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = True
+    weight_decay: Annotated[float, Field(ge=0, le=1e9)] = 0.0
+    standardize: bool = False  # each feature, by its mean and deviation over the training images
+    mirror: bool = False  # train on the features of every image and of its mirror image
+    image_size: Annotated[int, Field(ge=1, le=4096)] = 32
+    resize: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    normalize: Literal["student", "target", "imagenet", "half"] = "student"  # by whose mean and deviation
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "TransferSettings":
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones should ascend, found {list(self.milestones)}")
+        return self
+
+
+class _Feature(_Exact):
+    layer: Text
+    width: Count
+
+
+class _TargetData(_Exact):
+    fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    classes: Count
+    train_images: Count
+    test_images: Count
+    notes: list[Text] = []
+
+
+class _Student(_Exact):
+    name: Text
+    file: Text
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _OfRun(_Exact):
+    started: Text
+    epoch: Count  # how many it had done
+
+
+class TransferRecord(_Exact):
+    """What a linear classifier on the features of a run's student reaches on another data set."""
+
+    format: Annotated[int, Field(ge=1, le=RECORD_FORMAT)] = RECORD_FORMAT
+    target: Annotated[str, Field(pattern=f"^{TARGET_NAME}$")]
+    top1: Percent  # on the target's test images, after the last epoch
+    top5: Percent
+    loss: float  # there: mean cross-entropy, nats
+    train_top1: Percent  # on the features that it was trained on
+    settings: TransferSettings
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    mean: list[float]  # that images were normalised by
+    std: list[float]
+    precision: Text  # of the student's arithmetic
+    feature: _Feature
+    data: _TargetData
+    student: _Student
+    run: _OfRun | None  # of the run whose student it is; None for a file that stands alone
+    seconds: dict[Text, float]
+    environment: dict[str, Any]  # commit, versions, device and the like
 
 
 class Teachers(RootModel[dict[str, Percent]]):
@@ -263,6 +337,21 @@ class TablePair(_Named):
         return {key: value for key, value in given.items() if value is not None}
 
 
+METRIC = re.compile(rf"(?:{TARGET_NAME}/)?top[15]")
+
+
+def _metric(name: str) -> str:
+    if not METRIC.fullmatch(name):
+        raise ValueError(
+            "should be top1 or top5, or either on a target: stl10/top1, tiny_imagenet/top1, folder-NAME/top1"
+        )
+    return name
+
+
+Metric = Annotated[str, AfterValidator(_metric)]
+"""An accuracy of a run on its own test split, or of a linear classifier on its student's features on another's."""
+
+
 class TuneSettings(_Exact):
     """How the rows of a table file are tuned."""
 
@@ -276,7 +365,8 @@ class TableFile(BaseModel):
     title: Annotated[str, Field(min_length=1)]
     source: str = ""  # of its published figures, as in ``results/published.csv``
     table: Annotated[str, BeforeValidator(str)] = ""  # its number there
-    metrics: Annotated[tuple[Literal["top1", "top5"], ...], Field(strict=False, min_length=1)] = ("top1",)
+    metrics: Annotated[tuple[Metric, ...], Field(strict=False, min_length=1)] = ("top1",)
+    transfer: TransferSettings = TransferSettings()  # of the metrics on targets
     notes: Annotated[tuple[str, ...], Field(strict=False)] = ()  # on published figures
     dataset: str = "cifar100"  # a folder of ``configs``
     imports: Annotated[tuple[str, ...], Field(strict=False)] = ()  # user modules, looked for beside the file
@@ -284,6 +374,7 @@ class TableFile(BaseModel):
     methods: Annotated[tuple[TableRow, ...], Field(strict=False, min_length=1)]
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(strict=False, min_length=1)] = (0, 1, 2)
     set: Overrides = ()  # for every run
+    epochs: Annotated[int, Field(ge=1)] | None = None  # that every schedule is shortened to
     tune: TuneSettings = TuneSettings()
     tuned: str = ""  # a file beside this one with the settings that were chosen
 
@@ -323,16 +414,33 @@ def checked(schema: type[Schema], content: Any, path: Path, advice: str = "") ->
     """``content`` of ``path`` as ``schema``; text is read as JSON.
 
     Raises:
-        UserError: it is not; one line with what is wrong first, and ``advice``.
+        UserError: it is not; one line with what is wrong first, and ``advice``. Or it is of a newer format.
     """
     try:
         if isinstance(content, str):
             return schema.model_validate_json(content)
         return schema.model_validate(content)
     except ValidationError as error:
+        if "format" in schema.model_fields:
+            _refuse_newer(content, path)
         lines = problem_lines(error)
         more = f" (and {len(lines) - 1} more)" if lines[1:] else ""
         raise UserError(f"{path} is damaged: {lines[0]}{more}{f'; {advice}' if advice else ''}") from None
+
+
+def _refuse_newer(content: Any, path: Path) -> None:
+    """Say of a record of a newer format that it is one."""
+    if isinstance(content, str):
+        try:
+            content = json.loads(content)
+        except (ValueError, RecursionError):
+            return
+    found = content.get("format") if isinstance(content, dict) else None
+    if type(found) is int and found > RECORD_FORMAT:
+        raise UserError(
+            f"{path} is of format {found}, which a newer version of mdistill wrote; this one, {__version__}, reads"
+            f" format {RECORD_FORMAT}: update mdistill"
+        )
 
 
 def read_json(schema: type[Schema], path: Path, advice: str = "") -> Schema:

@@ -92,3 +92,46 @@ def lock_folder(folder: Path, what: str) -> "BaseFileLock":
     except OSError as error:
         raise UserError(f"{what} {folder} cannot be written: {error}") from None
     return lock
+
+
+Locked = dict[int, set[tuple[int, int]]]
+
+
+def locked_files() -> Locked | None:
+    """What is locked by processes of this machine: of each inode devices and process numbers; None where not told."""
+    try:
+        lines = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return None
+    found: Locked = {}
+    for line in lines:  # 1: FLOCK  ADVISORY  WRITE 24704 fe:00:2728054 0 EOF; who waits for one has -> after the number
+        parts = line.split()
+        if parts[1:2] == ["FLOCK"] and len(parts) > 5:
+            major, minor, inode = parts[5].split(":")
+            device = os.makedev(int(major, 16), int(minor, 16))
+            found.setdefault(int(inode), set()).add((device, int(parts[4])))
+    return found
+
+
+def is_locked(folder: Path, locked: Locked) -> bool:
+    """Whether a process has ``folder`` by ``lock_folder``, found without touching the lock.
+
+    Args:
+        locked: what ``locked_files`` has found.
+    """
+    try:
+        found = (folder / ".lock").stat()
+    except OSError:
+        return False
+    owners = locked.get(found.st_ino, set())
+    return any(device == found.st_dev or _has_open(process, found) for device, process in owners)
+
+
+def _has_open(process: int, file: os.stat_result) -> bool:
+    """Whether ``process`` has ``file`` open; some file systems name another device to it than to the list of locks."""
+    with suppress(OSError):
+        for entry in os.scandir(f"/proc/{process}/fd"):
+            with suppress(OSError):
+                if os.path.samestat(entry.stat(), file):
+                    return True
+    return False

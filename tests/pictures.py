@@ -39,3 +39,27 @@ def fill(place: Path, classes: Sequence[str] = ("ant", "bee")) -> Path:
             (folder / ".hidden.jpg").write_bytes(b"")
     (place / "train" / "README").write_text("no class")
     return place
+
+
+def write_stl10(root: Path, train: int = 30, test: int = 20) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """STL-10 in its binary layout in ``root/stl10_binary``, of so many images; their pixels (N, 96, 96, 3) and labels.
+
+    An image is one colour a class with a bright corner, so that a turned or mirrored one is seen.
+    """
+    folder, made = root / "stl10_binary", {}
+    folder.mkdir(parents=True)
+    colours = np.random.default_rng(3).integers(0, 200, (10, 3))
+    for split, count in (("train", train), ("test", test)):
+        labels = np.arange(count) % 10
+        images = np.repeat(np.repeat(colours[labels][:, None, None, :], 96, axis=1), 96, axis=2)
+        images = images + np.random.default_rng(count).integers(0, 56, images.shape)
+        images[:, :20, -30:] = 255  # the upper right
+        images = images.astype(np.uint8)
+        planes = images.transpose(0, 3, 2, 1)  # plane by plane, column by column
+        (folder / f"{split}_X.bin").write_bytes(np.ascontiguousarray(planes).tobytes())
+        (folder / f"{split}_y.bin").write_bytes((labels + 1).astype(np.uint8).tobytes())
+        made[split] = images, labels
+    names = "airplane bird car cat deer dog horse monkey ship truck"
+    (folder / "class_names.txt").write_text(names.replace(" ", "\n") + "\n")
+    (folder / "fold_indices.txt").write_text("0 1 2\n")
+    return made

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mdistill.cli import common
-from mdistill.errors import UserError
+from mdistill.errors import UserError, suggestion
 
 if TYPE_CHECKING:
     from mdistill.reporting.records import Found
@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if action != "publish":
         forms = ("text", "markdown", "latex", "csv", "html") if action == "show" else ("text", "markdown")
         parser.add_argument("--format", choices=forms, default="text", help="(%(default)s)")
-        parser.add_argument("--metric", choices=("top1", "top5"), default="top1", help="(%(default)s)")
+        parser.add_argument("--metric", help="top1, top5 or one of the table's (default: those that it is about)")
         parser.add_argument("--best", action="store_true", help="the best epoch's accuracy instead of the last one's")
     args = parser.parse_intermixed_args(rest)
     args.action = action
@@ -96,7 +96,18 @@ def _table(args: argparse.Namespace) -> "Table":
     layout = _layout(args, args.table, None if args.action == "compare" else args.methods)
     published = common.project_root() / "results" / "published.csv"
     figures = read_published(published) if layout.source else []
-    return build(layout, _found(args), figures, epoch="best" if args.best else "last", metric=args.metric)
+    metrics = _metrics(layout, args.metric, several=args.action == "show")
+    return build(layout, _found(args), figures, epoch="best" if args.best else "last", metrics=metrics)
+
+
+def _metrics(layout: "Layout", asked: str | None, *, several: bool) -> "Sequence[str]":
+    """What a table shows: what is asked for; else of one about targets all of its metrics, of another the first."""
+    known = tuple(dict.fromkeys([*layout.metrics, "top1", "top5"]))
+    if asked is not None and asked not in known:
+        raise UserError(f"--metric: unknown {asked!r}{suggestion(asked, known)} (of this table: {', '.join(known)})")
+    if asked is not None:
+        return [asked]
+    return layout.metrics if several and layout.targets else layout.metrics[:1]
 
 
 def _layout(args: argparse.Namespace, table: str, methods: "Sequence[str] | None") -> "Layout":
@@ -127,12 +138,7 @@ def _publish(args: argparse.Namespace) -> None:
         else:
             layout = _layout(args, name, args.methods)
             every = find_records([args.output]).records if args.output.is_dir() else []
-            records = [
-                record
-                for record in every
-                if record.seed in layout.seeds
-                and any(cell.key == record.key and cell.difference(record) is None for cell in layout.cells)
-            ]
+            records = [record for record in every if layout.holds(record)]
             ended = [record for record in records if record.complete or record.failure]
             print(f"{name}: {len(ended)} runs have ended, {len(records) - len(ended)} have not, below {args.output}")
             records = ended

@@ -151,20 +151,11 @@ def _own_teacher(args: argparse.Namespace, settings: "Config", dataset: "Dataset
     Raises:
         UserError: it had none; the weights are not there, or others than the run had.
     """
-    from mdistill.engine.build import trained_teacher
-    from mdistill.engine.run_folder import read_sessions
+    from mdistill.reporting.outputs import teacher_of_run
 
     if settings.teacher is None:
         raise UserError(f"--teacher: the run in {folder} has none; give --teacher-model NAME --teacher-weights FILE")
-    network, found = trained_teacher(settings, dataset.info(settings.data.batch_size), args.checkpoint_root)
-    for session in read_sessions(folder):
-        recorded = session.get("teacher")
-        had = recorded.get("fingerprint") if isinstance(recorded, dict) else None
-        if isinstance(had, str) and had != found:
-            raise UserError(
-                f"--teacher: {settings.teacher.checkpoint} under {args.checkpoint_root} is not what the run had: its"
-                f" fingerprint was {printable(had)[:12]}, it is now {found[:12]}"
-            )
+    network = teacher_of_run(settings, folder, dataset.info(settings.data.batch_size), args.checkpoint_root)
     return Teacher("+".join(member.name for member in settings.teacher.members), network)
 
 

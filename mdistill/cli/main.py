@@ -13,9 +13,11 @@ from mdistill.errors import UserError, suggestion
 COMMANDS = {
     "train": "train a student from a teacher, or a network alone",
     "eval": "evaluate a run folder or a checkpoint",
+    "transfer": "train a linear classifier on a student's features, on STL-10, Tiny ImageNet or your images",
     "audit": "replay the first steps of a run and say whether they are the same",
     "plot": "draw a picture of runs: curves, time, t-SNE, logits, calibration, agreement",
     "report": "write one HTML page about many runs",
+    "watch": "follow running work on a local page",
     "cache": "compute a teacher's logits ahead of training",
     "table": "train what the table of a paper is missing, show it, compare its methods",
     "tune": "search the settings of a table's rows, each with as many trials, on held-out training images",

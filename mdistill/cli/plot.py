@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from mdistill.cli import common
 from mdistill.errors import UserError
 from mdistill.reporting.drawing import picture_format, save
 from mdistill.reporting.plots import KINDS, Options, draw, kind_of
-from mdistill.reporting.series import HEADLINE, read_records
+from mdistill.reporting.records import HEADLINE, read_records
 
 if TYPE_CHECKING:
     from mdistill.reporting.outputs import Networks
@@ -99,9 +100,8 @@ def networks_of(args: argparse.Namespace) -> "Networks":
         data_root=args.data_root,
         checkpoint_root=args.checkpoint_root,
         download=args.download,
+        configuration=partial(common.recorded_config, args),
         split=args.split,
-        imports=args.imports,
-        trust=args.trust,
     )
 
 

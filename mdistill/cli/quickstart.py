@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from mdistill.cli import common
 from mdistill.errors import UserError
-from mdistill.reporting.curves import learning_curves
-from mdistill.reporting.runs import RunRecord, read_run
-from mdistill.reporting.tables import comparison_table
+from mdistill.reporting.drawing import curves, save
+from mdistill.reporting.figures import learning
+from mdistill.reporting.records import HEADLINE, Record, read_record
+from mdistill.reporting.series import Series
+from mdistill.reporting.tables import text_table
 
 if TYPE_CHECKING:
     from mdistill.config import Config
@@ -54,7 +56,7 @@ def plan(configs: Path, seed: int) -> "list[tuple[Path, Config]]":
     return [*first, *students, *distilled]
 
 
-def train_one(config: "Config", args: argparse.Namespace) -> RunRecord:
+def train_one(config: "Config", args: argparse.Namespace) -> Series:
     from mdistill.engine import build, trainer
     from mdistill.engine.run_folder import RunFolder
 
@@ -70,8 +72,20 @@ def train_one(config: "Config", args: argparse.Namespace) -> RunRecord:
         download=args.download,
     )
     trainer.fit(experiment, [folder])
-    parameters = sum(parameter.numel() for parameter in experiment.trials[0].distiller.student.parameters())
-    return read_run(folder.path, label, parameters)
+    return Series(label, [read_record(folder.path)])
+
+
+def table(groups: Sequence[Series]) -> str:
+    """Each run with the parameters of its network, the accuracy of its last epoch, and how long all epochs took."""
+    rows = [[each.label, *_row(each.first)] for each in groups]
+    return text_table(["run", "parameters", "top-1", "top-5", "seconds"], rows)
+
+
+def _row(record: Record) -> list[str]:
+    seconds = sum(line["seconds/train"] + line["seconds/eval"] for line in record.metrics)
+    accuracies = [f"{record.accuracy(metric):.2f}" for metric in ("top1", "top5")]
+    parameters = (record.noted("parameters") or {}).get("student")
+    return ["" if parameters is None else f"{parameters:,}", *accuracies, f"{seconds:.0f}"]
 
 
 def quickstart(args: argparse.Namespace) -> None:
@@ -84,14 +98,15 @@ def quickstart(args: argparse.Namespace) -> None:
             f"{configs} holds {len(runs)} configurations; the quickstart needs a teacher and two students:"
             " start it in a clone of the project"
         )
-    records = []
+    groups = []
     for number, (path, config) in enumerate(runs, start=1):
         print(f"[{number}/{len(runs)}] {path.relative_to(root)}", flush=True)
-        records.append(train_one(config, args))
+        groups.append(train_one(config, args))
     picture = args.output / "curves.png"
-    learning_curves(records, picture, title="one student, alone and distilled (embedded data)")
-    teacher, *_ = records
-    print(f"\n{comparison_table(records)}\n")
+    bands = {"": learning(groups, HEADLINE)}
+    save(curves(bands, title="one student, alone and distilled (embedded data)", ylabel="test top-1 (%)"), picture)
+    teacher, *_ = groups
+    print(f"\n{table(groups)}\n")
     print(f"{teacher.label} is the teacher; top-1 and top-5 are of the last epoch, in percent, on the test split")
     print(f"runs: {args.output}   learning curves: {picture}   {time.perf_counter() - started:.0f} s in all\n")
     last_path, last = runs[-1]

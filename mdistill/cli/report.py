@@ -1,6 +1,7 @@
 """``mdistill report``: one HTML file about many runs."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,8 +9,8 @@ from mdistill.cli import common
 from mdistill.cli.plot import networks_of
 from mdistill.errors import UserError
 from mdistill.files import write_text
+from mdistill.reporting.records import find_named
 from mdistill.reporting.report import report as page
-from mdistill.reporting.series import find_runs, read_record
 
 DESCRIPTION = """Write a page about runs: a table, learning curves and cost for each pair of teacher and student,
 students by their teachers, and what stands behind each number. RUN is a run folder, or a folder with runs below. The
@@ -42,9 +43,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def report(args: argparse.Namespace) -> None:
     if args.output.is_dir():
         raise UserError(f"{args.output} is a folder; -o takes the name of a page")
-    records = [read_record(folder) for folder in find_runs(args.runs)]
-    write_text(args.output, page(records, title=args.title, networks=networks_of(args) if args.networks else None))
-    print(f"{len(records)} run{'s' if len(records) != 1 else ''}: {args.output}")
+    found = find_named(args.runs)
+    networks = networks_of(args) if args.networks else None
+    write_text(args.output, page(found.records, title=args.title, problems=found.problems, networks=networks))
+    for problem in found.problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    print(f"{len(found.records)} run{'s' if len(found.records) != 1 else ''}: {args.output}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,18 +3,19 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdistill.cli import _table_records, common
-from mdistill.errors import RunFailed, Stopped
+from mdistill.errors import RunFailed, Stopped, UserError
 
 if TYPE_CHECKING:
+    from mdistill.engine.claims import Claims
     from mdistill.reporting.table_files import Table
-    from mdistill.reporting.table_runs import Outcome, Run, Speeds
+    from mdistill.reporting.table_runs import Outcome, Process, Run, Speeds, Start
 
 DESCRIPTION = """A table is pairs x methods x seeds, as a table file says: one of configs/tables, or your own.
 
@@ -27,6 +28,7 @@ EXAMPLES = f"""  mdistill table run mcld_table2 --dry-run                     wh
   mdistill table run mcld_table2 --methods KD,MCLD --pairs res56_res20
   mdistill table run mcld_table2 --epochs 2 --jobs 2           a smoke run: schedules shortened, in their own folder
   mdistill table run my_table.yaml --train-teachers
+  mdistill table run my_table.yaml --ray head:6379 --gpus-per-run 0.5     in a Ray cluster
   mdistill table show mcld_table2
   mdistill table compare mcld_table2 --baseline KD --methods MCLD
   mdistill table publish mcld_table2                           copy the records of its runs into results/
@@ -48,6 +50,16 @@ def count(text: str) -> int:
     return int(text)
 
 
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 10**4 or (share > 1 and share != int(share)):
+        raise argparse.ArgumentTypeError(f"should be a fraction, or a whole number, found {text!r}")
+    return share
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = common.machine_parser("table", DESCRIPTION, EXAMPLES)
     parser.add_argument("action", choices=("run", *_table_records.ACTIONS))
@@ -59,21 +71,29 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--epochs", type=count, help="shorten every schedule in proportion; such runs lie in OUTPUT/epochs<N>"
     )
-    add_jobs(parser)
+    add_jobs(parser, None, "1; of Ray no limit")
     parser.add_argument("--train-teachers", action="store_true", help="train teachers whose file is missing")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the time it takes, train nothing")
     common.add_roots(parser)
     common.add_cache_root(parser)
     common.add_imports(parser)
-    return parser.parse_intermixed_args(arguments)
+    ray = parser.add_argument_group("a Ray cluster (extra ray)")
+    ray.add_argument("--ray", metavar="ADDRESS", help="train there: HOST:PORT, ray://HOST:PORT or auto")
+    ray.add_argument("--gpus-per-run", type=_share, help="such as 0.5 (default: 1 on CUDA, else 0)")
+    ray.add_argument("--cpus-per-run", type=_share, help="(default: 1)")
+    args = parser.parse_intermixed_args(arguments)
+    if args.ray is None and (args.gpus_per_run is not None or args.cpus_per_run is not None):
+        parser.error("--gpus-per-run and --cpus-per-run are of --ray ADDRESS, which is not given")
+    return args
 
 
-def add_jobs(parser: argparse.ArgumentParser) -> None:
+def add_jobs(parser: argparse.ArgumentParser, default: int | None = 1, told: str = "1") -> None:
     """The flag that says how many runs are trained at a time."""
-    parser.add_argument("--jobs", type=count, default=1, help="runs at a time; on a CPU each gets its share of cores")
+    words = f"runs at a time; on a CPU each gets its share of cores (default: {told})"
+    parser.add_argument("--jobs", type=count, default=default, help=words)
 
 
-def table(args: argparse.Namespace) -> int | None:
+def table(args: argparse.Namespace) -> None:
     from mdistill.reporting.table_files import find_table, read_table
 
     configs = common.project_root() / "configs"
@@ -85,12 +105,13 @@ def table(args: argparse.Namespace) -> int | None:
         seeds=args.seeds,
         overrides=args.overrides,
         imports=args.imports,
+        epochs=args.epochs,
     )
-    output = args.output / f"epochs{args.epochs}" if args.epochs else args.output
-    return _run(args, found, output, configs)
+    output = args.output / f"epochs{found.epochs}" if found.epochs else args.output
+    _run(args, found, output, configs)
 
 
-def _run(args: argparse.Namespace, found: "Table", output: Path, configs: Path) -> int | None:
+def _run(args: argparse.Namespace, found: "Table", output: Path, configs: Path) -> None:
     from mdistill.reporting.table_runs import plan
 
     runs = plan(
@@ -99,12 +120,29 @@ def _run(args: argparse.Namespace, found: "Table", output: Path, configs: Path) 
         checkpoint_root=args.checkpoint_root,
         configs=configs,
         train_teachers=args.train_teachers,
-        epochs=args.epochs,
     )
     if args.dry_run:
         _print_plan(found, runs, args, output)
-        return None
-    return _train(args, runs, output)
+        return
+    _train(args, runs, output, configs)
+    _tell_transfers(args, found, runs)
+
+
+def _tell_transfers(args: argparse.Namespace, found: "Table", runs: "Sequence[Run]") -> None:
+    """What is to be done next, where a table has figures on other data and they are not all there."""
+    from mdistill.reporting.records import read_record
+    from mdistill.reporting.transfers import is_done, targets_of
+
+    targets = targets_of(found.metrics)
+    records = [read_record(run.folder) for run in runs if run.cell.row in found.rows and targets]
+    lacking = [each for each in records if not all(is_done(each, target, found.transfer) for target in targets)]
+    if lacking:
+        place = "" if args.output == Path("runs") else f" --output {args.output}"
+        place += f" --epochs {args.epochs}" if args.epochs else ""
+        print(
+            f"{len(lacking)} of them are still to be transferred to {' or '.join(targets)}:"
+            f" mdistill transfer --table {args.table}{place}"
+        )
 
 
 def _recorded(args: argparse.Namespace, output: Path) -> list[Path]:
@@ -133,7 +171,7 @@ def _print_plan(found: "Table", runs: "Sequence[Run]", args: argparse.Namespace,
     seconds, unknown = Speeds(runs, _recorded(args, output)).left(runs)
     print(
         f"{len(runs)} runs, {complete} complete{f', {cannot} cannot be trained' if cannot else ''};"
-        f" {time_left(seconds, unknown, args.jobs)}"
+        f" {time_left(seconds, unknown, args.jobs or 1)}"
     )
 
 
@@ -150,27 +188,28 @@ def time_left(seconds: float, unknown: int, jobs: int) -> str:
     return f"about {timedelta(seconds=round(seconds / jobs))}, {how}, by the epochs that are recorded{rest}"
 
 
-def _train(args: argparse.Namespace, runs: "Sequence[Run]", output: Path) -> int | None:
-    from mdistill.engine.claims import Claims
+def _train(args: argparse.Namespace, runs: "Sequence[Run]", output: Path, configs: Path) -> None:
     from mdistill.engine.console import StopRequest
+    from mdistill.reporting.table_cells import layout
     from mdistill.reporting.table_runs import Speeds, train
 
-    claims = Claims(output / ".claims")
-    try:
-        with StopRequest() as stop, _progress(runs, Speeds(runs, _recorded(args, output))) as progress:
-            outcome = train(
-                runs,
-                claims,
-                logs=output / ".logs",
-                jobs=args.jobs,
-                flags=run_flags(args, output),
-                asked_to_stop=lambda: stop.signal is not None,
-                report=progress.report,
-                tell=progress.tell,
-            )
-            name = stop.signal
-    finally:
-        claims.close()
+    with (
+        _workers(args, output) as (claims, start, device),
+        StopRequest() as stop,
+        _progress(runs, Speeds(runs, _recorded(args, output))) as progress,
+    ):
+        outcome = train(
+            runs,
+            claims,
+            logs=output / ".logs",
+            jobs=args.jobs or (len(runs) if args.ray else 1),
+            flags=run_flags(args, output, device),
+            asked_to_stop=lambda: stop.signal is not None,
+            report=progress.report,
+            tell=progress.tell,
+            start=start,
+        )
+        name = stop.signal
     for line in outcome.failures():
         print(f"failed: {line}", file=sys.stderr)
     done = f"{len(outcome.complete)} of {len(runs)} runs are complete"
@@ -178,15 +217,46 @@ def _train(args: argparse.Namespace, runs: "Sequence[Run]", output: Path) -> int
         raise Stopped(f"{name}: stopped, {done}; what was running is saved, run the same command again to go on")
     if outcome.failed:
         raise RunFailed(f"{done}, {len(outcome.failed)} failed; what they printed is in {output / '.logs'}")
+    with suppress(UserError):  # of a row or pair that was not asked for; `show` tells of it
+        layout(args.table, configs, args.output, overrides=args.overrides, epochs=args.epochs)  # so that it is quick
     print(done)
-    return None
 
 
-def run_flags(args: argparse.Namespace, output: Path) -> list[str]:
+def run_flags(args: argparse.Namespace, output: Path, device: str | None) -> list[str]:
     """Of ``mdistill train`` for every run that writes below ``output``."""
     flags = ["--output", str(output), "--checkpoint-root", str(args.checkpoint_root)]
     flags += ["--data-root", str(args.data_root), "--cache-root", str(common.cache_root(args))]
-    return [*flags, *(["--device", args.device] if args.device else []), *(["--download"] if args.download else [])]
+    return [*flags, *(["--device", device] if device else []), *(["--download"] if args.download else [])]
+
+
+@contextmanager
+def _workers(args: argparse.Namespace, output: Path) -> "Iterator[tuple[Claims, Start | None, str | None]]":
+    """The claims, what begins a run (None: a process of this machine), and the device of runs."""
+    from mdistill.engine.claims import Claims
+
+    if args.ray is None:
+        with closing(Claims(output / ".claims")) as claims:
+            yield claims, None, args.device
+        return
+    from mdistill.reporting.ray_runs import Cluster, HandedOut, Share
+
+    if args.device not in (None, "cpu", "cuda"):
+        raise UserError(f"--device: found {args.device!r}; with --ray it is cpu or cuda, and Ray says which one")
+    with closing(Cluster(args.ray)) as cluster, closing(HandedOut(output / ".claims")) as claims:
+        on_cuda = args.device == "cuda" or (args.device is None and cluster.has_gpus())
+        gpus = float(on_cuda) if args.gpus_per_run is None else args.gpus_per_run
+        share = Share(1.0 if args.cpus_per_run is None else args.cpus_per_run, gpus)
+        if not cluster.fits(share):
+            print(
+                f"no node of the cluster has {share.cpus:g} CPUs and {share.gpus:g} GPUs; runs wait for one", flush=True
+            )
+
+        def start(arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> "Process":
+            code = "from mdistill.reporting.table_runs import claiming_child; claiming_child()"
+            key = log.name.removesuffix(".log")
+            return cluster.begin(share, ["-c", code, str(output / ".claims"), key, *arguments], log)
+
+        yield claims, start, args.device or ("cuda" if gpus else "cpu")
 
 
 class _Progress:

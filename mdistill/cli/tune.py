@@ -122,7 +122,7 @@ def _search(
                 claims,
                 logs=folder / ".logs",
                 jobs=args.jobs,
-                flags=run_flags(args, folder),
+                flags=run_flags(args, folder, args.device),
                 asked_to_stop=lambda: stop.signal is not None,
                 report=progress.report,
                 tell=progress.tell,

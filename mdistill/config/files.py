@@ -469,6 +469,18 @@ def inline_section(text: str, where: str) -> dict[str, Any]:
     return section
 
 
+def yaml_value(text: str, where: str) -> Any:
+    """A YAML value as it is written on a command line; ``where`` is the argument, for messages.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return _parse(text)
+    except Exception as error:
+        raise UserError(f"command line: {shown(where)}: not a YAML value: {_one_line(error)}") from None
+
+
 def _parse(text: str) -> Any:
     """The YAML value ``text``; may fail in any way: its constructors let out whatever Python raises."""
     if len(text) > MAX_LENGTH:

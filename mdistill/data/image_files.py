@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mdistill import distributed
 from mdistill.data.decoding import Pixels, decode
-from mdistill.data.resizing import centre_crop
+from mdistill.data.resizing import Filter, centre_crop
 from mdistill.errors import UserError, printable, suggestion
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -174,7 +174,7 @@ def images_below(folder: Path, name: str) -> Iterator[tuple[str, int]]:
                 yield path, entry.stat().st_size
 
 
-def load_squares(splits: Sequence[Split], size: int) -> tuple[list[Pixels], int]:
+def load_squares(splits: Sequence[Split], size: int, by: Filter = "bilinear") -> tuple[list[Pixels], int]:
     """All images of small splits in memory: (N, S, S, 3) uint8 of each, and how many of them had to be resized.
 
     An image of another size is resized so that its short side is S, and its centre is taken.
@@ -195,7 +195,7 @@ def load_squares(splits: Sequence[Split], size: int) -> tuple[list[Pixels], int]
         which, number = place
         image = splits[which].read(number)
         fits = image.shape[:2] == (size, size)
-        arrays[which][number] = image if fits else centre_crop(image, size, size)
+        arrays[which][number] = image if fits else centre_crop(image, size, size, by)
         return not fits
 
     places = [(which, number) for which, split in enumerate(splits) for number in range(len(split.files))]

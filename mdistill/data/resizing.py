@@ -1,5 +1,7 @@
 """Resizing of decoded images, by torch: the same bits on every machine and with any number of threads."""
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -7,17 +9,21 @@ from torch.nn import functional as F
 from mdistill.data.decoding import Pixels
 
 EVAL_RATIO = 256 / 224  # of the short side to the crop's, when evaluating
+Filter = Literal["bilinear", "bicubic", "nearest"]
 
 
-def resize(image: Pixels, height: int, width: int) -> Pixels:
-    """(H, W, 3) uint8 to (height, width, 3), bilinear with antialiasing."""
+def resize(image: Pixels, height: int, width: int, by: Filter = "bilinear") -> Pixels:
+    """(H, W, 3) uint8 to (height, width, 3); bilinear and bicubic with antialiasing."""
     # Laid out as torch's channels_last from the start: that is what the pixels are, and what is wanted back.
     tensor = torch.from_numpy(np.ascontiguousarray(image)).unsqueeze(0).permute(0, 3, 1, 2)
-    resized = F.interpolate(tensor, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
+    if by == "nearest":
+        resized = F.interpolate(tensor, size=(height, width), mode="nearest-exact")
+    else:
+        resized = F.interpolate(tensor, size=(height, width), mode=by, antialias=True, align_corners=False)
     return resized.permute(0, 2, 3, 1)[0].numpy()
 
 
-def centre_crop(image: Pixels, size: int, short: int | None = None) -> Pixels:
+def centre_crop(image: Pixels, size: int, short: int | None = None, by: Filter = "bilinear") -> Pixels:
     """The central ``size`` x ``size`` pixels of ``image`` (H, W, 3), resized so that its short side is ``short``.
 
     Args:
@@ -28,7 +34,7 @@ def centre_crop(image: Pixels, size: int, short: int | None = None) -> Pixels:
     larger = int(short * max(height, width) / min(height, width))
     height, width = (larger, short) if height > width else (short, larger)
     top, left = round((height - size) / 2), round((width - size) / 2)
-    return resize(image, height, width)[top : top + size, left : left + size]
+    return resize(image, height, width, by)[top : top + size, left : left + size]
 
 
 def mirrored(image: Pixels) -> Pixels:

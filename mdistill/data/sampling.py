@@ -15,6 +15,7 @@ number name          what it draws
 4      mixing        partners, shares and boxes of mixed samples (``mixing.py``)
 5      holdout       which training images are held out (seed 0, epoch 0)
 6, 7   (crops)       boxes of resized crops, plain and strong, with words of their own (``resized_crop.py``)
+8      transfer      the order of features in an epoch of a linear classifier
 ====== ============= ==================================================
 """
 
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-STREAMS = {"permutation": 1, "view": 2, "strong_view": 3, "mixing": 4, "holdout": 5}
+STREAMS = {"permutation": 1, "view": 2, "strong_view": 3, "mixing": 4, "holdout": 5, "transfer": 8}
 
 
 @dataclass(frozen=True)

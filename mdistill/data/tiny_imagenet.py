@@ -58,13 +58,23 @@ def tiny_imagenet(
         UserError: something is missing or does not fit; says what.
     """
     place = find_root(data_root, root)
+    notes: list[str] = []
+    train, val, names = read_layout(place, notes)
+    return in_memory(train, val, names, IMAGE_SIZE, padding=padding, flip=flip, mean=mean, std=std, notes=notes)
+
+
+def read_layout(place: Path, notes: list[str]) -> tuple[Split, Split, Sequence[str]]:
+    """The files of ``train`` and ``val`` in ``place``, and the names of their classes; ``notes`` gets what is unusual.
+
+    Raises:
+        UserError: something is missing or does not fit; says what.
+    """
     missing = [name for name in ("wnids.txt", "train", "val") if not (place / name).exists()]
     if missing:
         raise UserError(
             f"Tiny ImageNet is not complete in {place}: no {' and no '.join(missing)}; unpack tiny-imagenet-200.zip"
             " (cs231n.stanford.edu) so that they are there"
         )
-    notes: list[str] = []
     classes = _classes(place, notes)
     train = scan(place / "train", classes)
     annotated = (place / "val" / ANNOTATIONS).exists()
@@ -72,8 +82,7 @@ def tiny_imagenet(
     for split, images, published in ((train, len(train.files), TRAIN_IMAGES), (val, len(val.files), VAL_IMAGES)):
         if images != published:
             notes.append(f"tiny_imagenet: {split.folder.name} has {images:,} images, the published set {published:,}")
-    names = _names(place / "words.txt", classes, notes)
-    return in_memory(train, val, names, IMAGE_SIZE, padding=padding, flip=flip, mean=mean, std=std, notes=notes)
+    return train, val, _names(place / "words.txt", classes, notes)
 
 
 def _classes(place: Path, notes: list[str]) -> list[str]:

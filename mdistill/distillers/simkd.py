@@ -76,8 +76,18 @@ class Reusing(nn.Module):
         Args:
             image: (B, 3, H, W).
         """
+        return self.forward_features(image).logits
+
+    def forward_features(self, image: Tensor) -> Features:
+        """The student's, with the logits, the last map (the projected one) and the pooled features of the whole.
+
+        Args:
+            image: (B, 3, H, W).
+        """
         features: Features = self.network.forward_features(image)  # type: ignore[operator]
-        return prediction(self.projector(pooled_to(features.stages[-1], *self.size)), self.classifier)
+        projected = self.projector(pooled_to(features.stages[-1], *self.size))
+        logits, pooled = prediction(projected, self.classifier), widen(projected).mean(dim=(2, 3))
+        return replace(features, logits=logits, last_map=projected, pooled=pooled)
 
 
 def prediction(projected_map: Tensor, classifier: nn.Linear) -> Tensor:

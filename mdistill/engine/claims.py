@@ -13,7 +13,9 @@ import os
 import shutil
 import socket
 import threading
+import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -114,29 +116,15 @@ class Claims:
 
     def last(self, key: str) -> Claim | None:
         """The last claim on ``key``, released or not; None where there is none."""
-        try:
-            numbers = [int(name) for name in os.listdir(self.root / key) if name.isdecimal()]
-        except OSError:
-            return None
-        if not numbers:
-            return None
-        path = self.root / key / str(max(numbers))
-        silent = 0.0
-        with suppress(OSError):
-            now = self._now()
-            silent = now - path.stat().st_mtime
-            silent = max(0.0, now - (path / "owner.json").stat().st_mtime)
-        return Claim(path, max(numbers), _owner(path), silent, (path / "released").exists())
+        return _last(self.root / key, self._now)
 
     def is_stale(self, claim: Claim) -> bool:
         """Whether its owner is taken to be dead."""
-        return claim.silent > self.stale or self.is_gone(claim)
+        return is_dead(claim, self.stale)
 
     def is_gone(self, claim: Claim) -> bool:
         """Whether its owner was a process of this machine and has ended."""
-        owner = claim.owner
-        ours = owner is not None and (owner.host, owner.machine) == (self.owner.host, self.owner.machine)
-        return ours and owner is not None and not _is_alive(owner.process)
+        return _has_ended(claim.owner)
 
     def holds(self, key: str) -> bool:
         """Whether we have claimed ``key`` and nobody has taken it over since, as after a long sleep of this machine."""
@@ -182,6 +170,49 @@ class Claims:
                 if last > int(target.name):
                     with self._lock:
                         self._lost.add(key)
+
+
+def look(root: Path) -> dict[str, Claim]:
+    """The claims below ``root`` that are not released, by key, for somebody who claims nothing: nothing is written.
+
+    How long one has been silent is by the clock of this machine, which may differ from the file system's.
+    """
+    try:
+        keys = sorted(name for name in os.listdir(root) if not name.startswith("."))
+    except OSError:
+        return {}
+    found = {key: _last(root / key, time.time) for key in keys}
+    return {key: claim for key, claim in found.items() if claim is not None and not claim.released}
+
+
+def is_dead(claim: Claim, stale: float = STALE) -> bool:
+    """Whether its owner is taken to be dead: a process of this machine that has ended, or silent for too long."""
+    return claim.silent > stale or _has_ended(claim.owner)
+
+
+def is_here(owner: Owner | None) -> bool:
+    """Whether it is a process of this machine, so that it can be seen whether it has ended."""
+    return owner is not None and (owner.host, owner.machine) == (socket.gethostname(), _machine())
+
+
+def _has_ended(owner: Owner | None) -> bool:
+    return owner is not None and is_here(owner) and not _is_alive(owner.process)
+
+
+def _last(folder: Path, now: Callable[[], float]) -> Claim | None:
+    try:
+        numbers = [int(name) for name in os.listdir(folder) if name.isdecimal()]
+    except OSError:
+        return None
+    if not numbers:
+        return None
+    path = folder / str(max(numbers))
+    silent = 0.0
+    with suppress(OSError):
+        moment = now()
+        silent = moment - path.stat().st_mtime
+        silent = max(0.0, moment - (path / "owner.json").stat().st_mtime)
+    return Claim(path, max(numbers), _owner(path), silent, (path / "released").exists())
 
 
 def _owner(path: Path) -> Owner | None:

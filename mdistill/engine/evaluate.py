@@ -102,14 +102,24 @@ def launch_evaluation(
         with computing("fp32" if precision == "bf16" else precision, image.device):
             logits = network(to_layout(network, image))
         logits = logits.float()
-        true = logits.gather(1, target.unsqueeze(1))
-        place = (~(logits < true)).sum(dim=1)  # 1 when the true class is alone at the top; NaN never is
-        loss = F.cross_entropy(logits, target, reduction="sum")
-        sums += torch.stack([(place <= 1).sum().double(), (place <= 5).sum().double(), loss.double()])
+        sums += sums_of(logits, target)
         if observe is not None:
             observe(image, logits, target)
     network.train(was_training)
     return LaunchedEvaluation(distributed.sum_(sums), dataset.size(split), started, type(network).__name__, split)
+
+
+def sums_of(logits: Tensor, target: Tensor) -> Tensor:
+    """(3,) float64: images in the top 1, in the top 5, and the sum of cross-entropies; ties count against the network.
+
+    Args:
+        logits: (B, C).
+        target: (B,) int64.
+    """
+    true = logits.gather(1, target.unsqueeze(1))
+    place = (~(logits < true)).sum(dim=1)  # 1 when the true class is alone at the top; NaN never is
+    loss = F.cross_entropy(logits, target, reduction="sum")
+    return torch.stack([(place <= 1).sum().double(), (place <= 5).sum().double(), loss.double()])
 
 
 def evaluate(

@@ -76,14 +76,16 @@ def agreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return student_logits.argmax(dim=1) == teacher_logits.argmax(dim=1)
 
 
-def divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KL(teacher || student) of the probabilities as they are, without a temperature: (B,) float64, nats.
+def divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) of the class probabilities: (B,) float64, nats, not multiplied by the temperature.
 
     Args:
         student_logits: (B, C).
         teacher_logits: (B, C).
+        temperature: divides both.
     """
-    student, teacher = (logits.double().log_softmax(dim=1) for logits in (student_logits, teacher_logits))
+    both = (student_logits, teacher_logits)
+    student, teacher = ((logits.double() / temperature).log_softmax(dim=1) for logits in both)
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
 
 

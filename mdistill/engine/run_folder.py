@@ -280,7 +280,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     if path.is_file():
         for text in read_text(path).splitlines():
             with suppress(ValueError):
-                lines.append(EpochLine.model_validate_json(text).model_dump(exclude_unset=True))
+                values = EpochLine.model_validate_json(text).model_dump(exclude_unset=True)
+                lines.append({key: values[key] for key in json.loads(text)})  # in its order, so that it is written back
     return lines
 
 
@@ -293,19 +294,10 @@ def read_sessions(folder: Path) -> list[dict[str, Any]]:
     path = folder / "env.json"
     if not path.is_file():
         return []
-    from mdistill.file_schemas import RECORD_FORMAT, Environment, checked
+    from mdistill.file_schemas import Environment, read_json
 
-    text = read_text(path)
-    with suppress(ValueError, RecursionError):
-        content = json.loads(text)
-        found = content.get("format") if isinstance(content, dict) else None
-        if type(found) is int and found > RECORD_FORMAT:
-            raise UserError(
-                f"{path} is of format {found}, which a newer version of mdistill wrote; this one, {__version__}, reads"
-                f" format {RECORD_FORMAT}: update mdistill"
-            )
     advice = "put the file back, or delete it: the run then goes on without the record of its earlier sessions"
-    return [session.model_dump(exclude_unset=True) for session in checked(Environment, text, path, advice).sessions]
+    return [session.model_dump(exclude_unset=True) for session in read_json(Environment, path, advice).sessions]
 
 
 def environment(device: "torch.device", metadata: Mapping[str, Any], *, modules: Iterable[str] = ()) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mdistill.errors import UserError, suggestion
 from mdistill.reporting.statistics import Comparison, holm, paired, stratified
-from mdistill.reporting.table_show import NAMES, Metric, Result, Table
+from mdistill.reporting.table_show import Result, Table, metric_name
 from mdistill.reporting.tables import text_table
 
 ALL_PAIRS = "over {} pairs, further seeds on these"
@@ -28,13 +28,13 @@ class Compared:
 
     baseline: str
     epoch: str
-    metric: Metric
+    metric: str
     lines: tuple[Line, ...]
     notes: tuple[str, ...]
 
 
 def compare(table: Table, baseline: str, methods: Sequence[str] | None = None) -> Compared:
-    """Every one of ``methods`` (None: all rows but the baseline) against the row ``baseline``.
+    """Every one of ``methods`` (None: all rows but the baseline) against the row ``baseline``; of one metric.
 
     Only runs of the same seed and pair, on the same copy of the data and the same teacher, are compared.
 
@@ -78,7 +78,7 @@ def compare(table: Table, baseline: str, methods: Sequence[str] | None = None) -
     ]
     order = {method: number for number, method in enumerate(chosen)}
     lines.sort(key=lambda line: order[line.method])
-    return Compared(baseline, table.epoch, table.metric, tuple(lines), tuple(notes))
+    return Compared(baseline, table.epoch, table.metrics[0], tuple(lines), tuple(notes))
 
 
 def _gaps(one: Result, other: Result, notes: list[str]) -> list[float]:
@@ -89,7 +89,9 @@ def _gaps(one: Result, other: Result, notes: list[str]) -> list[float]:
         if trial.seed not in base:
             continue
         mine, theirs = trial.record.copies, base[trial.seed].record.copies
-        apart = [what for what in ("data", "teacher") if what in mine and what in theirs and mine[what] != theirs[what]]
+        kinds = ("data", "teacher")
+        apart: list[str] = [what for what in kinds if what in mine and what in theirs and mine[what] != theirs[what]]
+        apart += ["target"] if trial.target != base[trial.seed].target else []
         if apart:
             notes.append(
                 f"not compared: {one.label} and {other.label} seed {trial.seed}, another copy of the {apart[0]}"
@@ -115,8 +117,8 @@ def text(compared: Compared, *, markdown: bool = False) -> str:
         for line in compared.lines
     ]
     notes = [
-        f"{NAMES[compared.metric]} of the {compared.epoch} epoch, percentage points; n differences, each of two runs"
-        " with the same seed and pair; Student's t",
+        f"{metric_name(compared.metric)} of the {compared.epoch} epoch, percentage points; n differences, each of two"
+        " runs with the same seed and pair; Student's t",
         "p, Holm: adjusted for the number of comparisons of its kind (single pairs; over pairs) in this table",
     ]
     if any(line.comparison.count < 5 for line in compared.lines):

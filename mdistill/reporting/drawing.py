@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mdistill.errors import UserError, suggestion
 from mdistill.files import atomic_write
 from mdistill.reporting.extras import extra
-from mdistill.reporting.fidelity import Calibration
-from mdistill.reporting.figures import Band, Cost, Taught, place_labels
+from mdistill.reporting.figures import Band, Bins, Cost, Taught, place_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,8 +87,16 @@ def styles_of(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def _curve(axes: "Axes", each: Band, colour: str, style: str) -> None:
-    few = {"marker": "o", "markersize": 3.5} if len(each.epochs) <= 12 else {}
-    axes.plot(each.epochs, each.mean, color=colour, linestyle=style, linewidth=1.6, label=_line_label(each), **few)
+    axes.plot(
+        each.epochs,
+        each.mean,
+        color=colour,
+        linestyle=style,
+        linewidth=1.6,
+        marker="o" if len(each.epochs) <= 12 else "",
+        markersize=3.5,
+        label=_line_label(each),
+    )
     if each.seeds > 1:
         low = [value - deviation for value, deviation in zip(each.mean, each.deviation, strict=True)]
         high = [value + deviation for value, deviation in zip(each.mean, each.deviation, strict=True)]
@@ -169,11 +176,9 @@ def scatter(panels: Mapping[str, tuple[Any, Any]], names: Sequence[str], *, titl
         for axes, (label, (points, classes)) in zip(rows, panels.items(), strict=True):
             for number, kind in enumerate(kinds):
                 colour = COLOURS[number] if few else rainbow(number / max(len(kinds) - 1, 1))
-                here = points[classes == kind]
+                x, y = points[classes == kind].T
                 name = names[number] if few else None
-                axes.scatter(
-                    *here.T, s=160 / len(points) ** 0.5, color=colour, linewidth=0, label=name, rasterized=True
-                )
+                axes.scatter(x, y, s=160 / len(points) ** 0.5, color=colour, linewidth=0, label=name, rasterized=True)
             axes.set(title=label, xticks=[], yticks=[], aspect="equal")
             axes.set_adjustable("datalim")
             axes.spines[:].set_visible(True)
@@ -206,7 +211,7 @@ def matrices(panels: Mapping[str, Any], *, title: str, words: str, most: float |
     return figure
 
 
-def reliability(panels: Mapping[str, Calibration], *, title: str) -> "Figure":
+def reliability(panels: Mapping[str, Bins], *, title: str) -> "Figure":
     """Accuracy by confidence against the diagonal, with the expected calibration error, a panel for each network."""
     with _style():
         figure, rows = _figure(len(panels), height=WIDTH * 0.95, title=title)
@@ -229,7 +234,7 @@ def reliability(panels: Mapping[str, Calibration], *, title: str) -> "Figure":
                 **look,
             )
             axes.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1.2, label="as sure as right")
-            axes.set(title=f"{label}\nECE {100 * bins.ece:.2f} %", xlabel="confidence", ylabel="accuracy")
+            axes.set(title=f"{label}\nECE {100 * bins.error:.2f} %", xlabel="confidence", ylabel="accuracy")
             axes.set(xlim=(0, 1), ylim=(0, 1))
         _legend(figure, rows[0], columns=3 if len(panels) > 1 else 2)
     return figure
@@ -314,11 +319,14 @@ def picture_format(path: Path) -> str:
 
 
 def as_svg(figure: "Figure") -> bytes:
-    """``figure`` as an SVG file, the same for the same figure."""
+    """``figure`` as an SVG file whose letters are those of the reader's machine, the same for the same figure."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     buffer = io.BytesIO()
-    with _style():
+    with _style(**{"svg.fonttype": "none"}):
         _fix_layout(figure)
-        figure.savefig(buffer, format="svg", dpi=DOTS, metadata=_metadata("svg"))
+        canvas: Any = FigureCanvasSVG(figure)
+        canvas.print_svg(buffer, metadata=_metadata("svg"))  # ``savefig`` would draw it twice
     return buffer.getvalue()
 
 
@@ -334,9 +342,9 @@ def _metadata(kind: str) -> dict[str, Any]:
     return {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
 
 
-def _style() -> AbstractContextManager[Any]:
+def _style(**more: Any) -> AbstractContextManager[Any]:
     matplotlib = extra("matplotlib", "matplotlib", "a picture")
-    return matplotlib.rc_context(STYLE)  # type: ignore[no-any-return]
+    return matplotlib.rc_context(STYLE | more)  # type: ignore[no-any-return]
 
 
 def _figure(panels: int, *, height: float, title: str, width: float = WIDTH) -> "tuple[Figure, list[Axes]]":
@@ -414,8 +422,8 @@ def _label_points(
         middle = bottom + extent.height / 2
         near = left if left > axes.transData.transform((x, y))[0] else left + extent.width
         far = abs(middle - axes.transData.transform((x, y))[1]) > 1.2 * extent.height
-        place = back.transform((left, middle))
-        axes.annotate(label, (x, y), xytext=place, va="center", fontsize=9.5, bbox=HALO)
+        place_x, place_y = back.transform((left, middle)).tolist()
+        axes.annotate(label, (x, y), xytext=(place_x, place_y), va="center", fontsize=9.5, bbox=HALO)
         if far:
             end = back.transform((near, middle))
             axes.plot([x, end[0]], [y, end[1]], color=FAINT, linewidth=0.6, zorder=1)

@@ -23,7 +23,6 @@ from mdistill.errors import UserError, printable
 from mdistill.files import read_text
 
 FILE = "external.json"
-RECORD_FORMAT = 1  # of that file
 Project = Literal["mdistiller", "RepDistiller"]
 
 _LINE = re.compile(r"\s*([a-zA-Z_0-9]+):\s*([-+.\deE]+|nan|inf)\s*")
@@ -82,6 +81,8 @@ class External:
 
     def to_json(self) -> str:
         """For ``external.json``."""
+        from mdistill.file_schemas import RECORD_FORMAT
+
         return json.dumps({"format": RECORD_FORMAT, **asdict(self)}, indent=2, allow_nan=False) + "\n"
 
 

@@ -1,11 +1,16 @@
 """What pictures of runs show, as plain numbers. Nothing here draws; ``drawing`` does."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from statistics import mean, stdev
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING
 
 from mdistill.errors import UserError, shown, suggestion
-from mdistill.reporting.series import Series, spread
+from mdistill.reporting.series import Series
+from mdistill.reporting.statistics import mean_std, mean_std_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -25,8 +30,11 @@ class Band:
         return f"{self.mean[-1]:.2f}{deviation}"
 
 
-def band(each: Series, metric: str) -> Band:
+def band(each: Series, metric: str, most: int | None = None) -> Band:
     """``metric`` of the finished runs of a series, or where none is of all, at the epochs that they have in common.
+
+    Args:
+        most: about how many epochs, equally far from each other, the last one among them; None for all.
 
     Raises:
         UserError: no epoch is common to all; names the metrics that there are.
@@ -40,21 +48,18 @@ def band(each: Series, metric: str) -> Band:
             f"--metric: {shown(metric)} is at no epoch of all runs of {each.label} in {each.first.folder.parent}"
             f"{suggestion(metric, known)} (there is: {', '.join(known)})"
         )
-    values = [[curve[epoch] for curve in curves] for epoch in epochs]
-    return Band(
-        each.label,
-        len(curves),
-        epochs,
-        [mean(column) for column in values],
-        [stdev(column) if len(column) > 1 else 0.0 for column in values],
-    )
+    if most is not None:
+        stride = -(-len(epochs) // most)
+        epochs = epochs[(len(epochs) - 1) % stride :: stride]
+    spreads = [mean_deviation([curve[epoch] for curve in curves]) for epoch in epochs]
+    means, deviations = zip(*spreads, strict=True)
+    return Band(each.label, len(curves), epochs, list(means), list(deviations))
 
 
-def thinned(each: Band, most: int) -> Band:
-    """``each`` at about ``most`` epochs that are equally far from each other, the last one among them."""
-    stride = max(1, -(-len(each.epochs) // most))
-    kept = slice((len(each.epochs) - 1) % stride, None, stride)
-    return replace(each, epochs=each.epochs[kept], mean=each.mean[kept], deviation=each.deviation[kept])
+def mean_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation, 0 of a single value."""
+    mean, deviation = mean_std(values)
+    return mean, deviation or 0.0
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,8 @@ def costs(groups: Sequence[Series]) -> list[Cost]:
             continue
         extra = next((run.extra_parameters for run in each.runs if run.extra_parameters is not None), None)
         size = "extra parameters not recorded" if extra is None else f"{extra:,} extra parameters"
-        text = f"{each.label}: {mean(times):.1f} ms a batch, {spread(each.values)} %, {size}"
-        found.append(Cost(each.label, mean(times), mean(each.values), extra, text))
+        text = f"{each.label}: {fmean(times):.1f} ms a batch, {mean_std_text(each.values)} %, {size}"
+        found.append(Cost(each.label, fmean(times), fmean(each.values), extra, text))
     return found
 
 
@@ -101,12 +106,36 @@ def by_teacher(groups: Sequence[Series]) -> dict[str, list[Taught]]:
     several = len({(each.first.dataset, each.first.student) for each in taught}) > 1
     lines: dict[str, list[Taught]] = {}
     for each in taught:
-        first, values = each.first, each.values
+        first, (mean, deviation) = each.first, mean_deviation(each.values)
         assert first.teacher_top1 is not None
         label = f"{first.name} → {first.student}" if several else first.name
-        deviation = stdev(values) if len(values) > 1 else 0.0
-        lines.setdefault(label, []).append(Taught(first.teacher, first.teacher_top1, mean(values), deviation))
+        lines.setdefault(label, []).append(Taught(first.teacher, first.teacher_top1, mean, deviation))
     return {label: sorted(line, key=lambda each: each.teacher_top1) for label, line in lines.items()}
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Predictions by how sure the network was of them, in bins of equal width from 0 to 1."""
+
+    images: list[int]
+    confidence: list[float]  # mean probability of the predicted class; 0 for an empty bin
+    accuracy: list[float]  # part of the predictions that are right; 0 for an empty bin
+    error: float  # expected calibration error, from 0 to 1
+
+
+def bins(logits: "Tensor", target: "Tensor", count: int) -> Bins:
+    """How sure a network is of the images whose (N, C) ``logits`` and (N,) classes these are, in ``count`` bins."""
+    from mdistill.engine.fidelity import calibration_error, calibration_sums
+
+    sums = calibration_sums(logits, target, count)
+    images, confidence, right = sums.tolist()
+    each = [max(number, 1.0) for number in images]
+    return Bins(
+        [int(number) for number in images],
+        [total / number for total, number in zip(confidence, each, strict=True)],
+        [total / number for total, number in zip(right, each, strict=True)],
+        calibration_error(sums),
+    )
 
 
 def folded(values: Sequence[float]) -> list[list[float | None]]:
@@ -159,6 +188,7 @@ def _fits(box: Box, others: Sequence[Box], frame: Box) -> bool:
     return inside and all(right <= a or left >= c or top <= b or bottom >= d for a, b, c, d in others)
 
 
-def learning(groups: Sequence[Series], metric: str) -> list[Band]:
+def learning(groups: Sequence[Series], metric: str, most: int | None = None) -> list[Band]:
     """The bands of ``groups``, highest end first where the metric is an accuracy, else lowest."""
-    return sorted((band(each, metric) for each in groups), key=lambda each: each.mean[-1], reverse="top" in metric)
+    bands = (band(each, metric, most) for each in groups)
+    return sorted(bands, key=lambda each: each.mean[-1], reverse="top" in metric)

@@ -4,20 +4,19 @@ Letters: N images, C classes, D pooled width. Networks of runs are built once fo
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdistill.engine.run_folder import code_folders
-from mdistill.errors import UserError, suggestion
+from mdistill.errors import UserError, printable, suggestion
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     from mdistill.config import Config
-    from mdistill.data import Dataset
+    from mdistill.data import DataInfo, Dataset
 
 
 KEPT = 8  # students whose outputs are kept
@@ -33,6 +32,29 @@ class Outputs:
     class_names: Sequence[str]  # () where the data set does not know them
 
 
+def teacher_of_run(config: "Config", folder: Path, info: "DataInfo", checkpoint_root: Path) -> "nn.Module":
+    """The teacher that the run in ``folder`` had, with its weights.
+
+    Raises:
+        UserError: it had none; the weights are not there, or others than the run had.
+    """
+    from mdistill.engine.build import trained_teacher
+    from mdistill.engine.run_folder import read_sessions
+
+    if config.teacher is None:
+        raise UserError(f"{folder}: a run without a teacher, so there is none to compare with")
+    network, found = trained_teacher(config, info, checkpoint_root)
+    for session in read_sessions(folder):
+        recorded = session.get("teacher")
+        had = recorded.get("fingerprint") if isinstance(recorded, dict) else None
+        if isinstance(had, str) and had != found:
+            raise UserError(
+                f"{config.teacher.checkpoint} under {checkpoint_root} is not the teacher that the run in {folder} had:"
+                f" its fingerprint was {printable(had)[:12]}, it is now {found[:12]}"
+            )
+    return network
+
+
 class Networks:
     """Students and teachers of runs; teachers' outputs and data sets are kept, as runs share them."""
 
@@ -42,14 +64,16 @@ class Networks:
         device: "torch.device",
         data_root: Path,
         checkpoint_root: Path,
+        configuration: "Callable[[Path], Config]",
         download: bool = False,
         split: str = "test",
-        imports: Sequence[str] = (),
-        trust: bool = False,
     ) -> None:
-        self._device, self._split = device, split
+        """
+        Args:
+            configuration: from the folder of a run.
+        """
+        self._device, self._split, self._config = device, split, configuration
         self._data_root, self._checkpoint_root, self._download = data_root, checkpoint_root, download
-        self._imports, self._trust = imports, trust
         self._datasets: dict[str, Dataset] = {}
         self._teachers: dict[str, Outputs] = {}
         self._students: dict[tuple[Path, bool], Outputs] = {}  # of late
@@ -73,27 +97,20 @@ class Networks:
         self._students = dict([*self._students.items()][1 - KEPT :]) | {(folder, pooled): outputs}
         return outputs
 
-    def teacher(self, folder: Path, *, pooled: bool = False) -> Outputs:
+    def teacher(self, folder: Path) -> Outputs:
         """What the teacher of the run in ``folder`` computes.
 
         Raises:
-            UserError: the run has no teacher, or that cannot be had.
+            UserError: as ``teacher_of_run``.
         """
-        from mdistill.engine.build import build_teacher
-        from mdistill.engine.starting_weights import load_teacher, networks_of, weight_files
-
         config = self._config(folder)
-        if config.teacher is None:
-            raise UserError(f"{folder}: a run without a teacher; this picture compares a student with its teacher")
-        key = json.dumps([config.teacher.model_dump(mode="json"), config.data.model_dump(mode="json"), pooled])
-        if key not in self._teachers:
+        told = None if config.teacher is None else config.teacher.model_dump(mode="json")
+        key = json.dumps([told, config.data.model_dump(mode="json")])
+        if told is None or key not in self._teachers:
             dataset = self._dataset(config)
             info = dataset.info(config.data.batch_size)
-            files, _ = weight_files(config.model_copy(update={"student": _bare(config)}), self._checkpoint_root)
-            network = build_teacher(config, info)
-            assert network is not None
-            load_teacher(config, networks_of(network), files, info.class_names, self._checkpoint_root)
-            self._teachers[key] = self._outputs(network, config.teacher.name, dataset, folder, pooled)
+            network = teacher_of_run(config, folder, info, self._checkpoint_root)
+            self._teachers[key] = self._outputs(network, "teacher", dataset, folder, pooled=False)
         return self._teachers[key]
 
     def extra_parameters(self, folder: Path) -> int:
@@ -103,14 +120,6 @@ class Networks:
         config = self._config(folder)
         info = self._dataset(config).info(config.data.batch_size)
         return count_parameters(build_distiller(config, info, build_teacher(config, info)))["extra"]
-
-    def _config(self, folder: Path) -> "Config":
-        from mdistill import config
-
-        home = folder.resolve()
-        beside = [place for place in code_folders(home) if self._trust or home not in (place, *place.parents)]
-        folders = [Path.cwd(), *beside, *([home] if self._trust else [])]
-        return config.load(folder / "config.yaml", imports=self._imports, folders=folders, trusted=self._trust)
 
     def _dataset(self, config: "Config") -> "Dataset":
         from mdistill.engine.build import build_dataset
@@ -128,34 +137,30 @@ class Networks:
     def _outputs(self, network: "nn.Module", name: str, dataset: "Dataset", folder: Path, pooled: bool) -> Outputs:
         import torch
 
-        from mdistill.engine.evaluate import BATCH
+        from mdistill.engine.evaluate import evaluate
+        from mdistill.engine.fidelity import Observer
         from mdistill.models.memory_format import move, to_layout
-        from mdistill.precision import computing, set_numerics
+        from mdistill.precision import set_numerics
 
         why = getattr(network, "no_features", None) if hasattr(network, "forward_features") else "no forward_features"
         if pooled and why:
             raise UserError(f"{folder}: {name!r} gives no features before its classifier: {why}")
         set_numerics("fp32", deterministic=False)
-        move(network.eval(), self._device, "fp32")
-        parts: list[tuple[Any, ...]] = []
-        with torch.no_grad():
-            for image, target in dataset.eval_batches(self._split, BATCH[self._device.type]):
-                with computing("fp32", self._device):
-                    if pooled:
-                        features: Any = network.forward_features(to_layout(network, image))  # type: ignore[operator]
-                        logits, before = features.logits, features.pooled
-                    else:
-                        logits, before = network(to_layout(network, image)), target
-                parts.append((logits.float().cpu(), target.cpu(), before.float().cpu()))
-        logits, target, before = (torch.cat(column) for column in zip(*parts, strict=True))
-        if not bool(logits.isfinite().all()):
+        move(network, self._device, "fp32")
+        observer = Observer(dataset.info(1).num_classes, self._device, teacher=None, keep=True)
+        before: list[Tensor] = []
+
+        def observe(image: "Tensor", logits: "Tensor", target: "Tensor") -> None:
+            observer(image, logits, target)
+            if pooled:
+                features: Any = network.forward_features(to_layout(network, image))  # type: ignore[operator]
+                before.append(features.pooled.float().cpu())
+
+        evaluate(network, dataset, self._split, precision="fp32", observe=observe)
+        kept = {key: torch.from_numpy(values) for key, values in observer.arrays().items()}
+        if not bool(kept["logits"].isfinite().all()):
             raise UserError(f"{folder}: {name!r} has logits that are not finite")
-        return Outputs(logits, target, before if pooled else None, dataset.class_names)
-
-
-def _bare(config: "Config") -> Any:
-    """The student without the weights that it began with, which a finished one does not need."""
-    return config.student.model_copy(update={"checkpoint": None})
+        return Outputs(kept["logits"], kept["labels"], torch.cat(before) if pooled else None, dataset.class_names)
 
 
 def embed(features: Sequence["Tensor"], *, seed: int, perplexity: float = 30.0) -> list[Any]:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from mdistill.errors import UserError, suggestion
-from mdistill.reporting import drawing, fidelity, figures
-from mdistill.reporting.series import HEADLINE, Record, Series, by_pair, series
+from mdistill.reporting import class_logits, drawing, figures
+from mdistill.reporting.records import HEADLINE, Record
+from mdistill.reporting.series import Series, by_pair, series
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,15 +48,14 @@ class Picture:
 
 def curves(records: Sequence[Record], options: Options, networks: "Networks | None") -> Picture:
     """Learning curves."""
-    panels = {title: figures.learning(groups, options.metric) for title, groups in by_pair(records).items()}
+    groups_of = by_pair(records)
+    panels = {title: figures.learning(groups, options.metric, options.epochs) for title, groups in groups_of.items()}
     ylabel = {"test/top1": "test top-1 (%)", "test/top5": "test top-5 (%)"}.get(options.metric, options.metric)
     lines = [
         f"{title}: {each.label}: {each.last} after epoch {each.epochs[-1]}, {_seeds(each.seeds)}"
         for title, bands in panels.items()
         for each in bands
     ]
-    if options.epochs is not None:
-        panels = {title: [figures.thinned(each, options.epochs) for each in bands] for title, bands in panels.items()}
     return Picture(drawing.curves(panels, title=options.title, ylabel=ylabel), lines)
 
 
@@ -64,10 +64,11 @@ def time(records: Sequence[Record], options: Options, networks: "Networks | None
     if networks is not None:
         counts: dict[str, int] = {}
         for record in records:
-            if record.extra_parameters is None and record.cell not in counts:
-                counts[record.cell] = networks.extra_parameters(record.folder)
+            if record.extra_parameters is None and record.identity not in counts:
+                counts[record.identity] = networks.extra_parameters(record.folder)
         records = [
-            each.noting("parameters", {"extra": counts[each.cell]}) if each.cell in counts else each for each in records
+            each.noting("parameters", {"extra": counts[each.identity]}) if each.identity in counts else each
+            for each in records
         ]
     points = figures.costs(series(records))
     if not points:
@@ -120,13 +121,13 @@ def differences(
     for label, record in _panels(records).items():
         student, teacher = networks.student(record.folder), networks.teacher(record.folder)
         if kind == "logits":
-            found[label] = fidelity.class_difference(student.logits, teacher.logits)
+            found[label] = class_logits.class_difference(student.logits, teacher.logits)
         elif options.matrix == "means":
-            both = [fidelity.class_means(each.logits, each.target) for each in (student, teacher)]
-            found[label] = fidelity.matrix_difference(*both)
+            both = [class_logits.class_means(each.logits, each.target) for each in (student, teacher)]
+            found[label] = class_logits.matrix_difference(*both)
         else:
-            both = [fidelity.logit_correlation(each.logits) for each in (student, teacher)]
-            found[label] = fidelity.matrix_difference(*both)
+            both = [class_logits.logit_correlation(each.logits) for each in (student, teacher)]
+            found[label] = class_logits.matrix_difference(*both)
     return found
 
 
@@ -164,13 +165,15 @@ def reliability(records: Sequence[Record], options: Options, networks: "Networks
     panels = {}
     for label, record in _panels(records).items():
         outputs = ask(record.folder)
-        panels[label] = fidelity.calibration(outputs.logits, outputs.target, options.bins)
-    lines = [f"{label}: ECE {100 * each.ece:.2f} % in {options.bins} bins" for label, each in panels.items()]
+        panels[label] = figures.bins(outputs.logits, outputs.target, options.bins)
+    lines = [f"{label}: ECE {100 * each.error:.2f} % in {options.bins} bins" for label, each in panels.items()]
     return Picture(drawing.reliability(panels, title=options.title), lines)
 
 
 def agreement(records: Sequence[Record], options: Options, networks: "Networks | None") -> Picture:
     """Top-1 agreement with the teacher, and the mean KL divergence from it, over seeds."""
+    from mdistill.engine import fidelity
+
     assert networks is not None
     panels: dict[str, dict[str, tuple[float, float]]] = {}
     lines = []
@@ -178,13 +181,13 @@ def agreement(records: Sequence[Record], options: Options, networks: "Networks |
         if not each.first.teacher:
             continue
         both = [(networks.student(run.folder), networks.teacher(run.folder)) for run in each.runs]
-        same = [fidelity.agreement(one.logits, other.logits) for one, other in both]
-        kl = [fidelity.mean_kl(one.logits, other.logits, options.temperature) for one, other in both]
+        pairs = [(student.logits, teacher.logits) for student, teacher in both]
+        same = [100.0 * float(fidelity.agreement(*pair).double().mean()) for pair in pairs]
+        kl = [float(fidelity.divergence(*pair, options.temperature).mean()) for pair in pairs]
         at = "" if options.temperature == 1 else f", T = {options.temperature:g}"
         for quantity, values in (("top-1 agreement (%)", same), (f"mean KL (nats{at})", kl)):
-            deviation = stdev(values) if len(values) > 1 else 0.0
-            panels.setdefault(quantity, {})[each.label] = mean(values), deviation
-        lines.append(f"{each.label}: agreement {mean(same):.2f} %, KL {mean(kl):.4f} nats{at}, {_seeds(len(same))}")
+            panels.setdefault(quantity, {})[each.label] = figures.mean_deviation(values)
+        lines.append(f"{each.label}: agreement {fmean(same):.2f} %, KL {fmean(kl):.4f} nats{at}, {_seeds(len(same))}")
     if not panels:
         raise UserError(f"{records[0].folder}: a run without a teacher; this picture compares a student with one")
     return Picture(drawing.bars(panels, title=options.title), lines)
@@ -202,7 +205,7 @@ def classes(records: Sequence[Record], options: Options, networks: "Networks | N
         raise UserError("--classes: name the classes to show: --classes leopard,television,dinosaur")
     panels: dict[str, list[tuple[str, float]]] = {}
     for number in numbers:
-        found = fidelity.nearest_classes(outputs.logits, outputs.target, number, options.top)
+        found = class_logits.nearest_classes(outputs.logits, outputs.target, number, options.top)
         panels[f'images of "{_class_name(number, outputs)}"'] = [(_class_name(c, outputs), x) for c, x in found]
     if options.image is not None:
         if not 0 <= options.image < len(outputs.target):

@@ -10,6 +10,7 @@ from mdistill.engine.run_folder import read_sessions
 from mdistill.errors import UserError
 from mdistill.files import read_text, write_text
 from mdistill.reporting.records import Record
+from mdistill.reporting.transfers import FOLDER, transfers_of
 
 MAX_BYTES = 1_000_000  # of a file
 SEARCHES = "searches"  # the folder of what was searched, below the runs and below the results
@@ -26,7 +27,7 @@ def destination(record: Record, output: Path) -> Path:
 
 
 def publish(record: Record, target: Path) -> bool:
-    """Write configuration, environment and metrics of ``record`` into ``target``; whether that changed anything.
+    """Write configuration, environment, metrics and transfers of ``record`` into ``target``; whether any changed.
 
     Absolute paths become relative to the current folder, or their last part where they lie elsewhere.
 
@@ -39,7 +40,7 @@ def publish(record: Record, target: Path) -> bool:
     sessions = read_sessions(record.folder)
     if not sessions:
         raise UserError(f"{record.folder} has no env.json, which says what its result was made with")
-    files["env.json"] = json.dumps({"sessions": _portable(sessions)}, indent=2, allow_nan=False) + "\n"
+    files["env.json"] = _text({"sessions": _portable(sessions)}, record.folder / "env.json")
     config = _portable(record.config)
     if config == record.config:
         files["config.yaml"] = read_text(record.folder / "config.yaml")
@@ -47,6 +48,9 @@ def publish(record: Record, target: Path) -> bool:
         import yaml  # slow to import
 
         files["config.yaml"] = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=120)
+    for name, transfer in transfers_of(record).items():
+        content = transfer.model_dump(mode="json")
+        files[f"{FOLDER}/{name}"] = _text(_portable(content), record.folder / FOLDER / name)
     for name, text in files.items():
         _check_size(record.folder / name, text)
     if (target / "env.json").is_file():
@@ -62,6 +66,18 @@ def publish(record: Record, target: Path) -> bool:
             write_text(target / name, text)
             changed = True
     return changed
+
+
+def _text(content: Any, path: Path) -> str:
+    """``content`` of ``path`` as JSON.
+
+    Raises:
+        UserError: it holds a number that JSON has not.
+    """
+    try:
+        return json.dumps(content, indent=2, allow_nan=False) + "\n"
+    except ValueError:
+        raise UserError(f"{path} is damaged: it holds a number that is not finite") from None
 
 
 def publish_searches(table: str, output: Path, results: Path) -> list[Path]:

@@ -1,24 +1,32 @@
-"""Run records as their folders tell them: ``config.yaml``, ``env.json`` and the end of ``metrics.jsonl``.
+"""Run records as their folders tell them: ``config.yaml``, ``env.json`` and ``metrics.jsonl``.
 
-Hundreds of them are read in a second: of the metrics the last epoch alone, and nothing here imports torch.
+Hundreds of them are read in a second: of the metrics the end alone, until a curve is asked for, and nothing here
+imports torch.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Literal
 
 from mdistill.engine.run_folder import read_metrics, read_sessions
-from mdistill.errors import UserError, printable
+from mdistill.errors import UserError, printable, suggestion
 from mdistill.files import read_text
 from mdistill.settings import leaves, results_only
 
 SKIPPED = {"tensorboard", "teacher_cache", "class_distances"}  # folders that hold no runs
 TAIL = 1 << 16  # bytes of a file of metrics that are read; a line takes a few hundred
+HEADLINE = "test/top1"
 CHANCE = 4.5  # top-5 over top-1 from which on a network is taken to guess; a guess has 5, what has learnt less
 FALLEN = 0.5  # of the best epoch's top-1, below which a run has collapsed
+
+State = Literal["complete", "collapsed", "failed", "unfinished", "untested", "empty"]
+"""``collapsed`` is complete too; ``untested`` has all epochs and no accuracy on the test split."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +35,8 @@ class Record:
 
     folder: Path
     config: Mapping[str, Any]  # as recorded, every default written out
-    session: Mapping[str, Any]  # the last one of ``env.json``; empty where it has none
-    last: Mapping[str, Any] | None  # the last epoch of the last phase that is in ``metrics.jsonl``
+    sessions: Sequence[Mapping[str, Any]]  # of ``env.json``
+    last: Mapping[str, Any] | None  # the last epoch of the last phase that was evaluated on the test split
     done: int  # epochs, of all phases
 
     @cached_property
@@ -42,6 +50,26 @@ class Record:
         return key_of(self.config)
 
     @property
+    def dataset(self) -> str:
+        """Its name."""
+        return self.key[0]
+
+    @property
+    def method(self) -> str:
+        """Its name."""
+        return self.key[1]
+
+    @property
+    def teacher(self) -> str:
+        """Its network, "" without one; members of an ensemble are joined by +."""
+        return self.key[2]
+
+    @property
+    def student(self) -> str:
+        """Its network."""
+        return self.key[3]
+
+    @property
     def seed(self) -> int:
         """Of the run."""
         return int(self.config["seed"])
@@ -52,23 +80,54 @@ class Record:
         return str(self.config.get("variant") or "")
 
     @property
+    def pair(self) -> str:
+        """Teacher and student, for people."""
+        return printable(f"{self.teacher} → {self.student}" if self.teacher else self.student)
+
+    @property
+    def name(self) -> str:
+        """The method, and what sets the run apart from others of it, for people."""
+        return printable(f"{self.method}, {self.variant}" if self.variant else self.method)
+
+    @property
     def epochs(self) -> int:
         """That it was to be trained for, of all phases."""
         phases = self.config.get("phases") or {}
         return int(self.config["solver"]["epochs"]) + sum(int(phase["epochs"]) for phase in phases.values())
 
     @property
+    def batch_size(self) -> int:
+        """Images of a step."""
+        return int(self.config["data"]["batch_size"])
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """A line for each epoch of the last phase; the whole file is read for it."""
+        return [line for line in read_metrics(self.folder) if line.get("phase") is None]
+
+    @property
     def complete(self) -> bool:
         """Whether its last epoch is done and was evaluated on the test split."""
-        return self.done >= self.epochs and self.top1 is not None
+        return self.last is not None and self.last["epoch"] == self.done >= self.epochs
+
+    @property
+    def state(self) -> State:
+        """How far it came, and whether it learnt anything."""
+        if self.complete:
+            return "collapsed" if self.collapsed else "complete"
+        if self.failure:
+            return "failed"
+        if self.done >= self.epochs:
+            return "untested"
+        return "unfinished" if self.done else "empty"
 
     @property
     def top1(self) -> float | None:
-        """On the test split after the last epoch that is there, percent."""
+        """On the test split after the last epoch that was evaluated, percent."""
         return self.accuracy("top1")
 
     def accuracy(self, metric: str) -> float | None:
-        """``metric``, such as ``top5``, on the test split after the last epoch that is there, percent."""
+        """``metric``, such as ``top5``, on the test split after the last epoch that was evaluated, percent."""
         found = (self.last or {}).get(f"test/{metric}")
         return None if found is None else float(found)
 
@@ -86,8 +145,7 @@ class Record:
         if self.best_of == "test" and metric == "top1":
             return float(self.last["best/top1"])
         at = self.last["best/epoch"]
-        lines = [line for line in read_metrics(self.folder) if line["epoch"] == at and "phase" not in line]
-        found = lines[0].get(f"test/{metric}") if lines else None
+        found = next((line.get(f"test/{metric}") for line in self.metrics if line["epoch"] == at), None)
         return None if found is None else float(found)
 
     @property
@@ -98,33 +156,80 @@ class Record:
     @property
     def collapsed(self) -> bool:
         """Whether its last epoch is no better than a guess, or far below its best one."""
-        top1, last = self.top1, self.last or {}
-        if top1 is None:
+        if self.last is None or self.top1 is None:
             return False
-        fallen = top1 < FALLEN * float(last.get("best/top1", 0)) and "val/top1" not in last
-        return fallen or float(last.get("test/top5", 0)) >= CHANCE * top1
+        fallen = self.best_of is not None and self.last[f"{self.best_of}/top1"] < FALLEN * self.last["best/top1"]
+        return fallen or float(self.last.get("test/top5", 0)) >= CHANCE * self.top1
 
     @property
+    def session(self) -> Mapping[str, Any]:
+        """The last one; empty where none is recorded."""
+        return self.sessions[-1] if self.sessions else {}
+
+    def noted(self, key: str) -> Any:
+        """What the last session that says anything of ``key`` noted; None where none does."""
+        return next((session[key] for session in reversed(self.sessions) if session.get(key) is not None), None)
+
+    def noting(self, key: str, value: Mapping[str, Any]) -> "Record":
+        """The same, as if it had noted ``value`` under ``key``."""
+        return replace(self, sessions=[*self.sessions, {key: value}])
+
+    @cached_property
     def identity(self) -> str:
-        """16 digits that trials of one cell share; "" where the record does not say."""
-        return str(self.session.get("cell") or "")
+        """16 digits that trials of one cell share: as it noted them, else of its settings alone."""
+        noted = self.noted("cell")
+        if isinstance(noted, str) and noted:
+            return noted
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     @property
     def commit(self) -> str:
         """Of the code; "" where the record does not say."""
-        return str(self.session.get("commit") or "")
+        return str(self.noted("commit") or "")
 
     @property
     def copies(self) -> dict[str, str]:
         """Fingerprints of the data, the teacher's weights and those that the student began with."""
-        files = _section(self.session, "student").get("files")
-        began = files[0] if isinstance(files, list) and files else None
         found = {
-            "data": _section(self.session, "data").get("fingerprint"),
-            "teacher": _section(self.session, "teacher").get("fingerprint"),
-            "starting weights": began.get("sha256") if isinstance(began, Mapping) else None,
+            "data": self._section("data").get("fingerprint"),
+            "teacher": self._section("teacher").get("fingerprint"),
+            "starting weights": _first_file(self._section("student")).get("sha256"),
         }
         return {what: str(fingerprint) for what, fingerprint in found.items() if fingerprint}
+
+    @property
+    def teacher_top1(self) -> float | None:
+        """As it was measured before training, percent, else as its configuration says; of an ensemble the first's."""
+        for session in reversed(self.sessions):
+            told = session.get("teacher")
+            measured = told.get("top1") if isinstance(told, Mapping) else None
+            measured = measured[0] if isinstance(measured, list) and measured else measured
+            if isinstance(measured, (int, float)):
+                return float(measured)
+        expected = (self.config.get("teacher") or {}).get("expected_top1")
+        return float(expected) if isinstance(expected, (int, float)) else None
+
+    @property
+    def teacher_file(self) -> Path | None:
+        """Where the weights of the teacher were, of an ensemble the first's; None where the record does not say."""
+        path = _first_file(self._section("teacher")).get("path")
+        return Path(str(path)) if path else None
+
+    @property
+    def extra_parameters(self) -> int | None:
+        """Parameters that were trained beside the student's; None where the record does not say."""
+        extra = self._section("parameters").get("extra")
+        return extra if isinstance(extra, int) else None
+
+    @cached_property
+    def step_ms(self) -> float | None:
+        """Milliseconds for a batch, the median of the epochs."""
+        rates = [float(line["images_per_second"]) for line in self.metrics if line.get("images_per_second")]
+        return 1000.0 * self.batch_size / median(rates) if rates else None
+
+    def _section(self, name: str) -> Mapping[str, Any]:
+        section = self.noted(name)
+        return section if isinstance(section, Mapping) else {}
 
 
 @dataclass
@@ -137,26 +242,80 @@ class Found:
 
 
 def find_records(roots: Sequence[Path]) -> Found:
-    """All run records below ``roots``, in the order of their paths; of a folder that is given twice once."""
+    """All run records below ``roots``, in the order of their paths; a run of which there are copies once."""
     found, seen = Found(), set[Path]()
     for root in roots:
-        for folder, names in _folders(root):
+        for folder, external in _run_folders(root):
             resolved = folder.resolve()
             if resolved in seen:
                 continue
             seen.add(resolved)
-            if "external.json" in names:
+            if external:
                 found.external.append(folder)
-            elif "config.yaml" in names and ("metrics.jsonl" in names or "env.json" in names):
-                try:
-                    found.records.append(read_record(folder))
-                except UserError as error:
-                    found.problems.append(printable(str(error).splitlines()[0], 300))
+                continue
+            try:
+                found.records.append(read_record(folder))
+            except UserError as error:
+                found.problems.append(printable(str(error).splitlines()[0], 300))
+    found.records = _once(found.records)
+    return found
+
+
+def find_named(paths: Sequence[Path]) -> Found:
+    """``find_records`` below what a user named.
+
+    Raises:
+        UserError: nothing is at one of ``paths``, or no run is there or below; or none can be read.
+    """
+    for path in paths:
+        if not path.is_dir():
+            beside = path.parent.iterdir() if path.parent.is_dir() else []
+            near = suggestion(path.name, [entry.name for entry in beside])
+            what = "is a file, not a folder of runs" if path.exists() else f"does not exist{near}"
+            raise UserError(f"{path} {what}")
+        if all(external for _, external in _run_folders(path)):
+            raise UserError(f"{path}: no run in it or below (config.yaml and metrics.jsonl would be in its folder)")
+    found = find_records(paths)
+    if not found.records:
+        raise UserError(found.problems[0])
+    return found
+
+
+def read_records(paths: Sequence[Path]) -> list[Record]:
+    """The runs at or below ``paths``, each with a finished epoch at least, for a picture.
+
+    Raises:
+        UserError: as ``find_named``; or a record is damaged or of a newer version, or one that ``paths`` name, or
+            every one, has no finished epoch.
+    """
+    found = find_named(paths)
+    if found.problems:
+        raise UserError(found.problems[0])
+    for record in found.records:
+        if record.folder in paths and not record.done:
+            raise UserError(f"{record.folder} holds no finished epoch: nothing of this run can be shown")
+    begun = [record for record in found.records if record.done]
+    if not begun:
+        raise UserError(f"{paths[0]}: none of the {len(found.records)} runs there has a finished epoch")
+    return knowing_teachers(begun)
+
+
+def knowing_teachers(records: Sequence[Record]) -> list[Record]:
+    """``records``, those that do not tell their teacher's top-1 with that of its own run where it is among them."""
+    alone = {record.folder.resolve(): record.top1 for record in records if record.top1 is not None}
+    found = []
+    for record in records:
+        top1 = None
+        if record.teacher and record.teacher_top1 is None:
+            weights = record.teacher_file
+            places = (weights.resolve(), weights.parent.resolve()) if weights is not None else ()
+            top1 = next((alone[place] for place in places if place in alone), None)
+        found.append(record if top1 is None else record.noting("teacher", {**record._section("teacher"), "top1": top1}))
     return found
 
 
 def read_record(folder: Path) -> Record:
-    """The record in ``folder``.
+    """The record in ``folder``, which may have no epoch yet.
 
     Raises:
         UserError: the folder holds none, or one that is damaged or of a newer version.
@@ -168,13 +327,14 @@ def read_record(folder: Path) -> Record:
             raise UserError(f"{folder} holds no {name}, so it is no record of a run")
     path = folder / "config.yaml"
     config = _read_config(path)
-    sessions = read_sessions(folder)
-    last, done = _end_of_metrics(folder / "metrics.jsonl")
-    record = Record(folder, config, sessions[-1] if sessions else {}, last, done)
+    record = Record(folder, config, read_sessions(folder), *_end_of_metrics(folder / "metrics.jsonl"))
     try:
-        _ = record.key, record.seed, record.epochs, record.settings
+        sound = all(isinstance(name, str) for name in record.key)
+        _ = record.seed, record.epochs, record.batch_size, record.settings, record.teacher_top1
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{path} is damaged: it is not the complete configuration of a run") from None
+        sound = False
+    if not sound:
+        raise UserError(f"{path} is damaged: it is not the complete configuration of a run")
     return record
 
 
@@ -197,10 +357,25 @@ def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
+def _run_folders(root: Path) -> Iterator[tuple[Path, bool]]:
+    """Folders that hold a run, and whether it was imported; a hidden one holds a run half replaced."""
     for folder, below, names in os.walk(root):
         below[:] = sorted(name for name in below if name not in SKIPPED and not name.startswith("."))
-        yield Path(folder), names
+        if "external.json" in names:
+            yield Path(folder), True
+        elif "metrics.jsonl" in names or ("config.yaml" in names and "env.json" in names):
+            yield Path(folder), False
+
+
+def _once(records: Sequence[Record]) -> list[Record]:
+    """Of each run and its published copies the one that has come farthest, the first of these."""
+    runs: dict[tuple[Any, ...], Record] = {}
+    for number, record in enumerate(records):
+        started = record.sessions[0].get("started") if record.sessions else None
+        key = (record.key, record.identity, record.seed, started) if isinstance(started, str) else (number,)
+        if key not in runs or record.done > runs[key].done:
+            runs[key] = record
+    return list(runs.values())
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -220,7 +395,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _end_of_metrics(path: Path) -> tuple[dict[str, Any] | None, int]:
-    """The last line, unless it is of a first phase, and how many epochs are done; a line cut short is left out."""
+    """The last line of the last phase that was evaluated, and how many epochs are done; no line that was cut short."""
     from mdistill.file_schemas import EpochLine
 
     try:
@@ -229,16 +404,22 @@ def _end_of_metrics(path: Path) -> tuple[dict[str, Any] | None, int]:
             lines = file.read().splitlines()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    done = 0
     for text in reversed(lines):
         try:
             line = EpochLine.model_validate_json(text)
         except ValueError:
             continue
+        done = done or line.epoch
+        if line.phase is not None:
+            break
         values = line.model_dump(exclude_unset=True)
-        return (None if line.phase is not None else values), line.epoch
-    return None, 0
+        if HEADLINE in values:
+            return values, done
+    return None, done
 
 
-def _section(session: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = session.get(name)
-    return section if isinstance(section, Mapping) else {}
+def _first_file(section: Mapping[str, Any]) -> Mapping[str, Any]:
+    files = section.get("files")
+    first = files[0] if isinstance(files, list) and files else None
+    return first if isinstance(first, Mapping) else {}

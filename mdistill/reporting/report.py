@@ -4,45 +4,36 @@ The file needs nothing beside it. Text is escaped; pictures are SVG files within
 """
 
 import base64
-import html
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING
 
 from mdistill import __version__
-from mdistill.errors import UserError
+from mdistill.errors import UserError, printable
 from mdistill.reporting import drawing, plots
-from mdistill.reporting.series import Record, Series, by_pair, knowing_teachers, spread
+from mdistill.reporting.html_page import head as _head
+from mdistill.reporting.html_page import plural as _plural
+from mdistill.reporting.html_page import text as _text
+from mdistill.reporting.records import Record, State, knowing_teachers
+from mdistill.reporting.series import Series, by_pair
+from mdistill.reporting.statistics import mean_std_text
 
 if TYPE_CHECKING:
     from mdistill.reporting.outputs import Networks
 
+STATES: Mapping[State, str] = {
+    "unfinished": "unfinished",
+    "failed": "failed",
+    "collapsed": "collapsed",
+    "untested": "without an accuracy on the test split",
+    "empty": "without an epoch",
+}
 EPOCHS = 120  # of a curve, about: more than a phone has room for
 
-PALETTE = {
-    "ink": "#1d1d1f",
-    "faint": "#5c5c61",
-    "link": "#0b5394",
-    "warn": "#9c2a10",
-    "paper": "#ffffff",
-    "band": "#f4f4f6",
-}
-"""Each of the first four has a contrast of at least 4.5 with each of the others; a test computes it."""
-
 STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 76rem; color: var(--ink); background: var(--paper);
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif;
-  overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; padding-top: .75rem; border-top: 2px solid var(--faint); }
-p, li { max-width: 46rem; }
-a { color: var(--link); }
-.faint { color: var(--faint); font-size: .9rem; }
-.warn { color: var(--warn); }
 nav ul { columns: 16rem; padding-left: 1.2rem; }
 table { border-collapse: collapse; width: 100%; max-width: 46rem; margin: .75rem 0; }
 caption { text-align: left; color: var(--faint); font-size: .9rem; padding-bottom: .4rem; }
@@ -50,7 +41,6 @@ th, td { text-align: right; padding: .35rem .4rem; vertical-align: top; font-var
 td { white-space: nowrap; }
 th:first-child { text-align: left; padding-left: 0; }
 tbody th { overflow-wrap: anywhere; }
-code { overflow-wrap: anywhere; }
 thead th { border-bottom: 2px solid var(--faint); }
 tbody tr:nth-child(even) { background: var(--band); }
 tbody th { font-weight: normal; }
@@ -61,10 +51,8 @@ figure { margin: .5rem 0; }
 figcaption { font-weight: bold; margin-bottom: .3rem; }
 img { display: block; width: 100%; max-width: 40rem; height: auto; background: var(--paper); }
 details { margin: .75rem 0; }
-summary { cursor: pointer; color: var(--link); padding: .4rem 0; }
 .runs { padding-left: 1.2rem; font-size: .9rem; }
 .runs li { margin: .5rem 0; }
-code { font-size: .9em; }
 """
 
 
@@ -78,11 +66,14 @@ class Section:
     pictures: Sequence[str]  # HTML
 
 
-def report(records: Sequence[Record], *, title: str, networks: "Networks | None" = None) -> str:
+def report(
+    records: Sequence[Record], *, title: str, problems: Sequence[str] = (), networks: "Networks | None" = None
+) -> str:
     """The page about ``records``, as HTML.
 
     Args:
         title: of the page.
+        problems: a line for each record that could not be read.
         networks: what runs the networks for further pictures; None for pictures from the records alone.
 
     Raises:
@@ -90,19 +81,22 @@ def report(records: Sequence[Record], *, title: str, networks: "Networks | None"
     """
     if not records:
         raise UserError("a report needs a run at least, found none")
-    begun = knowing_teachers([record for record in records if record.metrics])
+    begun = knowing_teachers([record for record in records if record.done])
     sections = [
         _section(number, name, groups, networks)
         for number, (name, groups) in enumerate(by_pair(begun).items(), start=1)
     ]
-    parts = [_head(title), "<body>", "<main>", f"<h1>{_text(title)}</h1>", _summary(records)]
+    parts = [_head(title, STYLE), "<body>", "<main>", f"<h1>{_text(title)}</h1>", _summary(records)]
     if len(sections) > 2:
         links = (f'<li><a href="#{each.key}">{_text(each.title)}</a></li>' for each in sections)
         parts.append(f'<nav aria-label="Contents"><ul>{"".join(links)}</ul></nav>')
     parts += [_teachers(begun), *map(_section_html, sections)]
-    silent = [record for record in records if not record.metrics]
+    silent = [record for record in records if not record.done]
     if silent:
         parts.append(f'<h2 id="silent">Runs without a finished epoch</h2>{_run_list(silent)}')
+    if problems:
+        lines = "".join(f"<li>{_text(problem)}</li>" for problem in problems)
+        parts.append(f'<h2 id="unread">Records that could not be read</h2><ul class="runs">{lines}</ul>')
     parts += [_notes(), "</main>", "</body>", "</html>", ""]
     return "\n".join(part for part in parts if part)
 
@@ -140,7 +134,7 @@ def _teachers(records: Sequence[Record]) -> str:
     """Student accuracy by teacher accuracy, for each student that several teachers taught."""
     students: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        if record.teacher and record.teacher_top1 is not None and record.state in ("complete", "collapsed"):
+        if record.teacher and record.teacher_top1 is not None and record.complete:
             students.setdefault((record.dataset, record.student), []).append(record)
     several = {key: runs for key, runs in students.items() if len({run.teacher for run in runs}) > 1}
     if not several:
@@ -171,23 +165,11 @@ def _picture(
     )
 
 
-def _head(title: str) -> str:
-    colours = "".join(f" --{name}: {colour};" for name, colour in PALETTE.items())
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>:root {{{colours} }}{STYLE}</style>\n</head>"
-    )
-
-
 def _summary(records: Sequence[Record]) -> str:
-    count = {state: sum(record.state == state for record in records) for state in ("unfinished", "collapsed", "empty")}
-    complete = len(records) - sum(count.values())
+    count = Counter(record.state for record in records)
     methods = len({record.method for record in records})
-    lines = [f"{_plural(len(records), 'run')} of {_plural(methods, 'method')}: {complete} complete"]
-    for state, words in (("unfinished", "unfinished"), ("collapsed", "collapsed"), ("empty", "without an epoch")):
-        if count[state]:
-            lines.append(f'<span class="warn">{count[state]} {words}</span>')
+    lines = [f"{_plural(len(records), 'run')} of {_plural(methods, 'method')}: {count['complete']} complete"]
+    lines += [f'<span class="warn">{count[state]} {words}</span>' for state, words in STATES.items() if count[state]]
     made = f"Made by mdistill {_text(__version__)} on {time.strftime('%Y-%m-%d')}."
     return f'<p>{", ".join(lines)}.</p><p class="faint">{made}</p>'
 
@@ -207,7 +189,8 @@ def _table(groups: Sequence[Series]) -> str:
     for each, rank in zip(groups, ranks, strict=True):
         times = [run.step_ms for run in each.runs if run.step_ms is not None]
         seeds = f"{len(each.finished)}" + (f" of {len(each.runs)}" if len(each.finished) < len(each.runs) else "")
-        cells = [f'<span class="{rank}">{_text(spread(each.values))}</span>' if rank else _text(spread(each.values))]
+        top1 = mean_std_text(each.values) if each.values else "-"
+        cells = [f'<span class="{rank}">{top1}</span>' if rank else top1]
         cells += [seeds, f"{mean(times):.1f}" if times else "-"]
         rows.append(f'<tr><th scope="row">{_text(each.label)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
     head = "".join(f'<th scope="col">{name}</th>' for name in ("method", "top-1 (%)", "runs", "ms a batch"))
@@ -232,18 +215,17 @@ def _run_list(records: Iterable[Record]) -> str:
 
 
 def _run(record: Record) -> str:
-    accuracy = "" if record.top1 is None else f": {record.top1:.2f} % (best epoch {record.best:.2f} %)"
-    done = record.metrics[-1]["epoch"] if record.metrics else 0
-    state = f"{done} of {record.epochs} epochs"
-    if record.state != "complete":
-        state = f'<span class="warn">{record.state}, {state}</span>'
-    commit, mark, changes = record.said("commit").partition("+")
-    told = [
-        ("cell", record.cell),
-        ("commit", f"{commit[:12]}{mark}{changes}" if commit else ""),
-        ("device", record.said("device")),
-    ]
-    told.append(("started", record.said("started")))
+    best = record.best_accuracy("top1")
+    accuracy = "" if record.top1 is None else f": {record.top1:.2f} %"
+    accuracy += "" if best is None or not accuracy else f" (best epoch {best:.2f} %)"
+    state = f"{record.done} of {record.epochs} epochs"
+    if record.state in STATES:
+        state = f'<span class="warn">{STATES[record.state]}, {state}</span>'
+    if record.failure:
+        state += f", {_text(printable(record.failure, 300))}"
+    commit, mark, changes = record.commit.partition("+")
+    told = [("cell", record.identity), ("commit", f"{commit[:12]}{mark}{changes}" if commit else "")]
+    told += [(key, printable(record.noted(key) or "", 80)) for key in ("device", "started")]
     facts = ", ".join(f"{name} {_text(value)}" for name, value in told if value)
     name = f"{record.name} seed {record.seed}"
     return f"<li>{_text(name)}{accuracy}, {state}<br>{facts}<br><code>{_text(record.folder)}</code></li>"
@@ -256,14 +238,6 @@ def _notes() -> str:
         " data or teacher weights are another row.</li>"
         "<li>Bands and ± are one sample standard deviation over seeds. Bold is the best mean, underlined the second;"
         " with few seeds neighbours do not differ.</li>"
-        "<li>A run collapsed if its last accuracy is less than half of its best.</li>"
+        "<li>A run collapsed if its last accuracy is less than half of its best, or no better than a guess.</li>"
         "<li>Times are of the machine that each run had, and compare only where that was the same.</li></ul>"
     )
-
-
-def _plural(count: int, word: str) -> str:
-    return f"{count} {word}{'s' if count != 1 else ''}"
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))

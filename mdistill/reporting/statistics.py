@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from statistics import fmean, stdev
+from statistics import fmean
 
 _TERMS = 200  # of the continued fraction; about sqrt(a + b) of them are enough
 
@@ -33,7 +33,10 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     """
     if not values:
         raise ValueError("there is no value")
-    return fmean(values), stdev(values) if len(values) > 1 else None
+    mean = fmean(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
 def mean_std_text(values: Sequence[float]) -> str:

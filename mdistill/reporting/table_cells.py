@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mdistill.errors import RunFailed, UserError, suggestion
 from mdistill.files import read_text, write_text
 from mdistill.reporting.records import Record, flat_settings, key_of
+from mdistill.reporting.transfers import split_metric, targets_of
 
 if TYPE_CHECKING:
     from mdistill.reporting.table_files import Table
@@ -35,6 +36,7 @@ class Wanted:
     epochs: int
     settings: dict[str, Any]  # that change results, by dotted key
     chosen: tuple[str, ...]  # those of them that are not at their default
+    metric: str = "top1"  # of its figures
 
     def difference(self, record: Record) -> str | None:
         """The first setting in which ``record`` is another run, with both values; None where it is of this cell.
@@ -69,7 +71,42 @@ class Layout:
     metrics: tuple[str, ...] = ("top1",)
     notes: tuple[str, ...] = ()
     shortened: int | None = None  # epochs that every schedule was shortened to
+    transfer: dict[str, Any] = field(default_factory=dict)  # settings of metrics on targets
     tuned: dict[str, dict[str, str]] = field(default_factory=dict)  # rows and their pairs: how, or that they are not
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Data sets that its students' features are tried on."""
+        return targets_of(self.metrics)
+
+    def holds(self, record: Record) -> bool:
+        """Whether ``record`` is of one of its cells and seeds."""
+        of_cell = (cell.key == record.key and cell.difference(record) is None for cell in self.cells)
+        return record.seed in self.seeds and any(of_cell)
+
+    def showing(self, metrics: Sequence[str]) -> "Layout":
+        """Its cells with figures of ``metrics``: a column for each pair, or for each pair and metric of several."""
+        if len(metrics) == 1:
+            return replace(self, cells=tuple(replace(cell, metric=metrics[0]) for cell in self.cells))
+
+        def column(pair: str, metric: str) -> str:
+            target, accuracy = split_metric(metric)
+            return " ".join([pair, *([target] if target else []), *([] if accuracy == "top1" else ["top-5"])])
+
+        columns = {pair: {metric: column(pair, metric) for metric in metrics} for pair in self.pairs}
+        return replace(
+            self,
+            pairs=tuple(name for pair in self.pairs for name in columns[pair].values()),
+            cells=tuple(
+                replace(cell, pair=name, metric=metric)
+                for cell in self.cells
+                for metric, name in columns[cell.pair].items()
+            ),
+            without={
+                row: {name: why for pair, why in pairs.items() for name in columns.get(pair, {}).values()}
+                for row, pairs in self.without.items()
+            },
+        )
 
     def part(self, rows: Sequence[str] | None, pairs: Sequence[str] | None, seeds: Sequence[int] | None) -> "Layout":
         """Some of its rows, pairs and seeds, in the order asked for; None for all.
@@ -110,7 +147,7 @@ def layout(
     Args:
         configs: the folder of all configurations.
         overrides: ``key=value`` for every run.
-        epochs: what every schedule is shortened to.
+        epochs: what every schedule is shortened to; None for what the table says.
 
     Raises:
         UserError: there is no such table, or it cannot be built.
@@ -121,8 +158,8 @@ def layout(
             return _read(json.loads(read_text(memory)))
     from mdistill.reporting.table_files import find_table, read_table
 
-    table = read_table(find_table(name, configs), configs, overrides=overrides)
-    found, lasting = _resolved(table, configs, epochs)
+    table = read_table(find_table(name, configs), configs, overrides=overrides, epochs=epochs)
+    found, lasting = _resolved(table, configs)
     if memory is not None and lasting and output.is_dir():
         with suppress(RunFailed, OSError):  # nothing but time depends on it
             write_text(memory, json.dumps(asdict(found)))
@@ -134,16 +171,15 @@ def layout(
     return found
 
 
-def _resolved(table: "Table", configs: Path, epochs: int | None) -> tuple[Layout, bool]:
+def _resolved(table: "Table", configs: Path) -> tuple[Layout, bool]:
     """The table, and whether it depends on nothing but what ``_memory`` looks at."""
     from mdistill.config import without_defaults
-    from mdistill.reporting.table_files import how_tuned
-    from mdistill.reporting.table_runs import short
+    from mdistill.reporting.table_files import how_tuned, short
 
     cells, lasting = [], True
     for cell in table.cells:
         published = cell.config(table.seeds[0])
-        config = published if epochs is None else short(cell, epochs).config(table.seeds[0])
+        config = published if table.epochs is None else short(cell, table.epochs).config(table.seeds[0])
         plain = config.resolved()
         settings = flat_settings(plain)
         chosen = flat_settings(without_defaults(config))
@@ -168,7 +204,8 @@ def _resolved(table: "Table", configs: Path, epochs: int | None) -> tuple[Layout
         without,
         table.metrics,
         table.notes,
-        epochs,
+        table.epochs,
+        table.transfer,
         tuned,
     )
     return found, lasting

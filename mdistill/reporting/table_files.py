@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from mdistill.config import Config, Inline
     from mdistill.file_schemas import ChosenSettings, SearchSpace, TableFile, TablePair, TableRow
 
+COUNTED = ("epochs", "epoch", "after")  # how names of a method's settings that are counted in epochs end
+
 
 @dataclass(frozen=True)
 class Row:
@@ -74,6 +76,8 @@ class Table:
     notes: tuple[str, ...] = ()
     dataset: str = ""  # the folder of its configurations
     every_run: tuple[str, ...] = ()  # ``key=value`` for all of them, the command line's last
+    epochs: int | None = None  # that every schedule is to be shortened to; those of ``cells`` are whole
+    transfer: dict[str, Any] = field(default_factory=dict)  # settings of metrics on targets
     names_tuned: str = ""  # the file of chosen settings that it names
     holdout: int | None = None  # training images that a search holds out; None for a tenth of them
 
@@ -109,6 +113,7 @@ def read_table(
     seeds: Sequence[int] | None = None,
     overrides: Sequence[str] = (),
     imports: Sequence[str] = (),
+    epochs: int | None = None,
     tuned: bool = True,
 ) -> Table:
     """The table of ``path``, or the part of it that is asked for.
@@ -118,6 +123,7 @@ def read_table(
         methods: names of rows.
         overrides: ``key=value`` for every run, after the table's own.
         imports: further user modules.
+        epochs: what every schedule is shortened to; None for what the file says.
         tuned: whether its runs have the settings that a search has chosen, where it names them; else its own.
 
     Raises:
@@ -186,6 +192,8 @@ def read_table(
         given.notes,
         given.dataset,
         (*given.set, *overrides),
+        given.epochs if epochs is None else epochs,
+        given.transfer.model_dump(mode="json"),
         given.tuned,
         given.tune.holdout,
     )
@@ -216,7 +224,8 @@ def cell_of(
         raise UserError(f"{path}: {row} {table.pairs[0]}: left out, {why}")
     if len(table.cells) > 1:
         raise UserError(f"--pair: {path} has {len(table.cells)} pairs; name one of {', '.join(table.pairs)}")
-    return table.cells[0]
+    (cell,) = table.cells
+    return cell if table.epochs is None else short(cell, table.epochs)
 
 
 def runs_of(table: Table) -> Iterator[tuple[Cell, int]]:
@@ -226,11 +235,36 @@ def runs_of(table: Table) -> Iterator[tuple[Cell, int]]:
             yield cell, seed
 
 
+def short(cell: Cell, epochs: int) -> Cell:
+    """``cell`` with a schedule of ``epochs``, and all that is counted in epochs in the same proportion."""
+    config = cell.config(0)
+    solver = config.solver
+    factor = epochs / solver.epochs
+
+    def scaled(value: int) -> int:
+        return max(1, round(value * factor))
+
+    def schedule(section: str, milestones: Sequence[int], warmup: int, total: int) -> list[str]:
+        kept = sorted(each for each in {scaled(each) for each in milestones} if each < total)
+        lines = [f"{section}.epochs={total}", f"{section}.milestones={kept}"]
+        return [*lines, *([f"{section}.lr_warmup_epochs={scaled(warmup)}"] if warmup else [])]
+
+    overrides = schedule("solver", solver.milestones, solver.lr_warmup_epochs, epochs)
+    if solver.average_from:
+        overrides.append(f"solver.average_from={scaled(solver.average_from)}")
+    for name, phase in config.phases.items():
+        overrides += schedule(f"phases.{name}", phase.milestones, phase.lr_warmup_epochs, scaled(phase.epochs))
+    for key, value in config.distiller.arguments.items():
+        if key.rpartition("_")[2] in COUNTED and isinstance(value, int) and value > 0:
+            overrides.append(f"distiller.{key}={scaled(value)}")
+    return replace(cell, overrides=(*cell.overrides, *(line.replace(" ", "") for line in overrides)))
+
+
 def _parsed(path: Path) -> "TableFile":
     from pydantic import BaseModel, ValidationError
 
     from mdistill.config.files import read_yaml
-    from mdistill.file_schemas import SearchSpace, TableFile, TableRow, TuneSettings
+    from mdistill.file_schemas import SearchSpace, TableFile, TableRow, TransferSettings, TuneSettings
     from mdistill.registry import problem_lines
 
     try:
@@ -239,9 +273,9 @@ def _parsed(path: Path) -> "TableFile":
         lines = []
         for detail, line in zip(error.errors(), problem_lines(error), strict=True):
             place, key = ".".join(map(str, detail["loc"])), str(detail["loc"][-1])
-            model: type[BaseModel] = TableRow if len(detail["loc"]) > 1 else TableFile
-            model = TuneSettings if detail["loc"][0] == "tune" else SearchSpace if "search" in detail["loc"] else model
-            known = model.model_fields
+            sections: dict[object, type[BaseModel]] = {"transfer": TransferSettings, "tune": TuneSettings}
+            model = sections.get(detail["loc"][0], TableRow) if len(detail["loc"]) > 1 else TableFile
+            known = (SearchSpace if "search" in detail["loc"] else model).model_fields
             if detail["type"] == "extra_forbidden":
                 line = f"{place}: unknown key{suggestion(key, known)} (allowed: {', '.join(known)})"
             elif detail["type"] == "missing":
@@ -270,7 +304,14 @@ def _row(given: "TableRow", table: "TableFile", path: Path, configs: Path) -> Ro
 
 def _digest(row: "TableRow", pair: "TablePair", table: "TableFile") -> str:
     """16 digits for all that the table file says of the runs of ``row`` and ``pair``, and of how they are tuned."""
-    told = row.model_dump(exclude={"published", "without"}), pair.name, pair.sections, table.dataset, table.set
+    told = (
+        row.model_dump(exclude={"published", "without"}),
+        pair.name,
+        pair.sections,
+        table.dataset,
+        table.set,
+        table.epochs,
+    )
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from mdistill.reporting.statistics import mean_std
 from mdistill.reporting.table_page import page
-from mdistill.reporting.table_show import Table
+from mdistill.reporting.table_show import NAMES, Table, metric_name
 from mdistill.reporting.tables import text_table
 
 Format = Literal["text", "markdown", "latex", "csv", "html"]
@@ -60,7 +60,7 @@ def _rows(table: Table) -> list[list[_Cell]]:
             rows.append([_Cell("  published"), *map(_Cell, published)])
             rows.append([_Cell("  difference"), *map(_Cell, differences)])
     for external in table.external:
-        texts = [external.text(pair, table.epoch, table.metric) for pair in table.layout.pairs]
+        texts = [external.text(pair, table.epoch, table.metric(pair)) for pair in table.layout.pairs]
         rows.append([_Cell(external.name), *map(_Cell, texts)])
     return rows
 
@@ -107,6 +107,9 @@ def _latex(table: Table) -> str:
     networks = [table.networks(pair) for pair in table.layout.pairs]
     for role, column in (("teacher", 0), ("student", 1)):
         lines.append(" & ".join([role, *(_tex(pair[column]) for pair in networks)]) + r" \\")
+    if len(table.metrics) > 1:
+        names = [metric_name(table.metric(pair)) for pair in table.layout.pairs]
+        lines.append(" & ".join(["", *map(_tex, names)]) + r" \\")
     lines.append(r"\midrule")
     for name, *cells in _rows(table):
         first = r"\quad " + _tex(name.text.strip()) if name.text.startswith(" ") else _tex(name.text)
@@ -127,6 +130,7 @@ CSV_COLUMNS = (
     "student",
     "kind",
     "epoch",
+    "metric",
     "mean",
     "std",
     "runs",
@@ -152,17 +156,17 @@ def _csv(table: Table) -> str:
         commits = _unique([trial.record.commit for trial in each.trials])
         configs = _unique([trial.record.identity for trial in each.trials])
         figures = [*_figures(list(values.values())), wanted, failed, *numbers, _values(values), commits, configs]
-        writer.writerow([row, pair, dataset, teacher, student, "run", table.epoch, *figures])
+        writer.writerow([row, pair, dataset, teacher, student, "run", table.epoch, each.wanted.metric, *figures])
     for external in table.external:
         for pair, runs in external.cells.items():
             first = runs[0]
-            values = {
-                each.trial: value for each in runs if (value := each.accuracy(table.epoch, table.metric)) is not None
-            }
+            metric = table.metric(pair)
+            if metric not in NAMES:
+                continue
+            values = {each.trial: value for each in runs if (value := each.accuracy(table.epoch, metric)) is not None}
             figures = [*_figures(list(values.values())), "", "", "", "", _values(values), "", ""]
-            writer.writerow(
-                [external.name, pair, first.dataset, first.teacher, first.student, "external", table.epoch, *figures]
-            )
+            what = [first.dataset, first.teacher, first.student, "external", table.epoch, metric]
+            writer.writerow([external.name, pair, *what, *figures])
     return output.getvalue().rstrip("\n")
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from html import escape
 
-from mdistill.reporting.table_show import Result, Table
+from mdistill.reporting.table_show import Result, Table, metric_name
 
 _NAME, _COLUMN, _LEAST = 10, 9, 60  # rem: of a row's name, of a column, of all; a window with less room shows cards
 _STYLE = """
@@ -90,7 +90,8 @@ def _head(table: Table) -> Iterator[str]:
     yield '<thead role="rowgroup"><tr role="row"><th scope="col" role="columnheader">method</th>'
     for pair in table.layout.pairs:
         teacher, student = table.networks(pair)
-        yield f'<th scope="col" role="columnheader">{escape(teacher)}<small>{escape(student)}</small></th>'
+        metric = f"<small>{escape(metric_name(table.metric(pair)))}</small>" if len(table.metrics) > 1 else ""
+        yield f'<th scope="col" role="columnheader">{escape(teacher)}<small>{escape(student)}</small>{metric}</th>'
     yield "</tr></thead>"
 
 
@@ -104,7 +105,7 @@ def _body(table: Table) -> Iterator[str]:
     for external in table.external:
         yield f'<tr role="row"><th scope="row" role="rowheader">{escape(external.name)}</th>'
         for pair in table.layout.pairs:
-            yield _td(pair, f"<span>{escape(external.text(pair, table.epoch, table.metric))}</span>")
+            yield _td(pair, f"<span>{escape(external.text(pair, table.epoch, table.metric(pair)))}</span>")
         yield "</tr>"
 
 
@@ -157,7 +158,7 @@ def _appendix(table: Table) -> Iterator[str]:
     for each in table.results.values():
         for number, trial in enumerate(each.trials):
             record = trial.record
-            best = record.last.get("best/top1") if record.last else None
+            best = record.best_accuracy("top1")
             values = (
                 str(trial.seed),
                 f"{record.top1:.2f}" if record.top1 is not None else "",
@@ -165,7 +166,7 @@ def _appendix(table: Table) -> Iterator[str]:
                 record.commit[:12] + record.commit[40:],
                 record.identity,
                 record.copies.get("data", "")[:12],
-                str(record.session.get("device", "")),
+                str(record.noted("device") or ""),
                 str(record.folder),
             )
             anchor = "" if number else f' id="{_anchor(table, each)}"'

@@ -10,21 +10,24 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from mdistill.engine.claims import Claims
 from mdistill.engine.run_folder import read_metrics
-from mdistill.errors import UserError, printable, shown
+from mdistill.errors import Stopped, UserError, printable, shown
 from mdistill.files import lock_folder, read_text
-from mdistill.reporting.table_files import Cell, Row, Table, runs_of
+from mdistill.reporting.table_files import Cell, Row, Table, runs_of, short
 
 if TYPE_CHECKING:
     from mdistill.config import Config
 
+LOSSES = 3  # workers that a run may lose before it counts as failed
+SETTLE = 90.0  # seconds that a network file system may take to show what a run on another machine has written
 POLL = 0.5  # seconds between two looks at what is running
 SCAN = 5.0  # seconds between two looks at what others have claimed, where nothing else can be begun
 QUIET = 90.0  # seconds without a sign of the owner of a claim, after which it is told of
@@ -32,7 +35,6 @@ RECENT = 20  # epochs of a record by which the speed of a run is judged, its las
 MOST_BYTES = 200  # of a run's key, which names files
 IN_USE = "is in use by another running process"  # as ``lock_folder`` says
 TEACHER = "teacher"  # the row that a missing teacher's run is of
-COUNTED = ("epochs", "epoch", "after")  # how names of a method's settings that are counted in epochs end
 
 State = Literal["complete", "begun", "missing", "other"]
 
@@ -131,15 +133,10 @@ def _difference(path: Path, config: "Config") -> str:
     return "; ".join([*listed[:3], *(["..."] if listed[3:] else [])])
 
 
-def plan(
-    table: Table, *, output: Path, checkpoint_root: Path, configs: Path, train_teachers: bool, epochs: int | None = None
-) -> list[Run]:
+def plan(table: Table, *, output: Path, checkpoint_root: Path, configs: Path, train_teachers: bool) -> list[Run]:
     """Every run of ``table``, teachers that have to be trained first, then seed by seed; one of several cells once.
 
     A teacher whose file is missing and which an earlier call has trained below ``output`` is taken from there.
-
-    Args:
-        epochs: what every schedule is shortened to.
 
     Raises:
         UserError: a configuration does not fit, or two rows would share a run folder.
@@ -151,16 +148,14 @@ def plan(
     for cell, seed in runs_of(table):
         place = (cell.row, cell.pair)
         if place not in configurations:
-            configurations[place] = _configured(cell, table.seeds[0], epochs)
+            configurations[place] = _configured(cell, table.seeds[0], table.epochs)
         shortened, config = configurations[place]
         run = _run(shortened, config.model_copy(update={"seed": seed}), output)
         teacher = config.teacher
         if teacher is not None:
             known = (teacher.name, teacher.checkpoint)
             if known not in sources:
-                sources[known] = _teacher(
-                    run, table, output, checkpoint_root, configs, train=train_teachers, epochs=epochs
-                )
+                sources[known] = _teacher(run, table, output, checkpoint_root, configs, train=train_teachers)
             source = sources[known]
             if isinstance(source, Run):
                 override = (f"teacher.checkpoint={source.folder.resolve()}", "teacher.expected_top1=null")
@@ -192,10 +187,15 @@ def _configured(cell: Cell, seed: int, epochs: int | None) -> "tuple[Cell, Confi
 
 def _run(cell: Cell, config: "Config", output: Path) -> Run:
     folder = config.run_folder()
+    return Run(cell, config.seed, config, output / folder, claim_key(folder))
+
+
+def claim_key(folder: Path) -> str:
+    """The name by which the run in ``folder``, as it lies below the output folder, is claimed."""
     key = "--".join(folder.parts)
     if len(key.encode()) > MOST_BYTES:
         key = f"{key[:60]}~{hashlib.sha256(key.encode()).hexdigest()[:16]}--{folder.name}"
-    return Run(cell, config.seed, config, output / folder, key)
+    return key
 
 
 def _teacher(
@@ -206,7 +206,6 @@ def _teacher(
     configs: Path,
     *,
     train: bool,
-    epochs: int | None,
 ) -> Run | str | None:
     """Where the teacher of ``run`` comes from: its file (None), a run that trains it, or why it is missing."""
     reason = _why_missing(run.config, checkpoint_root)
@@ -216,7 +215,7 @@ def _teacher(
     cell = _teacher_cell(run, table, configs)
     if cell is None:
         return reason
-    trained = _run(*_configured(cell, 0, epochs), output)
+    trained = _run(*_configured(cell, 0, table.epochs), output)
     if train or trained.state == "complete":
         return trained
     return f"{reason}; or train it here, with --train-teachers"
@@ -254,31 +253,6 @@ def _teacher_cell(run: Run, table: Table, configs: Path) -> Cell | None:
         overrides=overrides,
         folders=run.cell.folders,
     )
-
-
-def short(cell: Cell, epochs: int) -> Cell:
-    """``cell`` with a schedule of ``epochs``, and all that is counted in epochs in the same proportion."""
-    config = cell.config(0)
-    solver = config.solver
-    factor = epochs / solver.epochs
-
-    def scaled(value: int) -> int:
-        return max(1, round(value * factor))
-
-    def schedule(section: str, milestones: Sequence[int], warmup: int, total: int) -> list[str]:
-        kept = sorted(each for each in {scaled(each) for each in milestones} if each < total)
-        lines = [f"{section}.epochs={total}", f"{section}.milestones={kept}"]
-        return [*lines, *([f"{section}.lr_warmup_epochs={scaled(warmup)}"] if warmup else [])]
-
-    overrides = schedule("solver", solver.milestones, solver.lr_warmup_epochs, epochs)
-    if solver.average_from:
-        overrides.append(f"solver.average_from={scaled(solver.average_from)}")
-    for name, phase in config.phases.items():
-        overrides += schedule(f"phases.{name}", phase.milestones, phase.lr_warmup_epochs, scaled(phase.epochs))
-    for key, value in config.distiller.arguments.items():
-        if key.rpartition("_")[2] in COUNTED and isinstance(value, int) and value > 0:
-            overrides.append(f"distiller.{key}={scaled(value)}")
-    return replace(cell, overrides=(*cell.overrides, *(line.replace(" ", "") for line in overrides)))
 
 
 # ---- how long it takes ---------------------------------------------------------------------------------------------
@@ -396,6 +370,18 @@ class Process(Protocol):
         """Ask it to save and end."""
 
 
+@runtime_checkable
+class RemoteProcess(Process, Protocol):
+    """One on another machine; its ``poll`` may raise ``WorkerLost``."""
+
+    def has_begun(self) -> bool:
+        """Whether there was room for it."""
+
+
+class WorkerLost(Exception):  # noqa: N818  (reads as the sentence it prints)
+    """The machine or the worker that a run was handed to is gone; says how."""
+
+
 Start = Callable[[Sequence[str], Path, Mapping[str, str]], Process]
 
 
@@ -421,6 +407,20 @@ class _Job:
     log: Path
     lost: bool = False  # another process has taken its claim over
     asked: bool = False  # to save and end
+    settled: float | None = None  # when what it has written on another machine is seen here, at the latest
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it runs, and does not wait for room."""
+        return not isinstance(self.process, RemoteProcess) or self.process.has_begun()
+
+    def is_settling(self) -> bool:
+        """Whether it ended well on another machine and its last files cannot be seen from here yet."""
+        if not isinstance(self.process, RemoteProcess) or self.run.state == "complete":
+            return False
+        if self.settled is None:
+            self.settled = time.monotonic() + SETTLE
+        return time.monotonic() < self.settled
 
 
 def train(
@@ -469,6 +469,7 @@ class _Training:
         self.pending = {run.key: run for run in runs}
         self.active: dict[str, _Job] = {}
         self.told: set[Path] = set()  # claims that were waited for
+        self.losses: Counter[str] = Counter()  # of workers, by run
         self.environment = _environment(jobs)
         try:
             logs.mkdir(parents=True, exist_ok=True)
@@ -487,7 +488,7 @@ class _Training:
             if len(self.active) < self.jobs and (ended or time.monotonic() >= next_scan):
                 self._begin_jobs()
                 next_scan = time.monotonic() + SCAN
-            report([job.run for job in self.active.values()], self.outcome)
+            report([job.run for job in self.active.values() if job.has_begun], self.outcome)
             if self.pending or self.active:
                 time.sleep(POLL)
         return self.outcome
@@ -499,11 +500,13 @@ class _Training:
             if not job.lost and not self.claims.holds(key):
                 job.lost = True
                 self.tell(f"{job.run.label}: another process has taken it over, so it is stopped here")
-            code = job.process.poll()
-            if code is None:
+            code, lost = self._poll(job)
+            if code is None and not lost:
                 if (stopping or job.lost) and not job.asked:  # a second time would end it at once
                     job.asked = True
                     job.process.terminate()
+                continue
+            if code == 0 and job.is_settling():
                 continue
             ended = True
             del self.active[key]
@@ -511,7 +514,10 @@ class _Training:
                 self._complete(job.run)
             elif stopping:
                 self.outcome.stopped.append(job.run)
-            elif job.lost or IN_USE in (why := _reason(job.log, code)):  # by a run whose worker was killed
+            elif lost and self.losses[key] < LOSSES:
+                self.pending[key] = job.run
+                self.tell(f"{job.run.label}: {lost}, so it is resumed")
+            elif job.lost or IN_USE in (why := lost or _reason(job.log, code)):  # by a run whose worker was killed
                 self.pending[key] = job.run
             else:
                 if self.agenda.failed(job.run):
@@ -521,6 +527,17 @@ class _Training:
                 self.tell(f"failed: {job.run.label}: {why}")
             self.claims.release(key)
         return ended
+
+    def _poll(self, job: _Job) -> tuple[int | None, str]:
+        """Its exit code, or how its worker was lost; None and "" while it runs."""
+        try:
+            code = job.process.poll()
+            if code == Stopped.exit_code and isinstance(job.process, RemoteProcess) and not job.asked:
+                raise WorkerLost("its process was told to stop, as where a machine is taken away")
+        except WorkerLost as error:
+            self.losses[job.run.key] += 1
+            return None, printable(str(error), 400)
+        return code, ""
 
     def _begin_jobs(self) -> None:
         """Begin what nobody has, until ``jobs`` are running."""
@@ -625,13 +642,39 @@ def child() -> None:
     sys.exit(importlib.import_module("mdistill.cli.train").main())
 
 
-def _reason(log: Path, code: int) -> str:
+def claiming_child() -> None:
+    """``child`` that claims its run first, as a worker would: the folder of claims and the key are its first arguments.
+
+    Where somebody else has it, that is said as where its folder is in use. A claim that is taken over ends it.
+    """
+    root, key = sys.argv[1:3]
+    del sys.argv[1:3]
+    claims = Claims(Path(root))
+    other = claims.take(key)
+    if other is not None:
+        print(f"error: {key} {IN_USE}, {other.place}", flush=True)
+        claims.close()
+        sys.exit(UserError.exit_code)
+
+    def watch() -> None:
+        while claims.holds(key):
+            time.sleep(POLL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="claim", daemon=True).start()
+    try:
+        child()
+    finally:
+        claims.close()
+
+
+def _reason(log: Path, code: int | None) -> str:
     """The line of what a run printed that says what was wrong, or how its process ended."""
     lines = [line.strip() for line in read_text(log).splitlines() if line.strip()] if log.is_file() else []
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     if told:
         return printable(told[0], 400)
-    if code < 0:
+    if code is not None and code < 0:
         name = signal.Signals(-code).name if -code in {*signal.Signals} else f"signal {-code}"
         hint = ", as where memory runs out" if name == "SIGKILL" else ""
         return f"its process was ended by {name}{hint}; run the same command again to go on"

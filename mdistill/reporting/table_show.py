@@ -12,11 +12,17 @@ from mdistill.reporting.published import Figure, disagreeing, figure_of
 from mdistill.reporting.records import Found, Record
 from mdistill.reporting.statistics import mean_std_text
 from mdistill.reporting.table_cells import Layout, Wanted
+from mdistill.reporting.transfers import find_transfer, split_metric
 
 Epoch = Literal["last", "best"]
-Metric = Literal["top1", "top5"]
-NAMES: dict[Metric, str] = {"top1": "top-1", "top5": "top-5"}
+NAMES = {"top1": "top-1", "top5": "top-5"}
 COLLAPSED, FAILED = "†", "‡"
+
+
+def metric_name(metric: str) -> str:
+    """``"top-1"``, or ``"top-1 on stl10"``."""
+    target, accuracy = split_metric(metric)
+    return f"{NAMES[accuracy]} on {target}" if target else NAMES[accuracy]
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,7 @@ class Trial:
     seed: int
     value: float  # percent
     record: Record
+    target: str = ""  # of a metric on one: fingerprint of its images
 
 
 @dataclass(frozen=True)
@@ -113,8 +120,10 @@ class ExternalRow:
     name: str
     cells: Mapping[str, tuple[External, ...]]  # by pair
 
-    def text(self, pair: str, epoch: Epoch, metric: Metric) -> str:
-        """Mean and deviation over its runs, of which there may be one."""
+    def text(self, pair: str, epoch: Epoch, metric: str) -> str:
+        """Mean and deviation over its runs, of which there may be one; nothing of a metric on a target."""
+        if metric not in NAMES:
+            return ""
         values = [value for each in self.cells.get(pair, ()) if (value := each.accuracy(epoch, metric)) is not None]
         return f"{mean_std_text(values)} (n = {len(values)})" if values else ""
 
@@ -125,7 +134,7 @@ class Table:
 
     layout: Layout
     epoch: Epoch
-    metric: Metric
+    metrics: tuple[str, ...]  # of several each pair has a column for each
     results: Mapping[tuple[str, str], Result]  # by row and pair; none for ``layout.without``
     external: tuple[ExternalRow, ...]
     notes: tuple[str, ...]
@@ -139,7 +148,13 @@ class Table:
     @property
     def headline(self) -> str:
         """What its figures are."""
-        return f"{NAMES[self.metric]}, {self.epoch} epoch"
+        names = [metric_name(metric) for metric in self.metrics]
+        listed = " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+        return f"{listed}, {self.epoch} epoch"
+
+    def metric(self, pair: str) -> str:
+        """Of the column ``pair``."""
+        return next((cell.metric for cell in self.layout.cells if cell.pair == pair), self.metrics[0])
 
     def networks(self, pair: str) -> tuple[str, str]:
         """Teacher ("" without one) and student of ``pair``."""
@@ -158,26 +173,35 @@ class Table:
 
 
 def build(
-    layout: Layout, found: Found, figures: Sequence[Figure], *, epoch: Epoch = "last", metric: Metric = "top1"
+    layout: Layout,
+    found: Found,
+    figures: Sequence[Figure],
+    *,
+    epoch: Epoch = "last",
+    metrics: Sequence[str] = ("top1",),
 ) -> Table:
     """The table of ``layout`` from the records that were found.
 
     Args:
         figures: published ones, of any table.
         epoch: which one's accuracy; ``best`` is that of the best top-1, on the test split where a run has no other.
+        metrics: ``top1`` and the like; of several, each pair has a column for each.
+
+    Raises:
+        UserError: a metric on a target is asked for, of the best epoch.
     """
-    results = {
-        (cell.row, cell.pair): _result(cell, layout, found.records, figures, epoch, metric) for cell in layout.cells
-    }
+    for metric in metrics:
+        if "/" in metric and epoch == "best":
+            raise UserError(f"--best: {metric} is of the student as its run ended; leave --best out")
+    layout = layout.showing(metrics)
+    results = {(cell.row, cell.pair): _result(cell, layout, found.records, figures, epoch) for cell in layout.cells}
     external, problems = _external(layout, found.external)
     notes = _notes(layout, results, figures, epoch)
-    notes += [f"{NAMES[other]}: --metric {other}" for other in NAMES if other in layout.metrics and other != metric]
-    return Table(layout, epoch, metric, results, external, (*notes, *problems, *found.problems))
+    notes += [f"{metric_name(other)}: --metric {other}" for other in layout.metrics if other not in metrics]
+    return Table(layout, epoch, tuple(metrics), results, external, (*notes, *problems, *found.problems))
 
 
-def _result(
-    cell: Wanted, layout: Layout, records: Sequence[Record], figures: Sequence[Figure], epoch: Epoch, metric: Metric
-) -> Result:
+def _result(cell: Wanted, layout: Layout, records: Sequence[Record], figures: Sequence[Figure], epoch: Epoch) -> Result:
     of_pair = [record for record in records if record.key == cell.key]
     own: list[Record] = []
     strange: dict[str, list[Record]] = {}
@@ -194,13 +218,18 @@ def _result(
     by_seed: dict[int, list[Record]] = {}
     for record in own:
         by_seed.setdefault(record.seed, []).append(record)
-    trials, failed, unfinished = [], {}, {}
+    trials: list[Trial] = []
+    failed, unfinished = dict[int, str](), dict[int, str]()
+    transferred = _transferred(cell, layout, by_seed, unfinished, left_out) if "/" in cell.metric else None
     for seed in layout.seeds:
         done = [record for record in by_seed.get(seed, ()) if record.complete]
         if done:
-            value = done[0].accuracy(metric) if epoch == "last" else done[0].best_accuracy(metric)
-            if value is not None:
-                trials.append(Trial(seed, value, done[0]))
+            if transferred is not None:
+                trials += [transferred[seed]] if seed in transferred else []
+            else:
+                value = done[0].accuracy(cell.metric) if epoch == "last" else done[0].best_accuracy(cell.metric)
+                if value is not None:
+                    trials.append(Trial(seed, value, done[0]))
             other = [record for record in done[1:] if record.top1 != done[0].top1]
             left_out += [f"{_runs([record])}, a second run of this seed, in {record.folder}" for record in other]
         elif seed in by_seed:
@@ -219,9 +248,47 @@ def _result(
         unfinished,
         tuple(left_out),
         frozenset(by_seed) - frozenset(layout.seeds),
-        _published(cell, layout, figures, metric),
+        _published(cell, layout, figures),
         layout.shortened is not None,
     )
+
+
+def _transferred(
+    cell: Wanted,
+    layout: Layout,
+    by_seed: Mapping[int, Sequence[Record]],
+    unfinished: dict[int, str],
+    left_out: list[str],
+) -> dict[int, Trial]:
+    """The trials of a metric on a target, by seed: of equal settings, on the copy of the target that most of them have.
+
+    What is missing is added to ``unfinished``, what is another one to ``left_out``.
+    """
+    target, accuracy = split_metric(cell.metric)
+    copies: dict[str, dict[int, Trial]] = {}
+    others: dict[str, list[str]] = {}
+    for seed in layout.seeds:
+        done = [record for record in by_seed.get(seed, ()) if record.complete]
+        found = [(record, find_transfer(record, target, layout.transfer)) for record in done]
+        usable = [(record, each) for record, each in found if each.values and not each.other]
+        if usable:
+            record, each = usable[0]
+            copies.setdefault(each.data, {})[seed] = Trial(seed, each.values[accuracy], record, each.data)
+        elif found:
+            unfinished[seed] = next((each.why for _, each in found if each.why), f"no transfer to {target} like these")
+        for _, each in found:
+            if each.other:
+                others.setdefault(f"of other settings ({each.other})", []).append(
+                    f"seed {seed}: {each.values[accuracy]:.2f}"
+                )
+    largest = max(copies, key=lambda copy: len(copies[copy]), default="")
+    for copy, trials in copies.items():
+        if copy != largest:
+            why = f"to another copy of {target} (fingerprint {copy[:12]} instead of {largest[:12]})"
+            others[why] = [f"seed {seed}: {trial.value:.2f}" for seed, trial in trials.items()]
+    for why, runs in others.items():
+        left_out.append(f"{len(runs)} transfer{'s' if len(runs) > 1 else ''} ({', '.join(runs)}) {why}")
+    return copies.get(largest, {})
 
 
 def _one_copy(records: Sequence[Record]) -> tuple[list[Record], list[tuple[str, list[Record]]]]:
@@ -252,12 +319,12 @@ def _runs(records: Sequence[Record]) -> str:
     return f"{len(records)} run{'s' if len(records) > 1 else ''} ({told}{more})"
 
 
-def _published(cell: Wanted, layout: Layout, figures: Sequence[Figure], metric: Metric) -> Figure | None:
+def _published(cell: Wanted, layout: Layout, figures: Sequence[Figure]) -> Figure | None:
     if not layout.source:
         return None
     dataset, method, teacher, student = cell.key
     key = (dataset, method, cell.published, teacher, student)
-    return figure_of(figures, key, epochs=cell.epochs, source=layout.source, table=layout.number, metric=metric)
+    return figure_of(figures, key, epochs=cell.epochs, source=layout.source, table=layout.number, metric=cell.metric)
 
 
 def _told(figure: Figure) -> str:
@@ -332,6 +399,9 @@ def _notes(
             number = len({found[what] for found in copies if what in found})
             if number > 1:
                 notes.append(f"{pair}: its rows were trained on {number} copies of the {what}, so do not compare them")
+        number = len({trial.target for each in of_pair for trial in each.trials})
+        if number > 1:
+            notes.append(f"{pair}: its rows were transferred to {number} copies of the target, so do not compare them")
     further = sorted(frozenset[int]().union(*(each.further for each in results.values())))
     if further:
         notes.append(f"runs of further seeds are there, {', '.join(map(str, further))}: --seeds takes them in")

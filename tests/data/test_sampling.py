@@ -22,7 +22,7 @@ def test_the_streams_are_pinned():
     assert plan.view.tolist() == PINNED_VIEW
     assert epoch_plan(seed=1, epoch=1, num_samples=2, num_views=None).view.tolist() == PINNED_OPEN_VIEW
     assert derive_seed(1, "student") == PINNED_SEED
-    assert STREAMS == {"permutation": 1, "view": 2, "strong_view": 3, "mixing": 4, "holdout": 5}
+    assert STREAMS == {"permutation": 1, "view": 2, "strong_view": 3, "mixing": 4, "holdout": 5, "transfer": 8}
 
 
 def test_random_words_are_philox_with_the_documented_key():

@@ -70,15 +70,16 @@ def test_classes_are_counted_as_in_a_plain_loop() -> None:
     assert fidelity.class_counts(logits, target).tolist() == [images, right]
 
 
-def test_agreement_and_divergence_are_those_of_a_plain_loop() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_agreement_and_divergence_are_those_of_a_plain_loop(temperature: float) -> None:
     student, teacher, _ = batch()
     same, divergences = [], []
     for one, other in zip(student, teacher, strict=True):
-        p, q = probabilities(other), probabilities(one)
+        p, q = (probabilities(each.double() / temperature) for each in (other, one))
         same.append(p.index(max(p)) == q.index(max(q)))
         divergences.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
     assert fidelity.agreement(student, teacher).tolist() == same
-    assert fidelity.divergence(student, teacher).tolist() == pytest.approx(divergences, rel=1e-9)
+    assert fidelity.divergence(student, teacher, temperature).tolist() == pytest.approx(divergences, rel=1e-6)
     assert fidelity.divergence(student, student).abs().max() < 1e-12
 
 

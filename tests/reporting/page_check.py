@@ -49,6 +49,10 @@ def problems(text: str) -> list[str]:
     if not page.all("main"):
         found.append("no main part")
     found += [f"a picture without words: {each.get('src', '')[:40]}" for each in page.all("img") if not each.get("alt")]
+    for each in page.all("svg"):
+        if each.get("aria-hidden") != "true" and not (each.get("role") == "img" and each.get("aria-label")):
+            found.append("a picture without words: svg")
+    found += ["a bar without words" for each in page.all("progress") if not each.get("aria-label")]
     found += ["a picture without a size" for each in page.all("img") if not (each.get("width") and each.get("height"))]
     found += ["a heading of a table without scope" for each in page.all("th") if "scope" not in each]
     if len(page.all("table")) != len(page.all("caption")):

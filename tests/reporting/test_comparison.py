@@ -24,7 +24,7 @@ VALUES = {
 
 def record(seed: int, copies: dict[str, str]) -> Record:
     session = {"data": {"fingerprint": copies["data"]}, "teacher": {"fingerprint": copies["teacher"]}}
-    return Record(Path("runs"), {"seed": seed}, session, None, 0)
+    return Record(Path("runs"), {"seed": seed}, [session], None, 0)
 
 
 def table(copies: dict[str, str] = A) -> Table:
@@ -37,7 +37,7 @@ def table(copies: dict[str, str] = A) -> Table:
         results[row, pair] = Result(wanted, (0, 1, 2), trials)
     cells = tuple(result.wanted for result in results.values())
     layout = Layout("title", "", "", ("base", "better", "other"), ("one", "two"), (0, 1, 2), cells)
-    return Table(layout, "last", "top1", results, (), ())
+    return Table(layout, "last", ("top1",), results, (), ())
 
 
 def test_differences_are_of_the_seeds_that_both_have() -> None:

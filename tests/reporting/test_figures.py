@@ -5,12 +5,14 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from mdistill.errors import UserError
-from mdistill.reporting.figures import band, by_teacher, costs, folded, learning, place_labels, thinned
-from mdistill.reporting.series import by_pair, find_runs, read_record, read_records, series, spread
+from mdistill.reporting.figures import band, bins, by_teacher, costs, folded, learning, place_labels
+from mdistill.reporting.records import find_named, read_record, read_records
+from mdistill.reporting.series import by_pair, series
 
-from .written_runs import write
+from .written_records import write_plain as write
 
 
 def test_a_record_says_what_was_run(tmp_path: Path) -> None:
@@ -18,8 +20,13 @@ def test_a_record_says_what_was_run(tmp_path: Path) -> None:
     folder = write(tmp_path, "m", 3, teacher="big", top1=[10.0, 40.0, 30.0], variant="beta=4", session=session)
     record = read_record(folder)
     assert (record.dataset, record.method, record.pair, record.seed) == ("tiny", "m", "big → small", 3)
-    assert (record.name, record.state, record.top1, record.best) == ("m, beta=4", "complete", 30.0, 40.0)
-    assert (record.teacher_top1, record.extra_parameters, record.said("commit")) == (70.5, 7, "abc")
+    assert (record.name, record.state, record.top1, record.best_accuracy("top1")) == (
+        "m, beta=4",
+        "complete",
+        30.0,
+        40.0,
+    )
+    assert (record.teacher_top1, record.extra_parameters, record.commit) == (70.5, 7, "abc")
     assert record.step_ms == pytest.approx(1000 * 50 / 2000)  # the median of 1000, 2000 and 3000 images a second
 
 
@@ -27,6 +34,35 @@ def test_how_far_a_run_came(tmp_path: Path) -> None:
     runs = {"complete": [30.0, 29.0, 31.0], "unfinished": [30.0], "collapsed": [30.0, 30.0, 1.0], "empty": []}
     for state, top1 in runs.items():
         assert read_record(write(tmp_path / state, "m", top1=top1)).state == state
+    assert read_record(write(tmp_path, "m", top1=[30.0], session={"failed": "no memory"})).state == "failed"
+    held = write(tmp_path / "val", "m", epochs=1)
+    (held / "metrics.jsonl").write_text('{"epoch": 1, "val/top1": 50.0}\n')
+    assert read_record(held).state == "untested"
+
+
+def test_where_a_run_fell_is_judged_on_the_split_that_its_best_epoch_is_of(tmp_path: Path) -> None:
+    line = {"epoch": 3, "test/top1": 30.0, "val/top1": 20.0, "best/epoch": 1, "best/top1": 50.0}
+    folder = write(tmp_path, "m")
+    for val, state in ((20.0, "collapsed"), (26.0, "complete")):
+        (folder / "metrics.jsonl").write_text(json.dumps({**line, "val/top1": val}) + "\n")
+        assert read_record(folder).state == state
+
+
+def test_an_accuracy_is_of_the_last_epoch_that_was_evaluated(tmp_path: Path) -> None:
+    folder = write(tmp_path, "m", top1=[10.0, 20.0], epochs=9)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 3, "train/loss": 1.0}\n')
+    record = read_record(folder)
+    assert (record.top1, record.done, record.state, len(record.metrics)) == (20.0, 3, "unfinished", 3)
+
+
+def test_a_published_copy_counts_once_and_the_farther_one_is_taken(tmp_path: Path) -> None:
+    started = {"started": "2026-01-01T00:00:00+0000"}
+    write(tmp_path / "results", "m", top1=[10.0], session=started)
+    whole = write(tmp_path / "runs", "m", session=started)
+    write(tmp_path / "runs", "m", 1, session=started)
+    (each,) = series(read_records([tmp_path]))
+    assert [(run.folder, run.seed) for run in each.runs] == [(whole, 0), (whole.with_name("seed1"), 1)]
 
 
 def test_lines_of_a_first_phase_are_no_figures(tmp_path: Path) -> None:
@@ -34,7 +70,7 @@ def test_lines_of_a_first_phase_are_no_figures(tmp_path: Path) -> None:
     lines = [{"epoch": 1, "phase": "first", "test/top1": 99.0}, {"epoch": 2, "test/top1": 20.0}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     record = read_record(folder)
-    assert (record.best, len(record.metrics)) == (20.0, 1)
+    assert (record.top1, record.done, len(record.metrics)) == (20.0, 2, 1)
 
 
 def test_seeds_of_one_cell_are_a_series_with_a_band(tmp_path: Path) -> None:
@@ -45,16 +81,15 @@ def test_seeds_of_one_cell_are_a_series_with_a_band(tmp_path: Path) -> None:
     found = band(each, "test/top1")
     assert (found.seeds, found.epochs, found.mean) == (2, [1, 2, 3], [12.0, 22.0, 33.0])
     assert found.deviation == pytest.approx([math.sqrt(8), math.sqrt(8), math.sqrt(18)])
-    assert spread(each.values) == found.last == "33.00 ± 4.24"
-    assert (spread([]), spread([1.0])) == ("-", "1.00")
+    assert found.last == "33.00 ± 4.24"
 
 
 def test_thin_curves_keep_their_end(tmp_path: Path) -> None:
     write(tmp_path, "m", top1=[float(epoch) for epoch in range(1, 11)], epochs=10)
-    found = band(series(read_records([tmp_path]))[0], "test/top1")
-    assert thinned(found, 4).epochs == [1, 4, 7, 10]
-    assert thinned(found, 5).epochs == [2, 4, 6, 8, 10]
-    assert thinned(found, 99) == found
+    (each,) = series(read_records([tmp_path]))
+    assert band(each, "test/top1", 4).epochs == [1, 4, 7, 10]
+    assert band(each, "test/top1", 5).mean == [2.0, 4.0, 6.0, 8.0, 10.0]
+    assert band(each, "test/top1", 99) == band(each, "test/top1")
 
 
 def test_runs_of_other_cells_are_told_apart(tmp_path: Path) -> None:
@@ -102,6 +137,16 @@ def test_classes_fold_into_a_square() -> None:
     assert folded([1.0, 2.0, 3.0, 4.0, 5.0]) == [[1.0, 2.0, 3.0], [4.0, 5.0, None]]
 
 
+def test_bins_of_confidence() -> None:
+    """Two images of confidence 3 / 4, one of them right, and one of 9 / 10 that is right."""
+    rows, classes = torch.tensor([[3.0, 1.0], [3.0, 1.0], [1.0, 9.0]]).log(), torch.tensor([0, 1, 1])
+    found = bins(rows, classes, 5)
+    assert found.images == [0, 0, 0, 2, 1]
+    assert found.confidence == pytest.approx([0, 0, 0, 0.75, 0.9])
+    assert found.accuracy == [0, 0, 0, 0.5, 1.0]
+    assert found.error == pytest.approx((2 * 0.25 + 0.1) / 3)
+
+
 def test_labels_do_not_lie_on_each_other() -> None:
     points = [(50.0 + number % 3, 50.0 + 2 * (number // 3), 4.0) for number in range(12)]
     sizes = [(30.0 + 5 * (number % 4), 8.0) for number in range(12)]
@@ -119,13 +164,13 @@ def test_labels_do_not_lie_on_each_other() -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("no metrics", r"seed0 has no metrics.jsonl: nothing of this run can be shown"),
+        ("no metrics", r"seed0 holds no metrics.jsonl, so it is no record of a run"),
         ("no epoch", r"seed0 holds no finished epoch: nothing"),
-        ("no config", r"seed0 has no config.yaml: it is not the folder of a run"),
-        ("newer", r"env.json: written in format 2, and mdistill .* reads format 1: update it"),
-        ("damaged", r"config.yaml: not the configuration of a run: solver: should be a section, found None"),
+        ("no config", r"seed0 holds no config.yaml, so it is no record of a run"),
+        ("newer", r"env.json is of format 2, which a newer version of mdistill wrote; this one, .* reads format 1: "),
+        ("damaged", r"config.yaml is damaged: it is not the complete configuration of a run"),
         ("no YAML", r"config.yaml: not valid YAML: "),
-        ("no run", r"nothing: no run in it or below \(metrics.jsonl or config.yaml would be in its folder\)"),
+        ("no run", r"nothing: no run in it or below \(config.yaml and metrics.jsonl would be in its folder\)"),
         ("typing", r"sed0 does not exist; did you mean 'seed0'"),
     ],
 )
@@ -163,4 +208,4 @@ def test_an_unknown_metric_names_the_nearest(tmp_path: Path) -> None:
 def test_a_folder_half_replaced_is_no_run(tmp_path: Path) -> None:
     folder = write(tmp_path, "m")
     write(folder / ".replaced.x", "m")
-    assert find_runs([tmp_path, folder]) == [folder]
+    assert [record.folder for record in find_named([tmp_path, folder]).records] == [folder]

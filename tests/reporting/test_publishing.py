@@ -67,3 +67,11 @@ def test_what_is_too_large_or_unfinished_is_refused(run: Path, tmp_path: Path, m
     with pytest.raises(UserError, match=r"has no env.json"):
         publish(read_record(run), tmp_path / "results")
     assert not (tmp_path / "results").exists()
+
+
+def test_a_number_that_json_has_not_is_refused(run: Path, tmp_path: Path) -> None:
+    content = json.loads((run / "env.json").read_text())
+    content["sessions"][0]["threads"] = float("inf")
+    (run / "env.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"env.json is damaged: it holds a number that is not finite"):
+        publish(read_record(run), tmp_path / "results")

@@ -133,7 +133,7 @@ def test_rows_of_other_copies_of_the_data_are_told(whole: Layout, tmp_path: Path
 def test_a_published_copy_of_a_run_counts_once(whole: Layout, tmp_path: Path) -> None:
     folder = write(tmp_path / "runs", config("kd", 0), 70.0)
     shutil.copytree(folder, tmp_path / "results" / "copy")
-    write(tmp_path / "again", config("kd", 0), 71.0)
+    write(tmp_path / "again", config("kd", 0), 71.0, session={"started": "2026-01-02T00:00:00+0000"})
     table = shown(whole, tmp_path / "runs", tmp_path / "results", tmp_path / "again", tmp_path / "runs")
     assert table.results["KD", "res56_res20"].values == [70.0]
     assert len([note for note in table.notes if "a second run of this seed" in note]) == 1
