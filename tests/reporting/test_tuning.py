@@ -428,6 +428,24 @@ def test_a_shortened_search_is_one_of_its_own(tune: Tune, file: Path, tmp_path: 
     assert [config.epochs for config in started[2:]] == [2, 2]
 
 
+def test_what_is_counted_in_epochs_is_scaled_in_trials_as_in_the_shortened_table(
+    tune: Tune, file: Path, tmp_path: Path
+) -> None:
+    counted = "search: {distiller.warmup_epochs: {choices: [0, 2]}, "
+    file.write_text(TABLE.replace("search: {", counted, 1) + "epochs: 1\n")
+    started: list[Any] = []
+    assert tune(budget=4, started=started, score=lambda settings: 50.0 + settings["warmup_epochs"]) == 0
+    values = {config.distiller.arguments["warmup_epochs"] for config in started if config.variant.startswith("KD")}
+    assert values == {0, 1}
+    assert {config.epochs for config in started} == {1}
+    file.write_text(file.read_text() + "tuned: table.tuned.yaml\n")
+    given = {"output": tmp_path / "runs", "checkpoint_root": tmp_path, "configs": tmp_path / "configs"}
+    planned = plan(read_table(file, tmp_path / "configs", seeds=[0]), **given, train_teachers=False)
+    (run,) = (run for run in planned if run.cell.row.name == "KD")
+    assert run.config.distiller.arguments["warmup_epochs"] == 1
+    assert run.epochs == 1
+
+
 # ---- mistakes ------------------------------------------------------------------------------------------------------
 
 KD = "search: {distiller.temperature: {low: 1, high: 8}, distiller.kd_weight: {low: 0.1, high: 10.0, log: true}}"
