@@ -45,7 +45,8 @@ class Search:
     seed: int  # of every trial's run, and of the sampler
     budget: int
     holdout: int | None  # training images; None for a share that is not known yet
-    short_epochs: int | None  # what schedules are shortened to
+    short_epochs: int | None  # what the schedules of trials are shortened to
+    table_epochs: int | None  # and those of the table's runs
     folder: Path  # of all searches of the table
     missing: str | None = None  # why its teacher cannot be had
     _configs: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -70,7 +71,8 @@ class Search:
     def config(self) -> "Config":
         """Of the table's own run."""
         if "own" not in self._configs:
-            self._configs["own"] = self.cell.config(self.seed)
+            cell = self.cell if self.table_epochs is None else short(self.cell, self.table_epochs)
+            self._configs["own"] = cell.config(self.seed)
         found: Config = self._configs["own"]
         return found
 
@@ -87,8 +89,10 @@ class Search:
         overrides = [*as_overrides(settings), f"data.holdout={self.holdout or 1}", "run.evaluate_test=false"]
         variant = f"{_slug(self.cell.row.name)}-{self.cell.pair}-trial{number:03d}"  # of two pairs of the same networks
         cell = replace(self.cell, overrides=(*self.cell.overrides, *overrides, f"variant={variant}"))
-        if self.short_epochs is not None:
-            cell = short(cell, self.short_epochs)
+        if (
+            epochs := self.short_epochs or self.table_epochs
+        ):  # so that what is counted in epochs is scaled as it is then
+            cell = short(cell, epochs)
         config = cell.config(self.seed)
         folder = self.folder / config.run_folder()
         return TrialRun(cell, self.seed, config, folder, self._key(number), None, self.missing, {}, number)
@@ -168,14 +172,17 @@ def searches(
         for run in runs:
             if run.cell.row != row:  # a teacher's, which is complete
                 continue
+            cell = table.cell(row, run.cell.pair)
+            teacher = [each for each in run.cell.overrides if each.startswith("teacher.")]  # trained below ``output``
             search = Search(
-                run.cell,
+                replace(cell, overrides=(*cell.overrides, *teacher)),
                 row.search,
                 {},
                 run.seed,
                 budget,
                 table.holdout or run.config.data.holdout or None,
                 epochs,
+                table.epochs,
                 work_folder(table, output, epochs),
                 run.missing
                 and run.missing.replace("with --train-teachers", "with mdistill table run --train-teachers"),
@@ -185,6 +192,8 @@ def searches(
             found.append(replace(search, own=own))
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
+    if not found:
+        raise UserError(f"--pairs: no row with a search: key has a cell of {', '.join(table.pairs)}")
     return found
 
 
@@ -192,7 +201,7 @@ def _own(search: Search, place: str) -> tuple[dict[str, Any], list[str]]:
     """The table's own values of what is searched; and a line for each space that does not fit."""
     settings = {
         ".".join(key): value
-        for key, value in leaves(results_only(search.config.resolved()))
+        for key, value in leaves(results_only(search.cell.config(search.seed).resolved()))
         if SEARCHED.match(".".join(key)) and not FIXED.fullmatch(".".join(key))
     }
     own, problems = {}, []

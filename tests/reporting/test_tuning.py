@@ -378,12 +378,12 @@ def test_a_trial_that_diverges_counts_and_is_not_chosen(
     def score(settings: Mapping[str, Any]) -> float | None:
         return None if settings["kd_weight"] < 0.9 else of_kd(settings)
 
-    assert tune(budget=8, score=score) == 0
+    assert tune(budget=6, score=score) == 0
     trials = trials_of(tmp_path / "runs")
     failed = [trial for trial in trials if trial["state"] == "failed"]
     assert failed
     assert {trial["failure"] for trial in failed} == {"the loss is nan"}
-    assert len(trials) == 8
+    assert len(trials) == 6
     (kd, _) = yaml.safe_load((tmp_path / "table.tuned.yaml").read_text())["chosen"]
     assert kd["failed"] == len(failed)
     assert "failed: KD wide_narrow trial " in capsys.readouterr().out
@@ -426,6 +426,24 @@ def test_a_shortened_search_is_one_of_its_own(tune: Tune, file: Path, tmp_path: 
     assert (tmp_path / "runs/searches/table-epochs1.json").is_file()
     assert tune(budget=1, started=started) == 0
     assert [config.epochs for config in started[2:]] == [2, 2]
+
+
+def test_what_is_counted_in_epochs_is_scaled_in_trials_as_in_the_shortened_table(
+    tune: Tune, file: Path, tmp_path: Path
+) -> None:
+    counted = "search: {distiller.warmup_epochs: {choices: [0, 2]}, "
+    file.write_text(TABLE.replace("search: {", counted, 1) + "epochs: 1\n")
+    started: list[Any] = []
+    assert tune(budget=4, started=started, score=lambda settings: 50.0 + settings["warmup_epochs"]) == 0
+    values = {config.distiller.arguments["warmup_epochs"] for config in started if config.variant.startswith("KD")}
+    assert values == {0, 1}
+    assert {config.epochs for config in started} == {1}
+    file.write_text(file.read_text() + "tuned: table.tuned.yaml\n")
+    given = {"output": tmp_path / "runs", "checkpoint_root": tmp_path, "configs": tmp_path / "configs"}
+    planned = plan(read_table(file, tmp_path / "configs", seeds=[0]), **given, train_teachers=False)
+    (run,) = (run for run in planned if run.cell.row.name == "KD")
+    assert run.config.distiller.arguments["warmup_epochs"] == 1
+    assert run.epochs == 1
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------
@@ -502,6 +520,12 @@ def test_a_table_without_a_space_a_smaller_budget_and_another_search_are_told(
     )
     file.write_text(TABLE.replace("seeds:", "tune: {holdout: 20}\nseeds:"))
     assert "its search was begun with holdout 10, and it is 20 now" in refused(capsys, tune(budget=3))
+    file.write_text(
+        TABLE.replace("method: kd", "method: kd, without: {wide_narrow: no need}").replace(
+            "    method: kd, ", "    method: kd\n    "
+        )
+    )
+    assert "--pairs: no row with a search: key has a cell of wide_narrow" in refused(capsys, tune())
     file.write_text("title: a\ndataset: small\npairs: [wide_narrow]\nmethods: [kd]\n")
     assert "table.yaml: no row has a search: key; give one such as {name: KD, " in refused(capsys, tune())
     with pytest.raises(SystemExit):
@@ -581,10 +605,10 @@ def test_a_whole_search_never_evaluates_the_test_split(
 
     monkeypatch.setattr(table_runs, "_start", start)
     roots = ["--output", str(tmp_path / "runs"), "--checkpoint-root", str(tmp_path), "--device", "cpu"]
-    assert tune_cli.main([str(file), "--budget", "3", *roots]) == 0, capsys.readouterr().err
-    assert codes == [0] * 5
+    assert tune_cli.main([str(file), "--budget", "2", *roots]) == 0, capsys.readouterr().err
+    assert codes == [0] * 4
     lines = [line for path in sorted((tmp_path / "runs").rglob("metrics.jsonl")) for line in read_metrics(path.parent)]
-    assert len(lines) == 10
+    assert len(lines) == 8
     assert not [key for line in lines for key in line if "test" in key]
     trials = trials_of(tmp_path / "runs")
     ends = [read_metrics(tmp_path / "runs/.tune/table" / trial["folder"])[-1]["val/top1"] for trial in trials]
