@@ -126,7 +126,8 @@ def cost(points: Sequence[Cost], *, title: str) -> "Figure":
         known = [each for each in points if each.extra is not None]
         words = f"the largest circle: {largest:,} extra parameters" if largest else "no extra parameters"
         if len(known) < len(points):
-            words = "ring: extra parameters not recorded" + (f"; {words}" if known else "")
+            beside = f"; {words}" if largest else "; disc: none" if known else ""
+            words = f"ring: extra parameters not recorded{beside}"
         if any(each.left_out for each in points):
             words += f"; {WITHOUT}"
         _note(figure, words)
@@ -217,7 +218,7 @@ def matrices(
     """
     finite = [value for matrix in panels.values() for row in matrix for value in row if not math.isnan(value)]
     with _style():
-        figure, grid = _figure(len(panels), height=WIDTH * 1.02, title=title)
+        figure, grid = _figure(len(panels), height=WIDTH * (1.02 if len(panels) > 1 else 0.92), title=title)
         figure.set_layout_engine("compressed")
         for axes, (label, matrix) in zip(grid, panels.items(), strict=True):
             image = axes.imshow(
@@ -284,9 +285,11 @@ def bars(panels: Mapping[str, Mapping[str, tuple[float, float]]], *, title: str)
             values, deviations = zip(*panel.values(), strict=True)
             errors = deviations if any(deviations) else None
             axes.barh(places, values, xerr=errors, height=0.62, color=COLOURS[0], capsize=2.5, ecolor=INK)
+            digits = 2 if max(values) >= 10 else 3
             for place, value, deviation in zip(places, values, deviations, strict=True):
-                text = f" {value:.2f}" + (f" ± {deviation:.2f}" if deviation else "")
-                axes.annotate(text, (value + deviation, place), va="center", fontsize=9.5)
+                text = f"{value:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation else "")
+                end = (value + deviation, place)
+                axes.annotate(text, end, (4, 0), textcoords="offset points", va="center", fontsize=9.5)
             axes.set_yticks(places, labels)
             axes.invert_yaxis()
             axes.set(xlabel=quantity)
@@ -331,6 +334,7 @@ def save(figure: "Figure", path: Path) -> None:
     """
     kind = picture_format(path)
     with atomic_write(path) as temporary, _style():
+        _fix_layout(figure)
         figure.savefig(temporary, format=kind, dpi=DOTS, metadata=_metadata(kind))
 
 
@@ -349,22 +353,19 @@ def picture_format(path: Path) -> str:
 
 def as_svg(figure: "Figure") -> bytes:
     """``figure`` as an SVG file whose letters are those of the reader's machine, the same for the same figure."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
     buffer = io.BytesIO()
     with _style(**{"svg.fonttype": "none"}):
         _fix_layout(figure)
-        canvas: Any = FigureCanvasSVG(figure)
-        canvas.print_svg(buffer, metadata=_metadata("svg"))  # ``savefig`` would draw it twice
+        figure.savefig(buffer, format="svg", dpi=DOTS, metadata=_metadata("svg"))
     return buffer.getvalue()
 
 
 def _fix_layout(figure: "Figure") -> None:
-    """Lay ``figure`` out, once and for all: what is drawn later costs no layout."""
+    """Lay ``figure`` out, once and for all: as long as there is an engine, a picture is drawn twice."""
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
-        figure.set_layout_engine("none")
+        figure.set_layout_engine(None)
 
 
 def _metadata(kind: str) -> dict[str, Any]:
