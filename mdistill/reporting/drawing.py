@@ -161,17 +161,11 @@ def teachers(lines: Mapping[str, Sequence[Taught]], *, title: str) -> "Figure":
             )
         axes.set(xlabel="teacher top-1 (%)", ylabel="student top-1 (%)")
         axes.margins(0.16, 0.08)
-        low, high = axes.get_ylim()
-        room = (0.06 + 0.07 * min(len(places), 4)) * (high - low)  # for the names, some below each other
-        axes.set_ylim(low, high + room)
         axes.grid(axis="x", visible=False)
-        for _, x in places:
-            axes.axvline(x, color=FAINT, linewidth=0.7, linestyle=":", zorder=0)
         _legend_below(axes)
         if any(each.left_out for line in lines.values() for each in line):
             _note(figure, WITHOUT)
-        named = [(x, high + 0.9 * room, name) for name, x in sorted(places)]
-        _label_points(figure, axes, named, [2.0 * figure.dpi / 72] * len(named), line=False)
+        _name_lines(figure, axes, [(x, name) for name, x in places])
     return figure
 
 
@@ -199,7 +193,7 @@ def scatter(panels: Mapping[str, tuple[Any, Any]], names: Sequence[str], *, titl
             axes.set_adjustable("datalim")
             axes.spines[:].set_visible(True)
         if few:
-            _legend(figure, rows[0], columns=2 * len(panels), markerscale=3.0)
+            _legend(figure, rows[0], columns=min(len(names), 4 * len(panels)), markerscale=3.0)
         else:
             _note(figure, "one colour a class")
     return figure
@@ -432,10 +426,8 @@ def _label_points(
     axes: "Axes",
     points: Sequence[tuple[float, float, str]],
     radii: Sequence[float],
-    *,
-    line: bool = True,
 ) -> None:
-    """Write each point's label beside it, off the others; with ``line``, one far from its point gets a line to it.
+    """Write each point's label beside it, off the others; a label that lies far from its point gets a line to it.
 
     All else must be in ``figure`` by then: its layout is fixed here.
     """
@@ -459,6 +451,40 @@ def _label_points(
         far = abs(middle - axes.transData.transform((x, y))[1]) > 1.2 * extent.height
         place_x, place_y = back.transform((left, middle)).tolist()
         axes.annotate(label, (x, y), xytext=(place_x, place_y), va="center", fontsize=9.5, bbox=HALO)
-        if line and far:
+        if far:
             end = back.transform((near, middle))
             axes.plot([x, end[0]], [y, end[1]], color=FAINT, linewidth=0.6, zorder=1)
+
+
+def _name_lines(figure: "Figure", axes: "Axes", lines: Sequence[tuple[float, str]]) -> None:
+    """Draw a vertical line at each place, its name beside it above all else, below another's where it has no room.
+
+    All else must be in ``figure`` by then: its layout is fixed here.
+    """
+    axes.set(xlim=axes.get_xlim())
+    _fix_layout(figure)
+    canvas: Any = figure.canvas
+    renderer, frame, gap = canvas.get_renderer(), axes.get_window_extent(), 4.0
+    rows: list[list[tuple[float, float]]] = []  # from where to where there are names
+    texts = []
+    height = 1.0
+    for x, name in sorted(lines):
+        axes.axvline(x, color=FAINT, linewidth=0.7, linestyle=":", zorder=0)
+        text = axes.text(x, 0, name, fontsize=9.5, va="top", bbox=HALO)
+        extent, place = text.get_window_extent(renderer), float(axes.transData.transform((x, 0))[0])
+        height, width = 1.15 * extent.height, extent.width + 2 * gap
+        right = place + width <= frame.x1
+        start, end = (place, place + width) if right else (place - width, place)
+        row = next(
+            (number for number, row in enumerate(rows) if all(end <= a or start >= b for a, b in row)), len(rows)
+        )
+        rows += [[]] * (row == len(rows))
+        rows[row] = [*rows[row], (start, end)]
+        text.set_horizontalalignment("left" if right else "right")
+        texts.append((text, place + (gap if right else -gap), row))
+    low, high = axes.get_ylim()
+    share = min(0.8, (len(rows) + 0.3) * height / frame.height)
+    axes.set_ylim(low, low + (high - low) / (1 - share))
+    back = axes.transData.inverted()
+    for text, place, row in texts:
+        text.set_position(back.transform((place, frame.y1 - row * height)).tolist())
