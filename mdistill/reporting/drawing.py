@@ -25,8 +25,10 @@ COLOURS = ("#0b62a4", "#c1440e", "#1b7837", "#7b3294", "#8c510a", "#b5177a", "#4
 """Of lines and bars: each has a contrast of at least 4.5 with white."""
 
 INK, FAINT = "#222222", "#6b6b6b"
+PALE = "#86b4d8"  # the first of ``COLOURS``, lighter
 STYLES = ("-", "--", ":", "-.")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+WITHOUT = "without collapsed runs"
 HALO = {"facecolor": "white", "alpha": 0.75, "pad": 0.8, "linewidth": 0}
 FORMATS = ("png", "svg", "pdf")
 WIDTH = 4.7  # inches, of one panel; at 72 points an inch the text is then read at its size on a phone
@@ -124,20 +126,29 @@ def cost(points: Sequence[Cost], *, title: str) -> "Figure":
         known = [each for each in points if each.extra is not None]
         words = f"the largest circle: {largest:,} extra parameters" if largest else "no extra parameters"
         if len(known) < len(points):
-            words = "ring: extra parameters not recorded" + (f"; {words}" if known else "")
+            beside = f"; {words}" if largest else "; disc: none" if known else ""
+            words = f"ring: extra parameters not recorded{beside}"
+        if any(each.left_out for each in points):
+            words += f"; {WITHOUT}"
         _note(figure, words)
         _label_points(figure, axes, [(each.step_ms, each.top1, each.label) for each in points], radii)
     return figure
 
 
 def teachers(lines: Mapping[str, Sequence[Taught]], *, title: str) -> "Figure":
-    """A teacher's accuracy against its students', a line for each method."""
+    """A teacher's accuracy against its students', a line for each method; a dotted line marks each teacher.
+
+    The points of several methods stand beside each other, so that their deviations are seen.
+    """
+    places = {(each.teacher, each.teacher_top1) for line in lines.values() for each in line}
+    span = max(x for _, x in places) - min(x for _, x in places) or 1.0
+    step = min(0.012, 0.06 / len(lines)) * span
     with _style():
-        figure, (axes,) = _figure(1, height=3.5 + 0.19 * _legend_rows(list(lines)), title=title)
-        tops: dict[tuple[str, float], float] = {}
+        figure, (axes,) = _figure(1, height=3.7 + 0.19 * _legend_rows(list(lines)), title=title)
         for number, (label, line) in enumerate(lines.items()):
+            aside = (number - (len(lines) - 1) / 2) * step
             axes.errorbar(
-                [each.teacher_top1 for each in line],
+                [each.teacher_top1 + aside for each in line],
                 [each.top1 for each in line],
                 [each.deviation for each in line],
                 color=COLOURS[number % len(COLOURS)],
@@ -148,14 +159,13 @@ def teachers(lines: Mapping[str, Sequence[Taught]], *, title: str) -> "Figure":
                 capsize=2.5,
                 label=label,
             )
-            for each in line:
-                key = each.teacher, each.teacher_top1
-                tops[key] = max(tops.get(key, 0.0), each.top1 + each.deviation)
         axes.set(xlabel="teacher top-1 (%)", ylabel="student top-1 (%)")
-        axes.margins(0.16, 0.2)
-        named = [(x, top, name) for (name, x), top in tops.items()]
+        axes.margins(0.16, 0.08)
+        axes.grid(axis="x", visible=False)
         _legend_below(axes)
-        _label_points(figure, axes, named, [6.0 * figure.dpi / 72] * len(named))
+        if any(each.left_out for line in lines.values() for each in line):
+            _note(figure, WITHOUT)
+        _name_lines(figure, axes, [(x, name) for name, x in places])
     return figure
 
 
@@ -183,31 +193,40 @@ def scatter(panels: Mapping[str, tuple[Any, Any]], names: Sequence[str], *, titl
             axes.set_adjustable("datalim")
             axes.spines[:].set_visible(True)
         if few:
-            _legend(figure, rows[0], columns=2 * len(panels), markerscale=3.0)
+            _legend(figure, rows[0], columns=min(len(names), 4 * len(panels)), markerscale=3.0)
         else:
             _note(figure, "one colour a class")
     return figure
 
 
-def matrices(panels: Mapping[str, Any], *, title: str, words: str, most: float | None = None) -> "Figure":
+def matrices(
+    panels: Mapping[str, Any], *, title: str, words: str, most: float | None = None, folded: bool = False
+) -> "Figure":
     """Heat maps on one scale, a panel for each network.
 
     Args:
         panels: by title: (rows, columns), values from 0 on; NaN is left white.
         words: what the values are, for the scale.
         most: the end of the scale; None for the largest value.
+        folded: whether a field is a class, counted row by row, and not two of them.
     """
     finite = [value for matrix in panels.values() for row in matrix for value in row if not math.isnan(value)]
     with _style():
-        figure, rows = _figure(len(panels), height=WIDTH * 0.95, title=title)
-        for axes, (label, matrix) in zip(rows, panels.items(), strict=True):
+        figure, grid = _figure(len(panels), height=WIDTH * (1.02 if len(panels) > 1 else 0.92), title=title)
+        figure.set_layout_engine("compressed")
+        for axes, (label, matrix) in zip(grid, panels.items(), strict=True):
             image = axes.imshow(
                 matrix, cmap="PuBuGn", vmin=0.0, vmax=most or max(finite) or 1.0, interpolation="nearest"
             )
-            axes.set(title=label)
+            rows, columns = len(matrix), len(matrix[0])
+            axes.set(title=label, xlabel="class", ylabel="class")
+            if folded and columns <= 10:
+                axes.set(xlabel="class: the number of its row and this one added")
+                axes.set_xticks(range(columns))
+                axes.set_yticks(range(rows), [str(row * columns) for row in range(rows)])
             axes.grid(visible=False)
             axes.spines[:].set_visible(True)
-        figure.colorbar(image, ax=rows, label=words, shrink=0.85, pad=0.02)
+        figure.colorbar(image, ax=grid, label=words, shrink=0.9, pad=0.02)
     return figure
 
 
@@ -219,24 +238,29 @@ def reliability(panels: Mapping[str, Bins], *, title: str) -> "Figure":
             count = len(bins.images)
             middle = [(number + 0.5) / count for number in range(count)]
             filled = [number for number in range(count) if bins.images[number]]
-            places, right = [middle[number] for number in filled], [bins.accuracy[number] for number in filled]
-            gaps = [bins.confidence[number] - bins.accuracy[number] for number in filled]
-            look: Any = {"width": 0.94 / count}
-            axes.bar(places, right, color=COLOURS[0], label="accuracy", **look)
+            places = [middle[number] for number in filled]
+            right, sure = ([side[number] for number in filled] for side in (bins.accuracy, bins.confidence))
+            both = [min(pair) for pair in zip(right, sure, strict=True)]
+            width = 0.94 / count
+            above = [max(a - s, 0.0) for a, s in zip(right, sure, strict=True)]
+            below = [max(s - a, 0.0) for a, s in zip(right, sure, strict=True)]
+            axes.bar(places, both, width, color=COLOURS[0], label="accuracy")
+            axes.bar(places, above, width, both, color=PALE, label="accuracy above confidence")
             axes.bar(
                 places,
-                gaps,
-                bottom=right,
+                below,
+                width,
+                both,
                 color="none",
                 edgecolor=COLOURS[1],
                 hatch="////",
-                label="gap to confidence",
-                **look,
+                linewidth=[1.0 if gap else 0.0 for gap in below],
+                label="confidence above accuracy",
             )
             axes.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1.2, label="as sure as right")
             axes.set(title=f"{label}\nECE {100 * bins.error:.2f} %", xlabel="confidence", ylabel="accuracy")
             axes.set(xlim=(0, 1), ylim=(0, 1))
-        _legend(figure, rows[0], columns=3 if len(panels) > 1 else 2)
+        _legend(figure, rows[0], columns=4 if len(panels) > 1 else 2)
     return figure
 
 
@@ -255,9 +279,11 @@ def bars(panels: Mapping[str, Mapping[str, tuple[float, float]]], *, title: str)
             values, deviations = zip(*panel.values(), strict=True)
             errors = deviations if any(deviations) else None
             axes.barh(places, values, xerr=errors, height=0.62, color=COLOURS[0], capsize=2.5, ecolor=INK)
+            digits = 2 if max(values) >= 10 else 3
             for place, value, deviation in zip(places, values, deviations, strict=True):
-                text = f" {value:.2f}" + (f" ± {deviation:.2f}" if deviation else "")
-                axes.annotate(text, (value + deviation, place), va="center", fontsize=9.5)
+                text = f"{value:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation else "")
+                end = (value + deviation, place)
+                axes.annotate(text, end, (4, 0), textcoords="offset points", va="center", fontsize=9.5)
             axes.set_yticks(places, labels)
             axes.invert_yaxis()
             axes.set(xlabel=quantity)
@@ -302,6 +328,7 @@ def save(figure: "Figure", path: Path) -> None:
     """
     kind = picture_format(path)
     with atomic_write(path) as temporary, _style():
+        _fix_layout(figure)
         figure.savefig(temporary, format=kind, dpi=DOTS, metadata=_metadata(kind))
 
 
@@ -320,22 +347,19 @@ def picture_format(path: Path) -> str:
 
 def as_svg(figure: "Figure") -> bytes:
     """``figure`` as an SVG file whose letters are those of the reader's machine, the same for the same figure."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
     buffer = io.BytesIO()
     with _style(**{"svg.fonttype": "none"}):
         _fix_layout(figure)
-        canvas: Any = FigureCanvasSVG(figure)
-        canvas.print_svg(buffer, metadata=_metadata("svg"))  # ``savefig`` would draw it twice
+        figure.savefig(buffer, format="svg", dpi=DOTS, metadata=_metadata("svg"))
     return buffer.getvalue()
 
 
 def _fix_layout(figure: "Figure") -> None:
-    """Lay ``figure`` out, once and for all: what is drawn later costs no layout."""
+    """Lay ``figure`` out, once and for all: as long as there is an engine, a picture is drawn twice."""
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
-        figure.set_layout_engine("none")
+        figure.set_layout_engine(None)
 
 
 def _metadata(kind: str) -> dict[str, Any]:
@@ -398,7 +422,10 @@ def _note(figure: "Figure", words: str) -> None:
 
 
 def _label_points(
-    figure: "Figure", axes: "Axes", points: Sequence[tuple[float, float, str]], radii: Sequence[float]
+    figure: "Figure",
+    axes: "Axes",
+    points: Sequence[tuple[float, float, str]],
+    radii: Sequence[float],
 ) -> None:
     """Write each point's label beside it, off the others; a label that lies far from its point gets a line to it.
 
@@ -413,7 +440,7 @@ def _label_points(
     frame = axes.get_window_extent(renderer)
     places = place_labels(
         [(x, y, radius) for (x, y), radius in zip(middles.tolist(), radii, strict=True)],
-        [(extent.width, extent.height) for extent in extents],
+        [(extent.width + 6, extent.height) for extent in extents],  # two in a row do not read as one
         (frame.x0, frame.y0, frame.x1, frame.y1),
     )
     back = axes.transData.inverted()
@@ -427,3 +454,37 @@ def _label_points(
         if far:
             end = back.transform((near, middle))
             axes.plot([x, end[0]], [y, end[1]], color=FAINT, linewidth=0.6, zorder=1)
+
+
+def _name_lines(figure: "Figure", axes: "Axes", lines: Sequence[tuple[float, str]]) -> None:
+    """Draw a vertical line at each place, its name beside it above all else, below another's where it has no room.
+
+    All else must be in ``figure`` by then: its layout is fixed here.
+    """
+    axes.set(xlim=axes.get_xlim())
+    _fix_layout(figure)
+    canvas: Any = figure.canvas
+    renderer, frame, gap = canvas.get_renderer(), axes.get_window_extent(), 4.0
+    rows: list[list[tuple[float, float]]] = []  # from where to where there are names
+    texts = []
+    height = 1.0
+    for x, name in sorted(lines):
+        axes.axvline(x, color=FAINT, linewidth=0.7, linestyle=":", zorder=0)
+        text = axes.text(x, 0, name, fontsize=9.5, va="top", bbox=HALO)
+        extent, place = text.get_window_extent(renderer), float(axes.transData.transform((x, 0))[0])
+        height, width = 1.15 * extent.height, extent.width + 2 * gap
+        right = place + width <= frame.x1
+        start, end = (place, place + width) if right else (place - width, place)
+        row = next(
+            (number for number, row in enumerate(rows) if all(end <= a or start >= b for a, b in row)), len(rows)
+        )
+        rows += [[]] * (row == len(rows))
+        rows[row] = [*rows[row], (start, end)]
+        text.set_horizontalalignment("left" if right else "right")
+        texts.append((text, place + (gap if right else -gap), row))
+    low, high = axes.get_ylim()
+    share = min(0.8, (len(rows) + 0.3) * height / frame.height)
+    axes.set_ylim(low, low + (high - low) / (1 - share))
+    back = axes.transData.inverted()
+    for text, place, row in texts:
+        text.set_position(back.transform((place, frame.y1 - row * height)).tolist())

@@ -68,8 +68,9 @@ class Cost:
 
     label: str
     step_ms: float  # for a batch, mean over the runs
-    top1: float  # percent, mean over the runs
+    top1: float  # percent, mean over the runs that did not collapse
     extra: int | None  # parameters trained beside the student's; None where no record says
+    left_out: str  # collapsed runs
     text: str  # all of it, for people
 
 
@@ -82,8 +83,8 @@ def costs(groups: Sequence[Series]) -> list[Cost]:
             continue
         extra = next((run.extra_parameters for run in each.runs if run.extra_parameters is not None), None)
         size = "extra parameters not recorded" if extra is None else f"{extra:,} extra parameters"
-        text = f"{each.label}: {fmean(times):.1f} ms a batch, {mean_std_text(each.values)} %, {size}"
-        found.append(Cost(each.label, fmean(times), fmean(each.values), extra, text))
+        text = f"{each.label}: {fmean(times):.1f} ms a batch, {mean_std_text(each.sound)} %{each.left_out}, {size}"
+        found.append(Cost(each.label, fmean(times), fmean(each.sound), extra, each.left_out, text))
     return found
 
 
@@ -93,8 +94,9 @@ class Taught:
 
     teacher: str
     teacher_top1: float  # percent
-    top1: float  # the student's, percent, mean over the runs
-    deviation: float  # over the runs, 0 for one
+    top1: float  # the student's, percent, mean over the runs that did not collapse
+    deviation: float  # over these, 0 for one
+    left_out: str = ""  # collapsed runs
 
 
 def by_teacher(groups: Sequence[Series]) -> dict[str, list[Taught]]:
@@ -106,10 +108,10 @@ def by_teacher(groups: Sequence[Series]) -> dict[str, list[Taught]]:
     several = len({(each.first.dataset, each.first.student) for each in taught}) > 1
     lines: dict[str, list[Taught]] = {}
     for each in taught:
-        first, (mean, deviation) = each.first, mean_deviation(each.values)
+        first, (mean, deviation) = each.first, mean_deviation(each.sound)
         assert first.teacher_top1 is not None
         label = f"{first.name} → {first.student}" if several else first.name
-        lines.setdefault(label, []).append(Taught(first.teacher, first.teacher_top1, mean, deviation))
+        lines.setdefault(label, []).append(Taught(first.teacher, first.teacher_top1, mean, deviation, each.left_out))
     return {label: sorted(line, key=lambda each: each.teacher_top1) for label, line in lines.items()}
 
 

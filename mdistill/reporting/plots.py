@@ -84,6 +84,7 @@ def teachers(records: Sequence[Record], options: Options, networks: "Networks | 
     words = [
         f"{label} by {each.teacher} ({each.teacher_top1:.2f} %): {each.top1:.2f}"
         + (f" ± {each.deviation:.2f}" if each.deviation else "")
+        + each.left_out
         for label, line in lines.items()
         for each in line
     ]
@@ -146,16 +147,19 @@ def logits(records: Sequence[Record], options: Options, networks: "Networks | No
         label: [[nan if value is None else value for value in row] for row in figures.folded(each.tolist())]
         for label, each in found.items()
     }
-    return _heat(found, rectangles, "|student - teacher|, mean over images", options)
+    return _heat(found, rectangles, "|student - teacher|, mean over images", options, folded=True)
 
 
-def _heat(found: "Mapping[str, Tensor]", matrices: Mapping[str, Any], words: str, options: Options) -> Picture:
+def _heat(
+    found: "Mapping[str, Tensor]", matrices: Mapping[str, Any], words: str, options: Options, *, folded: bool = False
+) -> Picture:
     """``matrices`` with what they hold on the whole in their titles."""
     lines = [
         f"{label}: mean {float(each.mean()):.4f}, largest {float(each.max()):.4f}" for label, each in found.items()
     ]
     panels = {f"{label}\nmean {float(found[label].mean()):.3f}": matrix for label, matrix in matrices.items()}
-    return Picture(drawing.matrices(panels, title=options.title, words=words, most=options.scale), lines)
+    figure = drawing.matrices(panels, title=options.title, words=words, most=options.scale, folded=folded)
+    return Picture(figure, lines)
 
 
 def reliability(records: Sequence[Record], options: Options, networks: "Networks | None") -> Picture:

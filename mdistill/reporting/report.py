@@ -20,6 +20,7 @@ from mdistill.reporting.html_page import text as _text
 from mdistill.reporting.records import Record, State, knowing_teachers
 from mdistill.reporting.series import Series, by_pair
 from mdistill.reporting.statistics import mean_std_text
+from mdistill.reporting.table_show import COLLAPSED, FAILED
 
 if TYPE_CHECKING:
     from mdistill.reporting.outputs import Networks
@@ -31,6 +32,7 @@ STATES: Mapping[State, str] = {
     "untested": "without an accuracy on the test split",
     "empty": "without an epoch",
 }
+SIGNS: Mapping[str, State] = {COLLAPSED: "collapsed", FAILED: "failed"}
 EPOCHS = 120  # of a curve, about: more than a phone has room for
 
 STYLE = """
@@ -190,13 +192,17 @@ def _table(groups: Sequence[Series]) -> str:
         times = [run.step_ms for run in each.runs if run.step_ms is not None]
         seeds = f"{len(each.finished)}" + (f" of {len(each.runs)}" if len(each.finished) < len(each.runs) else "")
         top1 = mean_std_text(each.values) if each.values else "-"
-        cells = [f'<span class="{rank}">{top1}</span>' if rank else top1]
+        states = {run.state for run in each.runs}
+        marks = "".join(f" {sign}" for sign, state in SIGNS.items() if state in states)
+        cells = [(f'<span class="{rank}">{top1}</span>' if rank else top1) + marks]
         cells += [seeds, f"{mean(times):.1f}" if times else "-"]
         rows.append(f'<tr><th scope="row">{_text(each.label)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
     head = "".join(f'<th scope="col">{name}</th>' for name in ("method", "top-1 (%)", "runs", "ms a batch"))
     known = {run.teacher: run.teacher_top1 for each in groups for run in each.runs if run.teacher_top1 is not None}
     teacher = "".join(f" Teacher {name}: {top1:.2f} %." for name, top1 in known.items())
-    caption = f"Test top-1 of the last epoch, mean ± sample standard deviation over finished runs.{teacher}"
+    states = {run.state for each in groups for run in each.runs}
+    signs = "".join(f" {sign} with a run that {state}." for sign, state in SIGNS.items() if state in states)
+    caption = f"Test top-1 of the last epoch, mean ± sample standard deviation over finished runs.{signs}{teacher}"
     return (
         f"<table><caption>{_text(caption)}</caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table>"

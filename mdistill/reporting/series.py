@@ -29,6 +29,17 @@ class Series:
         """Top-1 of the last epoch of each finished run, percent."""
         return [run.top1 for run in self.finished if run.top1 is not None]
 
+    @cached_property
+    def sound(self) -> list[float]:
+        """Those of them that did not collapse, beside which the others cannot be told apart; all where all did."""
+        return [run.top1 for run in self.finished if run.top1 is not None and not run.collapsed] or self.values
+
+    @property
+    def left_out(self) -> str:
+        """How many values are not in ``sound``, for people."""
+        count = len(self.values) - len(self.sound)
+        return f", without {count} collapsed run{'s' if count > 1 else ''}" if count else ""
+
 
 def series(records: Sequence[Record]) -> list[Series]:
     """``records`` by cell, in the order of their first; the labels say as much as tells them apart.

@@ -28,7 +28,8 @@ tbody tr:hover { background: var(--shade); }
   white-space: normal; text-align: left; font-size: .85rem; font-weight: normal; color: #fff; background: #222;
   border-radius: .3rem; }
 .cell:hover .about, .cell:focus-within .about { display: block; }
-.runs td { font-size: .9rem; } .runs td, .runs th { text-align: left; }
+.runs td { font-size: .9rem; white-space: nowrap; } .runs td:last-child { white-space: normal; }
+.runs td, .runs th { text-align: left; } .runs th { overflow-wrap: normal; }
 :target { background: #fff3c4; }
 @media (max-width: WIDTHrem) {
   thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
@@ -38,7 +39,7 @@ tbody tr:hover { background: var(--shade); }
   tbody th { font-size: 1.05rem; }
   td { display: flex; justify-content: space-between; gap: 1rem; text-align: right; }
   td::before { content: attr(data-label); flex: none; max-width: 55%; text-align: left; color: var(--soft); }
-  .runs td { text-align: right; }
+  .runs td { text-align: right; white-space: normal; }
   td:first-child { text-align: right; }
   .about { width: min(18rem, 80vw); }
 }

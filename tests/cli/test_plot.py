@@ -49,7 +49,8 @@ FLAGS = {
 def test_every_kind_is_drawn_and_told(
     kind: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folders = [trained / "seed0"] if kind == "classes" else [trained / "seed0", trained / "seed1"]
+    several = kind in ("curves", "time", "agreement", "reliability")
+    folders = [trained / f"seed{seed}" for seed in ((0, 1) if several else (0,))]
     if kind == "teachers":
         folders = [write(tmp_path, "m", teacher=name, session={"teacher": {"top1": 70.0}}) for name in ("a", "b")]
     assert draw(kind, folders, tmp_path / "picture.svg", *FLAGS.get(kind, [])) == 0
@@ -72,7 +73,7 @@ def test_a_student_agrees_with_itself(trained: Path, tmp_path: Path, capsys: pyt
     assert "kd: mean 0.0000, largest 0.0000" in out
 
 
-def test_the_page_is_accessible_and_complete(trained: Path, tmp_path: Path) -> None:
+def test_the_page_is_accessible_and_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "runs"
     for seed in (0, 1):
         write(root, "m<b>", seed, teacher="big", top1=[1.0, 2.0, 30.0 + seed], session={"teacher": {"top1": 70.0}})
@@ -80,12 +81,22 @@ def test_the_page_is_accessible_and_complete(trained: Path, tmp_path: Path) -> N
     write(root, "fell", teacher="huge", top1=[50.0, 50.0, 1.0])
     write(root, "begun", teacher="huge", top1=[])
     write(root, "v", student="small", top1=[20.0])
+    write(root, "w", student="small", top1=[20.0], session={"failed": "<out of memory>"})
+    (write(root, "later", student="small") / "env.json").write_text('{"format": 2}')
     page = tmp_path / "report.html"
     assert report_main([str(root), "-o", str(page), "--title", "A & B"]) == 0
     text = page.read_text(encoding="utf-8")
     assert problems(text) == []
     assert "<h1>A &amp; B</h1>" in text
-    assert "6 runs of 4 methods: 3 complete, " in text
+    assert "7 runs of 5 methods: 3 complete, " in text
+    for words in (
+        "1 failed",
+        "&lt;out of memory&gt;",
+        "1.00</span> †",
+        "env.json is of format 2, which a newer version",
+    ):
+        assert words in text
+    assert "left out: " in capsys.readouterr().err
     for words in ("1 unfinished", "1 collapsed", "1 without an epoch", "30.50 ± 0.71", "m&lt;b&gt;", "commit abc"):
         assert words in text
     for caption in ("Learning curves", "Time of a batch and accuracy", "small by its teachers"):

@@ -132,6 +132,16 @@ def test_cost_and_teachers(tmp_path: Path) -> None:
     ]
 
 
+def test_collapsed_runs_do_not_set_the_scale(tmp_path: Path) -> None:
+    for seed, last in enumerate((34.0, 36.0, 1.0)):
+        write(tmp_path, "m", seed, teacher="big", top1=[1.0, 30.0, last], session={"teacher": {"top1": 60.0}})
+    (each,) = groups = series(read_records([tmp_path]))
+    assert (each.values, each.sound) == ([34.0, 36.0, 1.0], [34.0, 36.0])
+    (point,), ((taught,),) = costs(groups), by_teacher(groups).values()
+    assert (point.top1, taught.top1, taught.left_out) == (35.0, 35.0, ", without 1 collapsed run")
+    assert "35.00 ± 1.41 %, without 1 collapsed run, " in point.text
+
+
 def test_classes_fold_into_a_square() -> None:
     assert [len(row) for row in folded([0.0] * 100)] == [10] * 10
     assert folded([1.0, 2.0, 3.0, 4.0, 5.0]) == [[1.0, 2.0, 3.0], [4.0, 5.0, None]]
