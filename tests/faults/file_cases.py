@@ -32,6 +32,7 @@ from mdistill.models import MODELS
 from tests import runs
 from tests.distillers.examples import SETTINGS
 from tests.faults import damage, forked, hostile
+from tests.pictures import write_stl10
 from tests.same import assert_same
 
 CIFAR_IMAGES = {"train": 20, "test": 10}
@@ -54,9 +55,12 @@ SPARSE = (*_TRAIN, "--cfg", "sparse.yaml", "--output", "sparse", "--overwrite", 
 DISTANCES = (*_TRAIN, "--cfg", "distances.yaml", "--output", "distances", "--overwrite", "solver.epochs=1")
 EVAL = ("eval", "--device", "cpu", "--json")
 AUDIT = ("audit", f"done/{RUN}", "--checkpoint-root", ".", "--json")
-READING = {"eval", "audit"}  # commands that write nothing
+PUBLISH = ("table", "publish", f"done/{RUN}", "--results", "published", "--output", "published")
+READING = {"eval", "audit", "transfer"}  # commands that write nothing
 CIFAR = (*EVAL, "--model", "resnet8", "--data", "cifar100", "--data-root", ".", "--weights", "resnet8.pt")
 LONE = (*EVAL, "--model", "tiny_net", "--data", "tiny", "--weights")
+TRANSFER = ("transfer", "--device", "cpu", "--json", "--model", "tiny_net", "--data", "tiny", "--weights", "teacher.pt")
+TO_STL10 = (*TRANSFER, "--target", "stl10", "--data-root", ".", "epochs=1")
 
 
 # ---- the files, and commands on them -------------------------------------------------------------------------------
@@ -73,6 +77,7 @@ def files() -> Path:
     damage.save_legacy(folder / "teacher.pth", content)
     save_file(content["model"], folder / "teacher.safetensors")
     _write_cifar(folder)
+    write_stl10(folder, 20, 10)
     settings = yaml.safe_load((folder / "kd.yaml").read_text())
     top1 = json.loads(command(folder, [*LONE, "teacher.pth"]).out)["top1"]
     settings["teacher"]["expected_top1"] = top1
@@ -86,6 +91,8 @@ def files() -> Path:
     for arguments in ([*_TRAIN, "--output", "done", "solver.epochs=1"], SPARSE, DISTANCES):
         ended = command(folder, arguments)
         assert ended.code == 0, ended
+    ended = command(folder, ["transfer", f"done/{RUN}", *TO_STL10[1:4], *TO_STL10[TO_STL10.index("--target") :]])
+    assert ended.code == 0, ended
     ended = command(folder, RESUME, stop_at=8)
     assert ended.code == 75, ended
     return folder
@@ -138,6 +145,12 @@ def result(folder: Path, arguments: Sequence[str], out: str) -> Any:
         return {key: line[key] for key in ("model", "top1", "top5", "loss", "images")}
     if arguments[0] == "audit":
         return json.loads(out)
+    if arguments[0] == "transfer":
+        line = json.loads(out)
+        return {key: line[key] for key in ("top1", "top5", "loss", "train_top1", "settings", "data")}
+    if arguments[0] == "table":
+        (published,) = (folder / "published").rglob("config.yaml")
+        return {path.name: path.read_text() for path in published.parent.rglob("*.json")}
     run = next((folder / arguments[arguments.index("--output") + 1]).rglob("seed0"))
     states = {name: damage.load_torch(run / f"{name}.pt") for name in ("last", "student")}
     return {"metrics": runs.read_metrics(run), **states}
@@ -218,7 +231,7 @@ def _another_result(folder: Path, arguments: Sequence[str], out: str, others: bo
     except Exception as error:
         return [f"accepted, but its result is broken: {type(error).__name__}: {str(error)[:200]}"]
     if others:
-        return [] if arguments[0] in READING else _unsound(found, wanted)
+        return [] if arguments[0] in {*READING, "table"} else _unsound(found, wanted)
     try:
         assert_same(wanted, found, ignore={"config"})
     except AssertionError as error:
@@ -331,6 +344,9 @@ TARGETS = [
     Target("audit_metrics", f"done/{RUN}/metrics.jsonl", AUDIT, *_LINES, _ANY),
     Target("audit_config", f"done/{RUN}/config.yaml", AUDIT, *_YAML, _ANY),
     Target("audit_env", f"done/{RUN}/env.json", AUDIT, *_JSON, _ANY),
+    Target("transfer", f"done/{RUN}/transfer/stl10.json", PUBLISH, *_JSON, _ANY),
+    Target("stl10_images", "stl10_binary/train_X.bin", TO_STL10, valid=_ANY),
+    Target("stl10_labels", "stl10_binary/train_y.bin", TO_STL10, valid=_ANY),
     Target("cfg", "kd.yaml", FRESH, *_YAML, _ANY),
     *(Target(f"cifar_{name}", f"cifar-100-python/{name}", CIFAR, *_PICKLE, _ANY) for name in ("train", "test", "meta")),
 ]
@@ -447,6 +463,7 @@ def hostile_cases() -> Iterator[tuple[str, Case]]:
         ("teachers", "out/teachers.json", RESUME),
         ("audit_env", f"done/{RUN}/env.json", AUDIT),
         ("audit_metrics", f"done/{RUN}/metrics.jsonl", AUDIT),
+        ("transfer", f"done/{RUN}/transfer/stl10.json", PUBLISH),
     ):
         for name, data in hostile.JSON.items():
             make = functools.partial(bytes, data)
