@@ -366,11 +366,11 @@ def _measure(
 
 
 def _as_dict(subject: Subject, path: Path | None, made: "TransferRecord") -> dict[str, Any]:
-    """For ``--json``: the record, and where it was written."""
+    """For ``--json``: what the record says of the figures, and where it was written."""
     return {
         "weights": str(subject.weights),
         "record": None if path is None else str(path),
-        **made.model_dump(mode="json"),
+        **made.model_dump(mode="json", exclude={"environment", "format", "run"}),
     }
 
 

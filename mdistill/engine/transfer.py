@@ -24,7 +24,7 @@ from mdistill.models.base import Features
 from mdistill.models.memory_format import to_layout
 from mdistill.precision import Precision, computing
 
-LAYER = "pooled, the input of the classifier"  # what features are
+LAYER = "pooled"  # what features are: the input of the classifier, as ``Features`` has it
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def transfer(*arguments: str) -> int:
     return main(["transfer", "--device", "cpu", *arguments])
 
 
+@pytest.mark.slow
 def test_what_a_run_reaches_goes_into_its_folder(
     place: Path, train: Train, student_cfg: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,6 +86,7 @@ set: [solver.epochs=1, "solver.milestones=[]"]
 """
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_table(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.yaml").write_text(TABLE)
     train = ["train", "--cfg", "mine.yaml", "--pair", "small", "--device", "cpu", "--checkpoint-root", "."]

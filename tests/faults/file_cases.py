@@ -34,6 +34,7 @@ from mdistill.reporting.table_files import read_table
 from tests import runs
 from tests.distillers.examples import SETTINGS
 from tests.faults import damage, forked, hostile
+from tests.pictures import write_stl10
 from tests.same import assert_same
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -88,9 +89,12 @@ TUNED = (
     "cpu",
 )
 TUNE = ("tune", "table.yaml", "--budget", "3", "--dry-run", "--output", "searched", "--checkpoint-root", ".")
-READING = {"eval", "audit", "tune"}  # commands that write nothing
+PUBLISH = ("table", "publish", f"done/{RUN}", "--results", "published", "--output", "published")
+READING = {"eval", "audit", "transfer", "tune"}  # commands that write nothing
 CIFAR = (*EVAL, "--model", "resnet8", "--data", "cifar100", "--data-root", ".", "--weights", "resnet8.pt")
 LONE = (*EVAL, "--model", "tiny_net", "--data", "tiny", "--weights")
+TRANSFER = ("transfer", "--device", "cpu", "--json", "--model", "tiny_net", "--data", "tiny", "--weights", "teacher.pt")
+TO_STL10 = (*TRANSFER, "--target", "stl10", "--data-root", ".", "epochs=1")
 
 
 # ---- the files, and commands on them -------------------------------------------------------------------------------
@@ -107,6 +111,7 @@ def files() -> Path:
     damage.save_legacy(folder / "teacher.pth", content)
     save_file(content["model"], folder / "teacher.safetensors")
     _write_cifar(folder)
+    write_stl10(folder, 20, 10)
     settings = yaml.safe_load((folder / "kd.yaml").read_text())
     top1 = json.loads(command(folder, [*LONE, "teacher.pth"]).out)["top1"]
     settings["teacher"]["expected_top1"] = top1
@@ -121,6 +126,8 @@ def files() -> Path:
         ended = command(folder, arguments)
         assert ended.code == 0, ended
     _write_search(folder)
+    ended = command(folder, ["transfer", f"done/{RUN}", *TO_STL10[1:4], *TO_STL10[TO_STL10.index("--target") :]])
+    assert ended.code == 0, ended
     ended = command(folder, RESUME, stop_at=8)
     assert ended.code == 75, ended
     return folder
@@ -191,6 +198,12 @@ def result(folder: Path, arguments: Sequence[str], out: str) -> Any:
         return json.loads(out)
     if arguments[0] == "tune":
         return out
+    if arguments[0] == "transfer":
+        line = json.loads(out)
+        return {key: line[key] for key in ("top1", "top5", "loss", "train_top1", "settings", "data")}
+    if arguments[0] == "table":
+        (published,) = (folder / "published").rglob("config.yaml")
+        return {path.name: path.read_text() for path in published.parent.rglob("*.json")}
     run = next((folder / arguments[arguments.index("--output") + 1]).rglob("seed0"))
     states = {name: damage.load_torch(run / f"{name}.pt") for name in ("last", "student")}
     return {"metrics": runs.read_metrics(run), **states}
@@ -271,7 +284,7 @@ def _another_result(folder: Path, arguments: Sequence[str], out: str, others: bo
     except Exception as error:
         return [f"accepted, but its result is broken: {type(error).__name__}: {str(error)[:200]}"]
     if others:
-        return [] if arguments[0] in READING else _unsound(found, wanted)
+        return [] if arguments[0] in {*READING, "table"} else _unsound(found, wanted)
     try:
         assert_same(wanted, found, ignore={"config"})
     except AssertionError as error:
@@ -386,6 +399,9 @@ TARGETS = [
     Target("audit_env", f"done/{RUN}/env.json", AUDIT, *_JSON, _ANY),
     Target("tuned", "table.tuned.yaml", TUNED, *_YAML, _ANY),
     Target("journal", "searched/.tune/table/journal.log", TUNE, *_LINES, _ANY),
+    Target("transfer", f"done/{RUN}/transfer/stl10.json", PUBLISH, *_JSON, _ANY),
+    Target("stl10_images", "stl10_binary/train_X.bin", TO_STL10, valid=_ANY),
+    Target("stl10_labels", "stl10_binary/train_y.bin", TO_STL10, valid=_ANY),
     Target("cfg", "kd.yaml", FRESH, *_YAML, _ANY),
     *(Target(f"cifar_{name}", f"cifar-100-python/{name}", CIFAR, *_PICKLE, _ANY) for name in ("train", "test", "meta")),
 ]
@@ -504,6 +520,7 @@ def hostile_cases() -> Iterator[tuple[str, Case]]:
         ("teachers", "out/teachers.json", RESUME),
         ("audit_env", f"done/{RUN}/env.json", AUDIT),
         ("audit_metrics", f"done/{RUN}/metrics.jsonl", AUDIT),
+        ("transfer", f"done/{RUN}/transfer/stl10.json", PUBLISH),
     ):
         for name, data in hostile.JSON.items():
             make = functools.partial(bytes, data)

@@ -24,13 +24,14 @@ import yaml
 from mdistill.data.loader import BatchLoader
 
 from .. import runs
+from ..pictures import write_stl10
 from . import forked
 from .cases import Case, Outcome
 from .forked import Ended
 from .io_points import SIGNALS, WRITING, Point, mark, plant, points
 
 USER_FILES = ("best_backup.pt", ".mine.tmp", "notes.txt", "tensorboard/mine.txt")
-CLEAN = re.compile(r"(error|warning): \S")  # how a line of a refusal or a failure begins
+CLEAN = re.compile(r"(error|warning|note): \S")  # how a line of a refusal or a failure begins
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Job:
 
     name: str
     method: str = "kd"
-    command: Literal["train", "cache", "eval"] = "train"
+    command: Literal["train", "cache", "eval", "transfer"] = "train"
     flags: tuple[str, ...] = ()
     again: tuple[str, ...] = ("--resume",)  # instead of the mode in ``flags``
     before: Literal["nothing", "half a run", "an old run", "the same run"] = "nothing"
@@ -50,9 +51,12 @@ class Job:
 
     def arguments(self, shared: Path, output: Path, *, again: bool = False) -> list[str]:
         """The command line, of the first time or to go on."""
+        network = ["--model", "tiny_net", "--weights", str(shared / "teacher.pt"), "--data", "tiny", "--device", "cpu"]
         if self.command == "eval":
-            network = ["--model", "tiny_net", "--weights", str(shared / "teacher.pt"), "--data", "tiny"]
-            return ["eval", *network, "--device", "cpu", "--predictions", str(output / "out.npz")]
+            return ["eval", *network, "--predictions", str(output / "out.npz")]
+        if self.command == "transfer":
+            target = ["--target", "stl10", "--data-root", str(shared), "epochs=1"]
+            return ["transfer", *network, *target, "--record", str(output / "transfer" / "out.json")]
         roots = ["--device", "cpu", "--output", str(output), "--checkpoint-root", str(shared)]
         seeds = ["--seeds", ",".join(map(str, self.seeds))] if self.seeds[1:] else []
         return [self.command, "--cfg", str(self.cfg(shared)), *roots, *seeds, *(self.again if again else self.flags)]
@@ -69,6 +73,8 @@ class Job:
         """Write to ``shared``: configuration, ``before`` and ``whole``, undisturbed; the points of its I/O."""
         sections: dict[str, Any] = {"teacher": {"name": "tiny_net", "checkpoint": "teacher.pt", **self.teacher}}
         sections |= self.sections
+        if self.command == "transfer":
+            write_stl10(shared, 20, 10)
         old = {"lr": 0.01} if self.before == "an old run" else self.solver
         runs.write_config(shared, self.method, solver=old, **sections)
         if self.before == "nothing":
@@ -105,6 +111,7 @@ JOBS = (
     Job("sparse", sections=SPARSE),
     Job("distances", "wkd_l"),
     Job("predictions", command="eval"),
+    Job("transfer", command="transfer"),
 )
 
 
@@ -247,6 +254,12 @@ def check_same(job: Job, whole: Path, output: Path) -> None:
         return
     if job.command == "eval":
         assert (whole / "out.npz").read_bytes() == (output / "out.npz").read_bytes(), "the predictions differ"
+        return
+    if job.command == "transfer":
+        left, right = (json.loads((path / "transfer" / "out.json").read_text()) for path in (whole, output))
+        for key in ("seconds", "environment"):
+            del left[key], right[key]
+        assert left == right, "the records of the transfer differ"
         return
     for seed in job.seeds:
         folder = job.folder(output) / f"seed{seed}"

@@ -21,6 +21,8 @@ SAMPLE = [
     ("resume", "create", "SIGHUP"),
     ("predictions", "write", "ENOSPC"),
     ("predictions", "replace", "kill"),
+    ("transfer", "write", "ENOSPC"),
+    ("transfer", "replace", "kill"),
     *(("overwrite", kind, fault) for kind, fault in (("unlink", "kill"), ("list", "SIGTERM"))),
 ]
 
