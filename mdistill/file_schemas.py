@@ -84,8 +84,11 @@ RECORD_FORMAT = 1
 """Of the records that this version writes; a record that names none has it."""
 
 
-class Environment(_Exact):
+class _Record(_Exact):
     format: Annotated[int, Field(ge=1, le=RECORD_FORMAT)] = RECORD_FORMAT
+
+
+class Environment(_Record):
     sessions: list[Session]
 
 
@@ -101,10 +104,9 @@ class _Measured(_Exact):
     top1: Percent
 
 
-class ExternalRun(_Exact):
+class ExternalRun(_Record):
     """A run of another project, as it was imported."""
 
-    format: Annotated[int, Field(ge=1, le=RECORD_FORMAT)] = RECORD_FORMAT
     project: Literal["mdistiller", "RepDistiller"]
     source: Text
     dataset: Text
@@ -171,10 +173,9 @@ class _OfRun(_Exact):
     epoch: Count  # how many it had done
 
 
-class TransferRecord(_Exact):
+class TransferRecord(_Record):
     """What a linear classifier on the features of a run's student reaches on another data set."""
 
-    format: Annotated[int, Field(ge=1, le=RECORD_FORMAT)] = RECORD_FORMAT
     target: Annotated[str, Field(pattern=f"^{TARGET_NAME}$")]
     top1: Percent  # on the target's test images, after the last epoch
     top5: Percent
@@ -403,10 +404,9 @@ class ChosenSettings(_Exact):
     of: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]  # digest of what the table file says of the row and the pair
 
 
-class TunedFile(_Exact):
+class TunedFile(_Record):
     """The settings that ``mdistill tune`` has chosen for a table."""
 
-    format: Annotated[int, Field(ge=1, le=RECORD_FORMAT)] = RECORD_FORMAT
     chosen: list[ChosenSettings]
 
 
@@ -421,7 +421,7 @@ def checked(schema: type[Schema], content: Any, path: Path, advice: str = "") ->
             return schema.model_validate_json(content)
         return schema.model_validate(content)
     except ValidationError as error:
-        if "format" in schema.model_fields:
+        if issubclass(schema, _Record):
             _refuse_newer(content, path)
         lines = problem_lines(error)
         more = f" (and {len(lines) - 1} more)" if lines[1:] else ""
