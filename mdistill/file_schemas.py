@@ -120,6 +120,7 @@ class ExternalRun(_Record):
     best: _EpochFigures | None
     files: dict[Text, Text]  # SHA-256 by name
     measured: dict[Literal["last", "best"], _Measured] = {}
+    settings: Text = ""  # in that project's words
 
 
 TARGET_NAME = r"(?:stl10|tiny_imagenet|folder-[A-Za-z0-9_.\-]{1,80})"

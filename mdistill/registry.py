@@ -163,7 +163,7 @@ def problem_lines(error: ValidationError, key: str = "") -> list[str]:
     for detail in error.errors():
         place = ".".join(part for part in (key, *(str(step) for step in detail["loc"])) if part)
         message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        lines.append(f"{place}: {message}, found {shown(detail['input'])}")
+        lines.append(f"{place}{': ' if place else ''}{message}, found {shown(detail['input'])}")
     return lines
 
 

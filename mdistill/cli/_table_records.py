@@ -52,6 +52,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=common.path, default=Path("runs"), help="folder of all runs (%(default)s)")
     results = common.project_root() / "results"
     parser.add_argument("--results", type=common.path, default=results, help="folder of published records (results)")
+    if action == "publish":
+        root = Path("checkpoints")
+        told = "folder of teachers: paths below it or --output are published relative to it (%(default)s)"
+        parser.add_argument("--checkpoint-root", type=common.path, default=root, help=told)
     if action == "compare":
         parser.add_argument("--baseline", required=True, metavar="METHOD", help="the row that others are compared with")
     if action != "publish":
@@ -137,16 +141,18 @@ def _publish(args: argparse.Namespace) -> None:
             records = [read_record(Path(name))]
         else:
             layout = _layout(args, name, args.methods)
-            every = find_records([args.output]).records if args.output.is_dir() else []
-            records = [record for record in every if layout.holds(record)]
+            found = find_records([args.output] if args.output.is_dir() else [])
+            records = [record for record in found.records if layout.holds(record)]
             ended = [record for record in records if record.complete or record.failure]
             print(f"{name}: {len(ended)} runs have ended, {len(records) - len(ended)} have not, below {args.output}")
+            for problem in found.problems:
+                print(f"left out: {problem}")
             records = ended
             for target in publish_searches(Path(name).stem, args.output, args.results):
                 print(target)
         for record in records:
             target = args.results / destination(record, args.output)
-            changed = publish(record, target)
+            changed = publish(record, target, (args.checkpoint_root, args.output))
             print(f"{target}{'' if changed else ', as it was'}")
 
 

@@ -56,8 +56,8 @@ def take(args: argparse.Namespace) -> None:
         if external.accuracy("last") is None and external.accuracy("best") is None:
             raise UserError(f"{run}: it tells no accuracy; --evaluate measures its students")
         pair = f"{external.teacher}_{external.student}" if external.teacher else external.student
-        place = (external.dataset, external.method, pair, external.source, external.trial)
-        folder = args.results.joinpath("external", *map(_folder_name, place))
+        place = [external.dataset, external.method, pair, external.source, external.settings, external.trial]
+        folder = args.results.joinpath("external", *(_folder_name(part) for part in place if part))
         if (folder / FILE).is_file() and dict(read_external(folder).files) != dict(external.files):
             raise UserError(f"{folder} holds another run: tell them apart with --trial")
         write_text(folder / FILE, external.to_json())
@@ -109,6 +109,7 @@ def _read(args: argparse.Namespace, run: Path) -> "tuple[External, dict[str, Pat
         best,
         {path.name: file_record(path).sha256 for path in files},
         args.label or "",
+        settings=printable(names.get("settings", ""), 200),
     )
     return external, found.students
 

@@ -24,7 +24,7 @@ from mdistill.engine.cuda_graph import CapturedStep, Engine, choose_engine, comp
 from mdistill.engine.evaluate import LaunchedEvaluation, launch_evaluation
 from mdistill.engine.first_steps import FirstSteps
 from mdistill.engine.metrics import RunningMetrics
-from mdistill.engine.run_folder import RunFolder, environment, read_metrics, read_sessions
+from mdistill.engine.run_folder import MEND, RunFolder, environment, read_metrics, read_sessions
 from mdistill.engine.teacher import TeacherLogits
 from mdistill.errors import RunFailed, Stopped, UserError
 from mdistill.file_schemas import Best, Progress
@@ -413,7 +413,7 @@ class ActiveTrial:
         """What makes the rest of a resumed run another than it would have been."""
         if torch_before != torch.__version__:
             self._print(f"note: started under torch {torch_before}; the last bits may differ from here on")
-        sessions, now = read_sessions(self.folder.path), distributed.world_size()
+        sessions, now = read_sessions(self.folder.path, MEND), distributed.world_size()
         before = sessions[-1].get("processes", 1) if sessions else now
         if before != now:
             has_statistics = any(isinstance(each, _BatchNorm) for each in self.distiller.student.modules())

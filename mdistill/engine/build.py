@@ -472,7 +472,7 @@ def _assemble(
     teacher = build_teacher(config, info)
     fingerprints = {"data": dataset.fingerprint()}
     metadata: dict[str, Any] = {
-        "data": {"fingerprint": fingerprints["data"]},
+        "data": {"fingerprint": fingerprints["data"], "classes": info.num_classes},
         "notes": [f"data: {note}" for note in dataset.notes],
     }
     records: list[FileRecord] = []

@@ -28,6 +28,7 @@ Mode = Literal["new", "resume", "overwrite"]
 STANDARD_EXPORTS = ("student", "ema", "average")
 ASIDE = ".replaced."  # begins the name of a folder that holds a run while the first files of another are written
 DISCARDED = ".discarded."  # and of what becomes of it once they are there
+MEND = "put the file back, or delete it: the run then goes on without the record of its earlier sessions"
 CHOICES = "continue it with --resume, replace it with --overwrite, or choose another --output"
 
 
@@ -106,7 +107,7 @@ class RunFolder:
                     f"{self.metrics}: {epochs_done} epochs are done, but it holds {len(finished)} of their lines;"
                     " put the file back, or start again with --overwrite"
                 )
-            sessions = read_sessions(self.path)
+            sessions = read_sessions(self.path, MEND)
         sessions.append({**environment, "exports": self._exports})
         with nullcontext() if self.resumable else self._replacing():
             write_text(self.metrics, "".join(_as_line(line) for line in finished))
@@ -285,8 +286,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def read_sessions(folder: Path) -> list[dict[str, Any]]:
+def read_sessions(folder: Path, advice: str = "") -> list[dict[str, Any]]:
     """What each session of the run in ``folder`` recorded in ``env.json``; nothing where there is no such file.
+
+    Args:
+        advice: what to do where it is damaged.
 
     Raises:
         UserError: the file is damaged, or of a newer version.
@@ -296,7 +300,6 @@ def read_sessions(folder: Path) -> list[dict[str, Any]]:
         return []
     from mdistill.file_schemas import Environment, read_json
 
-    advice = "put the file back, or delete it: the run then goes on without the record of its earlier sessions"
     return [session.model_dump(exclude_unset=True) for session in read_json(Environment, path, advice).sessions]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mdistill.errors import UserError, suggestion
 from mdistill.reporting.statistics import Comparison, holm, paired, stratified
 from mdistill.reporting.table_show import Result, Table, metric_name
-from mdistill.reporting.tables import text_table
+from mdistill.reporting.tables import escaped, markdown_table, text_table
 
 ALL_PAIRS = "over {} pairs, further seeds on these"
 OTHER_PAIRS = "over {} pairs, other pairs like these"
@@ -19,7 +19,7 @@ class Line:
     method: str
     what: str  # the pair, or what it is over
     comparison: Comparison
-    adjusted: float  # p, by Holm's procedure over all lines of its kind
+    adjusted: float | None  # p, by Holm's procedure over all lines of its kind; None where the comparison has none
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ def compare(table: Table, baseline: str, methods: Sequence[str] | None = None) -
             " or more in common"
         )
     lines = [
-        Line(*each, adjusted)
+        Line(*each, None if each[-1].p is None else adjusted)
         for kind in kinds
-        for each, adjusted in zip(kind, holm([comparison.p for *_, comparison in kind]), strict=True)
+        for each, adjusted in zip(kind, holm([1.0 if each.p is None else each.p for *_, each in kind]), strict=True)
     ]
     order = {method: number for number, method in enumerate(chosen)}
     lines.sort(key=lambda line: order[line.method])
@@ -110,7 +110,7 @@ def text(compared: Compared, *, markdown: bool = False) -> str:
             line.what,
             str(line.comparison.count),
             f"{line.comparison.difference:+.2f}",
-            f"{line.comparison.low:+.2f} to {line.comparison.high:+.2f}",
+            _interval(line.comparison),
             _p(line.comparison.p),
             _p(line.adjusted),
         ]
@@ -125,12 +125,24 @@ def text(compared: Compared, *, markdown: bool = False) -> str:
         notes.append(
             "of so few seeds an interval that holds 0 does not say that methods are equal, only that this does not tell"
         )
+    if any(line.comparison.p is None for line in compared.lines):
+        notes.append(
+            "equal differences: nothing of how far they vary can be told from them, so there is no interval and no p"
+        )
     notes += compared.notes
     if markdown:
-        lines = ["| " + " | ".join(row) + " |" for row in (header, ["---", "---", *["---:"] * 5], *rows)]
-        return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
+        lines = markdown_table(header, rows, ["---", "---", *["---:"] * 5])
+        return "\n".join([*lines, "", *(f"- {escaped(note)}" for note in notes)])
     return "\n".join([text_table(header, rows), "", *notes])
 
 
-def _p(value: float) -> str:
+def _interval(comparison: Comparison) -> str:
+    if comparison.low is None or comparison.high is None:
+        return "equal differences"
+    return f"{comparison.low:+.2f} to {comparison.high:+.2f}"
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return "-"
     return "< 0.001" if value < 0.001 else f"{value:.3f}"

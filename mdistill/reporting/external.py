@@ -12,6 +12,7 @@ Formats, of the code at the commits named:
   printed, where ``* Acc@1`` stands once after training and, below ``epoch <n>, total time``, once after testing.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -28,8 +29,12 @@ Project = Literal["mdistiller", "RepDistiller"]
 _LINE = re.compile(r"\s*([a-zA-Z_0-9]+):\s*([-+.\deE]+|nan|inf)\s*")
 _ENDED = re.compile(r"best_acc\s+([\d.]+)")
 _REP_NAME = re.compile(
-    r"S:(?P<student>.+?)_T:(?P<teacher>.+?)_(?P<dataset>cifar100|imagenet)_(?P<method>[^_:]+)_r:.*_(?P<trial>\w+)"
+    r"S:(?P<student>.+?)_T:(?P<teacher>.+?)_(?P<dataset>cifar100|imagenet)_(?P<method>[^_:]+)_(?P<settings>r:.*)"
+    r"_(?P<trial>\w+)"
 )
+_OPTIONS = re.compile(
+    r"(?P<student>.+?)(?P<options>[A-Z]{2}[A-Z_]*(?:\.[A-Z_]+)+:.*)"
+)  # glued to the name by mdistiller
 _REP_EPOCH = re.compile(r"epoch (\d+), total time")
 _REP_ACCURACY = re.compile(r"\*\s+(?:Test )?Acc@1 ([\d.]+) Acc@5 ([\d.]+)")
 _CHECKPOINT = re.compile(r"ckpt_epoch_(\d+)\.pth")
@@ -71,6 +76,7 @@ class External:
     files: Mapping[str, str]  # that this is from: SHA-256 by name
     label: str = ""  # of its row; "" for the method's
     measured: Mapping[str, Measured] = field(default_factory=dict)  # "last", "best": what was evaluated here
+    settings: str = ""  # that the run was begun with, in that project's words; "" where nothing tells any
 
     def accuracy(self, epoch: str, metric: str = "top1") -> float | None:
         """Of the last or the best epoch, percent: what was measured here, which is top-1, else what its log says."""
@@ -78,6 +84,11 @@ class External:
             return self.measured[epoch].top1
         figures = self.last if epoch == "last" else self.best
         return None if figures is None else figures.top1 if metric == "top1" else figures.top5
+
+    @property
+    def length(self) -> str:
+        """``"240 epochs"``, where its last epoch is told."""
+        return f"{self.epochs} epochs" if self.last is not None else "epochs not told"
 
     def to_json(self) -> str:
         """For ``external.json``."""
@@ -130,19 +141,27 @@ def parse_printed(text: str) -> list[EpochFigures]:
 
 
 def names_of(path: Path) -> dict[str, str]:
-    """Method, teacher, student and trial as far as the path of a run tells them, in that project's words."""
+    """Method, teacher, student, settings and trial as far as the path of a run tells them, in that project's words."""
     match = _REP_NAME.fullmatch(path.name)
     if match:
-        return match.groupdict()
+        return {**match.groupdict(), "settings": match["settings"].replace("_", " ")}
     for part in (path.name.removesuffix(".txt"), path.parent.name):
-        words = [word.strip() for word in part.split("|")[0].split(",")]
+        words = [word.strip() for word in part.replace("|", ",").split(",")]
         if len(words) >= 3:
-            return {"method": words[0], "teacher": words[1], "student": words[2]}
+            method, teacher, student, *settings = words
+            glued = _OPTIONS.fullmatch(student)
+            if glued:
+                student, settings = glued["student"], [glued["options"], *settings]
+            found = {"method": method, "teacher": teacher, "student": student}
+            return {**found, "settings": " ".join(word for word in settings if word)}
     return {}
 
 
 def settings_of(path: Path) -> dict[str, str]:
-    """Data set, method, teacher and student as RLD's ``config.txt`` in the folder of a run tells, if it is there."""
+    """Data set, method, teacher and student as RLD's ``config.txt`` in the folder of a run tells, if it is there.
+
+    Its settings are 8 digits, which runs share whose files differ in nothing but the project, its name and the log.
+    """
     file = path / "config.txt"
     if not file.is_file():
         return {}
@@ -153,7 +172,12 @@ def settings_of(path: Path) -> dict[str, str]:
     method, data = (section if isinstance(section, dict) else {} for section in (method, data))
     keys = {"method": method.get("TYPE"), "teacher": method.get("TEACHER"), "student": method.get("STUDENT")}
     found = {key: str(value) for key, value in {**keys, "dataset": data.get("TYPE")}.items() if value}
-    return found | {"trial": path.name}  # the time that it began
+    experiment = tree.get("EXPERIMENT")
+    if isinstance(experiment, dict):
+        experiment = {key: value for key, value in experiment.items() if key not in ("PROJECT", "NAME")}
+    rest = {key: value for key, value in tree.items() if key != "LOG"} | {"EXPERIMENT": experiment}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return found | {"settings": f"config.txt {digest}", "trial": path.name}  # the time that it began
 
 
 def best_of(epochs: Sequence[EpochFigures]) -> EpochFigures | None:
@@ -264,4 +288,7 @@ def told(external: External, folder: Path) -> str:
     figures += [f"best {best:.2f}"] if best is not None else []
     pair = f"{external.teacher} -> {external.student}" if external.teacher else external.student
     where = printable(str(folder), 300)
-    return f"{external.method} {pair}, {external.epochs} epochs, {', '.join(figures) or 'no accuracy'}: {where}"
+    settings = f", {external.settings}" if external.settings else ""
+    return (
+        f"{external.method} {pair}{settings}, {external.epochs} epochs, {', '.join(figures) or 'no accuracy'}: {where}"
+    )

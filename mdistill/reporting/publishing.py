@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -13,6 +14,9 @@ from mdistill.reporting.records import Record
 from mdistill.reporting.transfers import FOLDER, transfers_of
 
 MAX_BYTES = 1_000_000  # of a file
+MESSAGES = ("failed", "notes")  # entries of a session that are text
+_CHARACTER = r"[^\s'\"<>|()]"  # of a path within a text
+_PART = r"/[^\s/'\"<>|()]+"
 SEARCHES = "searches"  # the folder of what was searched, below the runs and below the results
 
 
@@ -26,22 +30,27 @@ def destination(record: Record, output: Path) -> Path:
     return Path(dataset, method, pair, record.variant, f"seed{record.seed}")
 
 
-def publish(record: Record, target: Path) -> bool:
+def publish(record: Record, target: Path, roots: Sequence[Path] = ()) -> bool:
     """Write configuration, environment, metrics and transfers of ``record`` into ``target``; whether any changed.
 
-    Absolute paths become relative to the current folder, or their last part where they lie elsewhere.
+    Absolute paths become relative to the current folder, else to the first of ``roots`` that they lie below, else their
+    last part.
+
+    Args:
+        roots: folders of teachers and runs, which a reader names by a flag.
 
     Raises:
         UserError: the run has not ended, a file is too large, or another run's record is there.
     """
     if not (record.complete or record.failure):
         raise UserError(f"{record.folder} is at epoch {record.done} of {record.epochs}: publish it when it is complete")
+    portable = _Portable([Path.cwd(), *roots])
     files = {"metrics.jsonl": read_text(record.folder / "metrics.jsonl")}
     sessions = read_sessions(record.folder)
     if not sessions:
         raise UserError(f"{record.folder} has no env.json, which says what its result was made with")
-    files["env.json"] = _text({"sessions": _portable(sessions)}, record.folder / "env.json")
-    config = _portable(record.config)
+    files["env.json"] = _text({"sessions": portable(sessions)}, record.folder / "env.json")
+    config = portable(record.config)
     if config == record.config:
         files["config.yaml"] = read_text(record.folder / "config.yaml")
     else:
@@ -50,7 +59,7 @@ def publish(record: Record, target: Path) -> bool:
         files["config.yaml"] = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=120)
     for name, transfer in transfers_of(record).items():
         content = transfer.model_dump(mode="json")
-        files[f"{FOLDER}/{name}"] = _text(_portable(content), record.folder / FOLDER / name)
+        files[f"{FOLDER}/{name}"] = _text(portable(content), record.folder / FOLDER / name)
     for name, text in files.items():
         _check_size(record.folder / name, text)
     if (target / "env.json").is_file():
@@ -101,23 +110,38 @@ def _check_size(path: Path, text: str) -> None:
         raise UserError(f"{path} has {size / 1e6:.1f} MB, and a published file at most {MAX_BYTES / 1e6:g}")
 
 
-def _portable(value: Any) -> Any:
-    """``value`` without what its absolute paths tell of a machine."""
-    if isinstance(value, Mapping):
-        return {key: _portable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_portable(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    flag, equals, rest = value.partition("=")
-    if equals and not _is_path(value) and _is_path(rest):
-        return f"{flag}={_portable(rest)}"
-    if not _is_path(value):
-        return value
-    here = os.getcwd()
-    if value == here or value.startswith(here + os.sep):
-        return os.path.relpath(value, here)
-    return PureWindowsPath(value).name if "\\" in value else PurePosixPath(value).name
+class _Portable:
+    """Makes copies of values without what absolute paths in them tell of a machine."""
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        self._roots = list(dict.fromkeys(str(form) for root in roots for form in (root.absolute(), root.resolve())))
+        known = "|".join(re.escape(root) for root in sorted(self._roots, key=len, reverse=True))
+        self._in_text = re.compile(
+            rf"(?<![\w/.~-])(?:(?:{known})(?:(?:{_PART})+|(?!{_CHARACTER}))|(?:{_PART}){{2,}}|[A-Za-z]:\\{_CHARACTER}+)"
+        )
+
+    def __call__(self, value: Any, *, text: bool = False) -> Any:
+        """Of ``value``; ``text``: whether it is a message, or a list of them, which may begin with a path."""
+        if isinstance(value, Mapping):
+            return {key: self(item, text=key in MESSAGES) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self(item, text=text) for item in value]
+        if not isinstance(value, str):
+            return value
+        flag, equals, rest = value.partition("=")
+        if equals and not _is_path(value) and _is_path(rest):
+            return f"{flag}={self._path(rest)}"
+        return self._in_text.sub(self._found, value) if text or not _is_path(value) else self._path(value)
+
+    def _found(self, match: re.Match[str]) -> str:
+        path = match[0].rstrip(".,:;")
+        return self._path(path) + match[0][len(path) :]
+
+    def _path(self, path: str) -> str:
+        for number, root in enumerate(self._roots):
+            if path.startswith(root + os.sep) or (path == root and number == 0):
+                return os.path.relpath(path, root)
+        return PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name
 
 
 def _is_path(text: str) -> bool:

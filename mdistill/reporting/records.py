@@ -22,7 +22,9 @@ from mdistill.settings import leaves, results_only
 SKIPPED = {"tensorboard", "teacher_cache", "class_distances"}  # folders that hold no runs
 TAIL = 1 << 16  # bytes of a file of metrics that are read; a line takes a few hundred
 HEADLINE = "test/top1"
-CHANCE = 4.5  # top-5 over top-1 from which on a network is taken to guess; a guess has 5, what has learnt less
+GUESS, MARGIN = 1.5, 1.0  # a guess is below so many times chance, and no more than so many points above it
+CHANCE = 4.5  # top-5 over top-1 from which on it is one, of a data set whose classes are not known; a guess has 5
+CLASSES = {"cifar100": 100, "imagenet": 1000, "tiny_imagenet": 200}  # of runs that do not record them
 FALLEN = 0.5  # of the best epoch's top-1, below which a run has collapsed
 
 State = Literal["complete", "collapsed", "failed", "unfinished", "untested", "empty"]
@@ -154,12 +156,22 @@ class Record:
         return "" if self.complete else str(self.session.get("failed", ""))
 
     @property
+    def classes(self) -> int | None:
+        """Of its data set; None where that is not known."""
+        noted = self._section("data").get("classes")
+        return noted if isinstance(noted, int) and noted > 0 else CLASSES.get(self.dataset)
+
+    @property
     def collapsed(self) -> bool:
         """Whether its last epoch is no better than a guess, or far below its best one."""
         if self.last is None or self.top1 is None:
             return False
-        fallen = self.best_of is not None and self.last[f"{self.best_of}/top1"] < FALLEN * self.last["best/top1"]
-        return fallen or float(self.last.get("test/top5", 0)) >= CHANCE * self.top1
+        if self.best_of is not None and self.last[f"{self.best_of}/top1"] < FALLEN * self.last["best/top1"]:
+            return True
+        if self.classes is None:
+            return float(self.last.get("test/top5", 0)) >= CHANCE * self.top1
+        chance = 100 / self.classes
+        return self.top1 < min(GUESS * chance, chance + MARGIN)
 
     @property
     def session(self) -> Mapping[str, Any]:
@@ -186,6 +198,12 @@ class Record:
     def commit(self) -> str:
         """Of the code; "" where the record does not say."""
         return str(self.noted("commit") or "")
+
+    @property
+    def short_commit(self) -> str:
+        """12 digits of it, and ``+changes`` where files differed; "" where the record does not say."""
+        commit, mark, changes = self.commit.partition("+")
+        return f"{commit[:12]}{mark}{changes}"
 
     @property
     def copies(self) -> dict[str, str]:
@@ -395,19 +413,23 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _end_of_metrics(path: Path) -> tuple[dict[str, Any] | None, int]:
-    """The last line of the last phase that was evaluated, and how many epochs are done; no line that was cut short."""
+    """The last line of the last phase that was evaluated, and how many epochs are done; no line that was cut short.
+
+    Raises:
+        UserError: it cannot be read, or has lines and none of an epoch.
+    """
     from mdistill.file_schemas import EpochLine
 
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
-            lines = file.read().splitlines()
+            text = file.read()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     done = 0
-    for text in reversed(lines):
+    for each in reversed(text.splitlines()):
         try:
-            line = EpochLine.model_validate_json(text)
+            line = EpochLine.model_validate_json(each)
         except ValueError:
             continue
         done = done or line.epoch
@@ -416,6 +438,8 @@ def _end_of_metrics(path: Path) -> tuple[dict[str, Any] | None, int]:
         values = line.model_dump(exclude_unset=True)
         if HEADLINE in values:
             return values, done
+    if not done and b"\n" in text:  # a single line that is not ended may be about to be written
+        raise UserError(f"{path} is damaged: it has no line of an epoch")
     return None, done
 
 

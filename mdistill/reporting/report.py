@@ -229,8 +229,7 @@ def _run(record: Record) -> str:
         state = f'<span class="warn">{STATES[record.state]}, {state}</span>'
     if record.failure:
         state += f", {_text(printable(record.failure, 300))}"
-    commit, mark, changes = record.commit.partition("+")
-    told = [("cell", record.identity), ("commit", f"{commit[:12]}{mark}{changes}" if commit else "")]
+    told = [("cell", record.identity), ("commit", record.short_commit)]
     told += [(key, printable(record.noted(key) or "", 80)) for key in ("device", "started")]
     facts = ", ".join(f"{name} {_text(value)}" for name, value in told if value)
     name = f"{record.name} seed {record.seed}"

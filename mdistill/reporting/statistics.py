@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from functools import cache
 from statistics import fmean
 
+EQUAL = (
+    1e-6  # points that differences computed from equal ones are apart at most; accuracies have steps of 1e-3 or more
+)
 _TERMS = 200  # of the continued fraction; about sqrt(a + b) of them are enough
 
 
@@ -18,9 +21,9 @@ class Comparison:
     """How far one method is above another."""
 
     difference: float  # mean
-    low: float  # of the confidence interval
-    high: float
-    p: float  # two-sided, of no difference
+    low: float | None  # of the confidence interval; None where no difference varies, so that there is none
+    high: float | None
+    p: float | None  # two-sided, of no difference; None as above
     freedom: int  # degrees of freedom
     count: int  # differences that it is made of
 
@@ -48,7 +51,8 @@ def mean_std_text(values: Sequence[float]) -> str:
 def paired(differences: Sequence[float], confidence: float = 0.95) -> Comparison | None:
     """Student's paired t test: the mean of ``differences`` and its confidence interval; None of fewer than two.
 
-    Where all differences are equal the interval is that point, and p is 0, or 1 where they are 0.
+    Where all differences are equal there is neither an interval nor a p: accuracies are counts of images, so that two
+    differences are equal by chance in one or two of a hundred comparisons.
     """
     return stratified([differences], confidence)
 
@@ -73,14 +77,14 @@ def stratified(groups: Sequence[Sequence[float]], confidence: float = 0.95) -> C
     if freedom < 1:
         return None
     means = [fmean(group) for group in groups]
+    if all(abs(each - mean) < EQUAL for group, mean in zip(groups, means, strict=True) for each in group):
+        return Comparison(fmean(means), None, None, None, freedom, count)
     squares = math.fsum((each - mean) ** 2 for group, mean in zip(groups, means, strict=True) for each in group)
     variance = squares / freedom / len(groups) ** 2 * math.fsum(1 / len(group) for group in groups)
     return _comparison(fmean(means), math.sqrt(variance), freedom, count, confidence)
 
 
 def _comparison(difference: float, error: float, freedom: int, count: int, confidence: float) -> Comparison:
-    if error == 0:
-        return Comparison(difference, difference, difference, float(difference == 0), freedom, count)
     half = t_quantile(0.5 + confidence / 2, freedom) * error
     p = t_two_sided(difference / error, freedom)
     return Comparison(difference, difference - half, difference + half, p, freedom, count)

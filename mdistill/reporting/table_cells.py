@@ -7,7 +7,7 @@ and read back as long as no file that it depends on has changed.
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from mdistill.reporting.records import Record, flat_settings, key_of
 from mdistill.reporting.transfers import split_metric, targets_of
 
 if TYPE_CHECKING:
+    from mdistill.config import Inline
     from mdistill.reporting.table_files import Table
 
 MEMORY = ".tables"  # a folder beside the runs
@@ -122,8 +123,16 @@ class Layout:
             rows=chosen_rows,
             pairs=chosen_pairs,
             seeds=self.seeds if seeds is None else tuple(seeds),
+            notes=tuple(note for note in self.notes if self._is_shown(note, {*chosen_rows, *chosen_pairs})),
             cells=tuple(wanted[row, pair] for row in chosen_rows for pair in chosen_pairs if (row, pair) in wanted),
         )
+
+    def _is_shown(self, note: str, chosen: Set[str]) -> bool:
+        """Whether what ``note`` is about, if it begins with names of rows and pairs and a colon, is ``chosen``."""
+        names = {name.strip() for name in note.partition(":")[0].split(",")}
+        if not names <= {*self.rows, *self.pairs}:
+            return True
+        return all(not of & names or of & names & chosen for of in ({*self.rows}, {*self.pairs}))
 
 
 @dataclass
@@ -186,7 +195,7 @@ def _resolved(table: "Table", configs: Path) -> tuple[Layout, bool]:
         names = tuple(name for name in settings if name in chosen)
         variant = published.variant if cell.row.published is None else cell.row.published
         cells.append(Wanted(cell.row.name, cell.pair, key_of(plain), variant, config.epochs, settings, names))
-        lasting = lasting and not config.imports and cell.cfg.resolve().is_relative_to(configs.resolve())
+        lasting = lasting and not config.imports and all(_is_stamped(part, table.path, configs) for part in cell.parts)
     rows = tuple(row.name for row in table.rows)
     without = {row.name: dict(row.without) for row in table.rows if row.without}
     tuned: dict[str, dict[str, str]] = {}
@@ -211,15 +220,20 @@ def _resolved(table: "Table", configs: Path) -> tuple[Layout, bool]:
     return found, lasting
 
 
+def _is_stamped(part: "Path | Inline", table: Path, configs: Path) -> bool:
+    """Whether a part of a configuration is of a file that ``_memory`` looks at."""
+    path = (part if isinstance(part, Path) else part.path).resolve()
+    return path == table.resolve() or path.is_relative_to(configs.resolve())
+
+
 def _memory(name: str, configs: Path, output: Path, overrides: Sequence[str], epochs: int | None) -> Path | None:
     """The file that the table is written down in, named after all that it depends on; None where there is no table."""
     path = next((path for path in (Path(name), configs / "tables" / f"{name}.yaml") if path.is_file()), None)
     if path is None:
         return None
     code = Path(__file__).resolve().parents[1]
-    stamp = (
-        _Stamp().add([path, *path.parent.glob("*.tuned.yaml"), *configs.rglob("*.yaml"), *code.rglob("*.py")]).digest
-    )
+    beside = path.parent.glob("*.yaml")  # among them the one with tuned settings
+    stamp = _Stamp().add([path, *beside, *configs.rglob("*.yaml"), *code.rglob("*.py")]).digest
     stamp.update(json.dumps([list(overrides), epochs, sys.version]).encode())
     return output / MEMORY / f"{path.stem}-{stamp.hexdigest()[:16]}.json"
 

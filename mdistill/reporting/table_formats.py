@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from mdistill.reporting.statistics import mean_std
 from mdistill.reporting.table_page import page
 from mdistill.reporting.table_show import NAMES, Table, metric_name
-from mdistill.reporting.tables import text_table
+from mdistill.reporting.tables import escaped, text_table
 
 Format = Literal["text", "markdown", "latex", "csv", "html"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -79,19 +79,13 @@ def _text(table: Table) -> str:
 def _markdown(table: Table) -> str:
     wrap = {0: "{}", 1: "**{}**", 2: "<u>{}</u>"}
     rows = [
-        [_escaped(name.text.strip()), *(wrap[cell.rank].format(_escaped(cell.text)) for cell in cells)]
+        [escaped(name.text), *(wrap[cell.rank].format(escaped(cell.text)) for cell in cells)]
         for name, *cells in _rows(table)
     ]
-    header = [table.headline, *table.layout.pairs]
+    header = [escaped(name) for name in (table.headline, *table.layout.pairs)]
     lines = ["| " + " | ".join(line) + " |" for line in (header, ["---", *["---:"] * len(table.layout.pairs)], *rows)]
     notes = ["best of a column bold, second underlined", *table.notes]
-    return "\n".join([f"**{_escaped(table.title)}**", "", *lines, "", *(f"- {_escaped(note)}" for note in notes)])
-
-
-def _escaped(text: str) -> str:
-    for character in "\\|*_<`":
-        text = text.replace(character, f"\\{character}")
-    return text
+    return "\n".join([f"**{escaped(table.title)}**", "", *lines, "", *(f"- {escaped(note)}" for note in notes)])
 
 
 def _latex(table: Table) -> str:
@@ -107,12 +101,17 @@ def _latex(table: Table) -> str:
     networks = [table.networks(pair) for pair in table.layout.pairs]
     for role, column in (("teacher", 0), ("student", 1)):
         lines.append(" & ".join([role, *(_tex(pair[column]) for pair in networks)]) + r" \\")
+    if len({(*pair, table.metric(name)) for pair, name in zip(networks, table.layout.pairs, strict=True)}) < len(
+        networks
+    ):
+        lines.append(" & ".join(["pair", *map(_tex, table.layout.pairs)]) + r" \\")
     if len(table.metrics) > 1:
         names = [metric_name(table.metric(pair)) for pair in table.layout.pairs]
         lines.append(" & ".join(["", *map(_tex, names)]) + r" \\")
     lines.append(r"\midrule")
     for name, *cells in _rows(table):
         first = r"\quad " + _tex(name.text.strip()) if name.text.startswith(" ") else _tex(name.text)
+        first = f"{{}}{first}" if first.startswith(("[", "*")) else first  # else an argument of the last line's \\
         lines.append(" & ".join([first, *(wrap[cell.rank].format(_tex(cell.text)) for cell in cells)]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
     return "\n".join([*lines, *(f"% {' '.join(note.split())}" for note in table.notes)])

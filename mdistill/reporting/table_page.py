@@ -19,6 +19,7 @@ th, td { padding: .35rem .5rem; border-bottom: 1px solid var(--line); text-align
 th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 2px solid var(--ink); overflow-wrap: normal; }
 thead small, td small { display: block; font-size: .8rem; font-weight: normal; color: var(--soft); }
+thead small { overflow-wrap: anywhere; }
 tbody tr:hover { background: var(--shade); }
 .best { font-weight: 700; } .second { text-decoration: underline; text-underline-offset: .2em; }
 .cell { position: relative; display: inline-block; white-space: nowrap; }
@@ -91,8 +92,9 @@ def _head(table: Table) -> Iterator[str]:
     yield '<thead role="rowgroup"><tr role="row"><th scope="col" role="columnheader">method</th>'
     for pair in table.layout.pairs:
         teacher, student = table.networks(pair)
-        metric = f"<small>{escape(metric_name(table.metric(pair)))}</small>" if len(table.metrics) > 1 else ""
-        yield f'<th scope="col" role="columnheader">{escape(teacher)}<small>{escape(student)}</small>{metric}</th>'
+        below = [student, pair, *([metric_name(table.metric(pair))] if len(table.metrics) > 1 else [])]
+        names = "".join(f"<small>{escape(name)}</small>" for name in below)
+        yield f'<th scope="col" role="columnheader">{escape(teacher)}{names}</th>'
     yield "</tr></thead>"
 
 
@@ -120,12 +122,13 @@ def _cell(table: Table, row: str, pair: str, rank: int) -> str:
     text = f"<span{style}>{figure}</span>" if figure else ""
     if each.trials:
         lines = [f"seed {trial.seed}: {trial.value:.2f}" for trial in each.trials]
-        lines += [
-            f"commit {commit[:12]}" for commit in dict.fromkeys(trial.record.commit for trial in each.trials) if commit
-        ]
+        commits = dict.fromkeys(trial.record.short_commit for trial in each.trials)
+        lines += [f"commit {commit}" for commit in commits if commit]
         lines += [f"config {cell}" for cell in dict.fromkeys(trial.record.identity for trial in each.trials) if cell]
         about = "<br>".join(map(escape, lines))
-        text = f'<a href="#{_anchor(table, each)}">{text}</a><span class="about" role="tooltip">{about}</span>'
+        anchor = _anchor(table, each)
+        text = f'<a href="#{anchor}" aria-describedby="about-{anchor}">{text}</a>'
+        text += f'<span class="about" role="tooltip" id="about-{anchor}">{about}</span>'
     below = f"<small>{each.missing} seeds</small>" if each.missing else ""
     if each.published is not None:
         gap = f" ({each.difference_text})" if each.difference is not None else ""
@@ -164,7 +167,7 @@ def _appendix(table: Table) -> Iterator[str]:
                 str(trial.seed),
                 f"{record.top1:.2f}" if record.top1 is not None else "",
                 f"{best:.2f}" if best is not None else "",
-                record.commit[:12] + record.commit[40:],
+                record.short_commit,
                 record.identity,
                 record.copies.get("data", "")[:12],
                 str(record.noted("device") or ""),
@@ -185,7 +188,10 @@ def _external(table: Table) -> Iterator[str]:
     if not runs:
         return
     yield "<h2>Runs of others</h2>"
-    yield "<p>As their logs and checkpoints tell them; their settings and data are not known here.</p><ul>"
+    yield (
+        "<p>As their logs and checkpoints tell them; of their settings no more is known than the row says, and nothing"
+        " of their data.</p><ul>"
+    )
     for row, pair, each in runs:
         files = ", ".join(f"{name} (SHA-256 {digest[:12]})" for name, digest in each.files.items())
         best = each.accuracy("best")

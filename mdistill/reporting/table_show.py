@@ -1,7 +1,7 @@
 """A table from the records of its runs: what each cell's trials say, and what is not in the cell and why."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -48,6 +48,7 @@ class Result:
     further: frozenset[int] = frozenset()  # seeds that are there, and not asked for
     figure: Figure | None = None  # the published one
     shortened: bool = False
+    epoch: Epoch = "last"  # of its values
 
     @property
     def values(self) -> list[float]:
@@ -76,8 +77,8 @@ class Result:
 
     @property
     def difference(self) -> float | None:
-        """From the published figure, where that is of as many epochs."""
-        if self.mean is None or self.published is None or not self.same_epochs:
+        """Of the last epoch, from the published figure, where that is of as many epochs."""
+        if self.mean is None or self.published is None or not self.same_epochs or self.epoch != "last":
             return None
         return self.mean - self.published
 
@@ -162,12 +163,14 @@ class Table:
         return next((key[2] for key in keys if key[2]), ""), keys[0][3] if keys else ""
 
     def ranks(self, pair: str) -> dict[str, int]:
-        """1 for the best of a column, as printed, 2 for the second, by row; of a column with two figures or more."""
-        means = {
-            row: round(each.mean, 2)
-            for row in self.layout.rows
-            if (each := self.results.get((row, pair))) is not None and each.mean is not None
-        }
+        """1 for the best of a column, as printed, 2 for the second, by row.
+
+        Of a column with two figures or more, all on the same copies of data and teacher.
+        """
+        of_pair = {row: self.results[row, pair] for row in self.layout.rows if (row, pair) in self.results}
+        if _mixed(list(of_pair.values())):
+            return {}
+        means = {row: round(each.mean, 2) for row, each in of_pair.items() if each.mean is not None}
         best = sorted(set(means.values()), reverse=True)[:2]
         return {row: best.index(value) + 1 for row, value in means.items() if value in best} if len(means) > 1 else {}
 
@@ -194,7 +197,10 @@ def build(
         if "/" in metric and epoch == "best":
             raise UserError(f"--best: {metric} is of the student as its run ended; leave --best out")
     layout = layout.showing(metrics)
-    results = {(cell.row, cell.pair): _result(cell, layout, found.records, figures, epoch) for cell in layout.cells}
+    results = {
+        (cell.row, cell.pair): replace(_result(cell, layout, found.records, figures, epoch), epoch=epoch)
+        for cell in layout.cells
+    }
     external, problems = _external(layout, found.external)
     notes = _notes(layout, results, figures, epoch)
     notes += [f"{metric_name(other)}: --metric {other}" for other in layout.metrics if other not in metrics]
@@ -310,6 +316,17 @@ def _one_copy(records: Sequence[Record]) -> tuple[list[Record], list[tuple[str, 
     return groups[largest], apart
 
 
+def _mixed(results: Sequence[Result]) -> dict[str, int]:
+    """Of what the trials of a column have several copies, data, teacher or target, and how many."""
+    trials = [trial for each in results for trial in each.trials]
+    found = {
+        what: {trial.record.copies[what] for trial in trials if what in trial.record.copies}
+        for what in ("data", "teacher")
+    }
+    found["target"] = {trial.target for trial in trials}
+    return {what: len(copies) for what, copies in found.items() if len(copies) > 1}
+
+
 def _runs(records: Sequence[Record]) -> str:
     """``"2 runs (seed 0: 70.12, seed 1: 70.40)"``."""
     told = ", ".join(
@@ -334,9 +351,17 @@ def _told(figure: Figure) -> str:
 
 
 def _external(layout: Layout, folders: Sequence[Path]) -> tuple[tuple[ExternalRow, ...], list[str]]:
+    """Rows of runs of one recipe each, as far as is told, and a line for each folder that could not be read.
+
+    A run without a teacher stands in the columns of all pairs with its student.
+    """
     rows: dict[str, dict[str, list[External]]] = {}
-    pairs = {cell.key[0:1] + cell.key[2:]: cell.pair for cell in layout.cells}
+    pairs: dict[tuple[str, str, str], dict[str, int]] = {}  # and how many epochs the table's runs have
     names = {cell.key[1]: cell.row for cell in reversed(layout.cells)}
+    for cell in layout.cells:
+        dataset, _, teacher, student = cell.key
+        for of in (teacher, ""):
+            pairs.setdefault((dataset, of, student), {}).setdefault(cell.pair, cell.epochs)
     problems = []
     for folder in folders:
         try:
@@ -344,9 +369,11 @@ def _external(layout: Layout, folders: Sequence[Path]) -> tuple[tuple[ExternalRo
         except UserError as error:
             problems.append(str(error).splitlines()[0])
             continue
-        pair = pairs.get((external.dataset, external.teacher, external.student))
-        if pair is not None:
-            name = f"{external.label or names.get(external.method, external.method)} (external: {external.source})"
+        for pair, epochs in pairs.get((external.dataset, external.teacher, external.student), {}).items():
+            usual = external.last is not None and external.epochs == epochs
+            told = [external.source, external.settings, "" if usual else external.length]
+            name = external.label or names.get(external.method, external.method)
+            name += f" (external: {', '.join(part for part in told if part)})"
             rows.setdefault(name, {}).setdefault(pair, []).append(external)
     made = [
         ExternalRow(name, {pair: tuple(each) for pair, each in cells.items()}) for name, cells in sorted(rows.items())
@@ -385,7 +412,9 @@ def _notes(
             other = disagreeing(figures, each.figure) if each.figure is not None else []
             if other:
                 notes.append(f"published otherwise: {each.label}: {', '.join(map(_told, other))}")
-        if any(each.published is not None and not each.same_epochs for each in results.values()):
+        if epoch == "best":
+            notes.append("no difference from published figures is given for best epochs")
+        elif any(each.published is not None and not each.same_epochs for each in results.values()):
             notes.append("no difference is given where the published run was of another number of epochs")
     notes += layout.notes
     notes += _tuning(layout)
@@ -394,14 +423,12 @@ def _notes(
             notes += [f"no {row} {pair}: {why}" for pair, why in pairs.items() if pair in layout.pairs]
     for pair in layout.pairs:
         of_pair = [results[row, pair] for row in layout.rows if (row, pair) in results]
-        copies = [trial.record.copies for each in of_pair for trial in each.trials]
-        for what in ("data", "teacher"):
-            number = len({found[what] for found in copies if what in found})
-            if number > 1:
-                notes.append(f"{pair}: its rows were trained on {number} copies of the {what}, so do not compare them")
-        number = len({trial.target for each in of_pair for trial in each.trials})
-        if number > 1:
-            notes.append(f"{pair}: its rows were transferred to {number} copies of the target, so do not compare them")
+        for what, number in _mixed(of_pair).items():
+            done = "transferred to" if what == "target" else "trained on"
+            notes.append(
+                f"{pair}: its rows were {done} {number} copies of the {what}, so do not compare them; none is marked as"
+                " best"
+            )
     further = sorted(frozenset[int]().union(*(each.further for each in results.values())))
     if further:
         notes.append(f"runs of further seeds are there, {', '.join(map(str, further))}: --seeds takes them in")

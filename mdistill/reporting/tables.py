@@ -1,4 +1,4 @@
-"""Plain-text tables."""
+"""Tables as plain text and as Markdown."""
 
 from collections.abc import Sequence
 
@@ -12,3 +12,16 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for pairs in (list(zip(line, widths, strict=True)) for line in lines)
     ]
     return "\n".join([padded[0], "-" * len(padded[0]), *padded[1:]])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: Sequence[str]) -> list[str]:
+    """The lines of a table; ``align`` is ``---`` or ``---:`` for each column, and every text is escaped."""
+    lines = [[escaped(text) for text in header], list(align), *([escaped(text) for text in row] for row in rows)]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def escaped(text: str) -> str:
+    """``text`` as Markdown shows it, on one line."""
+    for character in "\\|*_<`[":
+        text = text.replace(character, f"\\{character}")
+    return " ".join(text.split())

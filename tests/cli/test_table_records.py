@@ -1,5 +1,6 @@
 """``mdistill table show``, ``compare`` and ``publish`` as commands."""
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,17 @@ def test_show_compare_and_publish(given: list[str], capsys: pytest.CaptureFixtur
     assert main(["table", "publish", f"runs/{published[0].removeprefix('results/')}", "--results", "results"]) == 0
     assert capsys.readouterr().out == f"{published[0]}, as it was\n"
     assert main(["table", "show", *given, "--output", "nowhere", "--format", "csv"]) == 0
-    assert ",KD" not in capsys.readouterr().out
+    rows = {row["method"]: row["runs"] for row in csv.DictReader(capsys.readouterr().out.splitlines())}
+    assert rows == {"alone": "0", "KD": "2"}  # those that were published
+
+
+def test_what_cannot_be_published_is_told(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = Path("runs/cifar100/kd/resnet56_resnet20/seed1")
+    (damaged / "metrics.jsonl").write_text("no\nlines\n")
+    assert main(["table", "publish", *given, "--methods", "KD"]) == 0
+    told = "mine.yaml: 1 runs have ended, 0 have not, below runs"
+    line = f"left out: {damaged}/metrics.jsonl is damaged: it has no line of an epoch"
+    assert capsys.readouterr().out.splitlines()[:2] == [told, line]
 
 
 @pytest.mark.parametrize(

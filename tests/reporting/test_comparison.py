@@ -1,11 +1,12 @@
 """Comparisons of methods over seeds and pairs, from the cells of a table."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mdistill.errors import UserError
-from mdistill.reporting.comparison import compare, text
+from mdistill.reporting.comparison import Compared, compare, text
 from mdistill.reporting.records import Record
 from mdistill.reporting.statistics import holm, paired, stratified
 from mdistill.reporting.table_cells import Layout, Wanted
@@ -27,10 +28,10 @@ def record(seed: int, copies: dict[str, str]) -> Record:
     return Record(Path("runs"), {"seed": seed}, [session], None, 0)
 
 
-def table(copies: dict[str, str] = A) -> Table:
+def table(copies: dict[str, str] = A, given: dict[tuple[str, str], dict[int, float]] = VALUES) -> Table:
     """``copies`` are those of the row "better"."""
     results = {}
-    for (row, pair), values in VALUES.items():
+    for (row, pair), values in given.items():
         wanted = Wanted(row, pair, ("cifar100", row, "teacher", "student"), "", 240, {}, ())
         own = copies if row == "better" else A
         trials = tuple(Trial(seed, top1, record(seed, own)) for seed, top1 in values.items())
@@ -48,7 +49,8 @@ def test_differences_are_of_the_seeds_that_both_have() -> None:
     assert lines["better", "two"].comparison == paired([4.0, 5.0])
     assert lines["other", "one"].comparison == paired([0.5, 0.0, -0.5])
     singles = [line for line in compared.lines if line.what in {"one", "two"}]
-    assert [line.adjusted for line in singles] == holm([line.comparison.p for line in singles])
+    p_values = [line.comparison.p for line in singles if line.comparison.p is not None]
+    assert [line.adjusted for line in singles] == holm(p_values)
     over, beyond = (line for line in compared.lines if line.what.startswith("over"))
     assert over.comparison == stratified([[1.0, 3.0, 2.0], [4.0, 5.0]])
     assert beyond.comparison == paired([2.0, 4.5])
@@ -68,6 +70,27 @@ def test_a_row_that_is_none_is_named() -> None:
         compare(table(), "base", ["betterr"])
     with pytest.raises(UserError, match="nothing to compare with 'base': no pair of which it and another row have"):
         compare(table(B), "base", ["better"])
+
+
+def test_equal_differences_are_no_certainty() -> None:
+    """They count among the comparisons that Holm's procedure adjusts for: 2 x 0.5 of "other"."""
+    raised = {seed: top1 + 1 for seed, top1 in VALUES["base", "one"].items()}
+    compared = compare(table(given={**VALUES, ("better", "one"): raised, ("better", "two"): {}}), "base")
+    better, other = compared.lines
+    assert (better.comparison.p, better.adjusted) == (None, None)
+    assert other.adjusted == holm([other.comparison.p or 0, 1.0])[0]
+    lines = text(compared).splitlines()
+    assert lines[2].split() == ["better", "one", "3", "+1.00", "equal", "differences", "-", "-"]
+    assert any(line.startswith("equal differences: nothing of how far they vary") for line in lines)
+
+
+def test_markdown_is_escaped() -> None:
+    line = compare(table(), "base", ["better"]).lines[0]
+    shown = text(
+        Compared("ba|se", "last", "top1", (replace(line, method="a*b", what="res56_res20"),), ()), markdown=True
+    )
+    assert shown.splitlines()[0].startswith("| above ba\\|se |")
+    assert shown.splitlines()[2].startswith("| a\\*b | res56\\_res20 | 3 |")
 
 
 def test_as_text_and_markdown() -> None:

@@ -8,7 +8,16 @@ import torch
 
 from mdistill.cli.import_ import main
 from mdistill.models import MODELS
-from mdistill.reporting.external import EpochFigures, best_of, parse_printed, parse_worklog, read_external, read_folder
+from mdistill.reporting.external import (
+    EpochFigures,
+    best_of,
+    names_of,
+    parse_printed,
+    parse_worklog,
+    read_external,
+    read_folder,
+    settings_of,
+)
 
 from ..conftest import refused
 
@@ -79,6 +88,14 @@ def test_a_folder_of_rld_says_in_its_config_what_it_is(tmp_path: Path) -> None:
     external = read_external(file.parent)
     assert (external.method, external.teacher, external.student) == ("rld", "resnet32x4", "shufflenet_v2")
     assert external.trial == "2024-09-01 10:00:00"
+    assert external.settings.startswith("config.txt ")
+    config = folder / "config.txt"
+    config.write_text(config.read_text() + "EXPERIMENT:\n  NAME: other\nLOG:\n  PREFIX: there\n")
+    same = settings_of(folder)["settings"]
+    config.write_text(config.read_text().replace("NAME: other", "NAME: third"))
+    assert settings_of(folder)["settings"] == same
+    config.write_text(config.read_text().replace("NAME: third", "LOGIT_STAND: true"))
+    assert settings_of(folder)["settings"] != same
 
 
 def test_a_log_that_stands_alone(tmp_path: Path) -> None:
@@ -88,6 +105,33 @@ def test_a_log_that_stands_alone(tmp_path: Path) -> None:
     (file,) = (tmp_path / "results").rglob("external.json")
     external = read_external(file.parent)
     assert (external.label, external.teacher, external.student) == ("LSKD + DKD", "wrn_40_2", "mobilenet_v2")
+
+
+@pytest.mark.parametrize(
+    ("name", "student", "settings"),
+    [
+        ("S:resnet8_T:resnet14_cifar100_kd_r:0.1_a:0.9_b:0.0_2", "resnet8", "r:0.1 a:0.9 b:0.0"),
+        ("kd,res56,res20", "res20", ""),
+        ("dkd,wrn_40_2,MobileNetV2,2,15,2.0.txt", "MobileNetV2", "2 15 2.0"),
+        (
+            "kd,vgg13,MobileNetV2KD.TEMPERATURE:4,KD.LOSS.CE_WEIGHT:0.5",
+            "MobileNetV2",
+            "KD.TEMPERATURE:4 KD.LOSS.CE_WEIGHT:0.5",
+        ),
+    ],
+)
+def test_settings_in_names(name: str, student: str, settings: str) -> None:
+    found = names_of(Path(name))
+    assert (found["student"], found["settings"]) == (student, settings)
+
+
+def test_runs_of_repdistiller_with_other_settings_lie_apart(tmp_path: Path) -> None:
+    for weights in ("r:0.1_a:0.9", "r:1.0_a:3.0"):
+        log = tmp_path / f"S:resnet8_T:resnet14_cifar100_kd_{weights}_b:0.0_1"
+        log.write_text("epoch 1, total time 3\n * Acc@1 17.2 Acc@5 44.7\n")
+        assert main([str(log), "--results", str(tmp_path / "results")]) == 0
+    found = [read_external(file.parent) for file in sorted((tmp_path / "results").rglob("external.json"))]
+    assert [(each.settings, each.trial) for each in found] == [("r:0.1 a:0.9 b:0.0", "1"), ("r:1.0 a:3.0 b:0.0", "1")]
 
 
 def rep_folder(tmp_path: Path) -> Path:

@@ -46,6 +46,28 @@ def test_a_record_is_copied_without_the_paths_of_the_machine(run: Path, tmp_path
     assert publish(record, target) is False
 
 
+def test_paths_within_messages_and_below_other_roots(run: Path, tmp_path: Path) -> None:
+    """A teacher that lies below the runs or the checkpoints keeps its place there, which a reader can find."""
+    messages = {
+        "failed": "/home/jane/a/x.json is damaged: see /home/jane/secret/run.log, and/or 'C:\\Users\\jane\\y.txt'.",
+        "notes": [f"data: read {tmp_path}/data, {tmp_path}, 3/4 of https://a.org/b/c (/home/jane/b)"],
+        "command": ["train.py", "--cfg=/home/jane/a b/c.yaml", "/elsewhere/runs/cifar100/vanilla/resnet56/seed0"],
+    }
+    content = json.loads((run / "env.json").read_text())
+    content["sessions"][0] |= messages
+    (run / "env.json").write_text(json.dumps(content))
+    path = run / "config.yaml"
+    text = path.read_text().replace(f"{tmp_path}/teachers/t.pth", "/elsewhere/runs/cifar100/vanilla/resnet56/seed0")
+    path.write_text(text)
+    publish(read_record(run), tmp_path / "results", (Path("checkpoints"), Path("/elsewhere/runs")))
+    (session,) = json.loads((tmp_path / "results" / "env.json").read_text())["sessions"]
+    assert session["failed"] == "x.json is damaged: see run.log, and/or 'y.txt'."
+    assert session["notes"] == ["data: read data, ., 3/4 of https://a.org/b/c (b)"]
+    assert session["command"] == ["train.py", "--cfg=c.yaml", "cifar100/vanilla/resnet56/seed0"]
+    config = yaml.safe_load((tmp_path / "results" / "config.yaml").read_text())
+    assert config["teacher"]["checkpoint"] == "cifar100/vanilla/resnet56/seed0"
+
+
 def test_another_run_is_not_written_over(run: Path, tmp_path: Path) -> None:
     record = read_record(run)
     publish(record, tmp_path / "results")

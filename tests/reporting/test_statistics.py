@@ -85,12 +85,16 @@ def test_a_paired_comparison_by_hand() -> None:
     assert paired([]) is None
 
 
-def test_equal_differences_are_a_point() -> None:
-    same, none = paired([0.5, 0.5]), paired([0.0, 0.0])
-    assert same is not None
-    assert none is not None
-    assert (same.low, same.high, same.p) == (0.5, 0.5, 0.0)
-    assert (none.low, none.high, none.p) == (0.0, 0.0, 1.0)
+@pytest.mark.parametrize("differences", [[0.5, 0.5], [0.0, 0.0], [71.0 - 70.0, 71.1 - 70.1, 70.3 - 69.3]])
+def test_equal_differences_tell_nothing_of_how_they_vary(differences: list[float]) -> None:
+    """So there is neither an interval nor a p; what arithmetic adds to equal ones is no variance."""
+    for result in (paired(differences), stratified([differences, [2.0, 2.0]])):
+        assert result is not None
+        assert (result.low, result.high, result.p) == (None, None, None)
+    result = paired([*differences, differences[0] + 0.01])
+    assert result is not None
+    assert result.p is not None
+    assert stratified([differences, [2.0, 2.01]]) != stratified([differences, [2.0, 2.0]])
 
 
 def test_two_pairs_by_hand() -> None:

@@ -5,6 +5,7 @@ import html.parser
 import io
 import json
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,17 @@ import pytest
 import yaml
 
 from mdistill.config import Config, load
+from mdistill.data import cifar100, imagenet, tiny_imagenet
 from mdistill.errors import UserError
 from mdistill.reporting import table_cells, table_files
 from mdistill.reporting.external import EpochFigures, External
 from mdistill.reporting.published import Figure
-from mdistill.reporting.records import find_records, read_record
+from mdistill.reporting.records import CLASSES, find_records, read_record
 from mdistill.reporting.table_cells import Layout, layout
 from mdistill.reporting.table_formats import Format, render
 from mdistill.reporting.table_show import Table, build
 
+from .page_check import problems
 from .written_records import COMMIT, write_record
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -85,6 +88,14 @@ def test_the_best_epoch_is_shown_on_request_and_labelled(whole: Layout, tmp_path
     assert "best epoch, chosen on the test split: no result to report" in table.notes
 
 
+def test_no_best_epoch_is_held_against_a_published_figure(whole: Layout, tmp_path: Path) -> None:
+    write(tmp_path, config("vanilla", 0), 69.0, best=71.5)
+    table = build(whole, find_records([tmp_path]), FIGURES, epoch="best")
+    alone = table.results["alone", "res56_res20"]
+    assert (alone.published, alone.difference_text) == (69.06, "")
+    assert "no difference from published figures is given for best epochs" in table.notes
+
+
 def test_failed_collapsed_and_unfinished_runs_are_shown(whole: Layout, tmp_path: Path) -> None:
     write_record(tmp_path, config("kd", 0), [10.0] * 7, session={"failed": "loss term 'kd' is not finite"})
     write(tmp_path, config("kd", 1), 1.0, best=60.0, top5=5.0)
@@ -99,10 +110,32 @@ def test_failed_collapsed_and_unfinished_runs_are_shown(whole: Layout, tmp_path:
 
 @pytest.mark.parametrize(
     ("top1", "best", "top5", "collapsed"),
-    [(70.0, 71.0, 92.0, False), (30.0, 70.0, 60.0, True), (1.0, 1.0, 5.0, True), (12.0, 12.0, 35.0, False)],
+    [
+        (70.0, 71.0, 92.0, False),
+        (30.0, 70.0, 60.0, True),
+        (1.0, 1.0, 5.0, True),
+        (2.5, 2.5, 11.3, False),  # as after one epoch
+        (12.0, 12.0, 35.0, False),
+    ],
 )
 def test_what_counts_as_collapsed(top1: float, best: float, top5: float, collapsed: bool, tmp_path: Path) -> None:
     assert read_record(write(tmp_path, config("kd", 0), top1, best, top5=top5)).collapsed is collapsed
+
+
+@pytest.mark.parametrize(("classes", "guess", "learnt"), [(2, 50.0, 52.0), (4, 25.0, 27.0), (1000, 0.1, 0.2)])
+def test_a_guess_among_so_many_classes(classes: int, guess: float, learnt: float, tmp_path: Path) -> None:
+    for top1, collapsed in ((guess, True), (learnt, False)):
+        session = {"data": {"fingerprint": "d" * 64, "classes": classes}}
+        folder = write(tmp_path, config("kd", 0), top1, session=session, folder=Path(str(top1)))
+        assert read_record(folder).collapsed is collapsed
+
+
+def test_classes_of_data_sets_are_as_their_code_says() -> None:
+    assert CLASSES == {
+        "cifar100": cifar100.NUM_CLASSES,
+        "imagenet": imagenet.CLASSES,
+        "tiny_imagenet": tiny_imagenet.CLASSES,
+    }
 
 
 def test_runs_of_other_settings_and_copies_of_the_data_share_no_cell(whole: Layout, tmp_path: Path) -> None:
@@ -126,8 +159,10 @@ def test_runs_of_other_settings_and_copies_of_the_data_share_no_cell(whole: Layo
 def test_rows_of_other_copies_of_the_data_are_told(whole: Layout, tmp_path: Path) -> None:
     write(tmp_path, config("kd", 0), 70.0)
     write(tmp_path, config("vanilla", 0), 69.0, data="e" * 64)
-    note = "res56_res20: its rows were trained on 2 copies of the data, so do not compare them"
-    assert note in shown(whole, tmp_path).notes
+    note = "res56_res20: its rows were trained on 2 copies of the data, so do not compare them; none is marked as best"
+    table = shown(whole, tmp_path)
+    assert note in table.notes
+    assert table.ranks("res56_res20") == {}
 
 
 def test_a_published_copy_of_a_run_counts_once(whole: Layout, tmp_path: Path) -> None:
@@ -153,12 +188,17 @@ def test_a_record_of_a_version_without_a_setting_is_of_its_default(whole: Layout
 
 
 def test_what_cannot_be_read_is_a_line(whole: Layout, tmp_path: Path) -> None:
-    paths = [write(tmp_path, config("kd", seed), 70.0) for seed in range(4)]
+    paths = [write(tmp_path, config("kd", seed), 70.0) for seed in range(6)]
+    (paths[4] / "metrics.jsonl").write_text("none\n{}\n")
+    (paths[5] / "env.json").write_text("{")
     (paths[0] / "env.json").write_text(json.dumps({"format": 2, "sessions": [], "more": 1}))
     (paths[1] / "config.yaml").write_text("a: &x [1]\nb: *x\n")
     (paths[2] / "metrics.jsonl").unlink()
     (paths[3] / "config.yaml").write_text("seed: 3\n")
-    newer, alias, without, incomplete = shown(whole, tmp_path).notes[-4:]
+    newer, alias, without, incomplete, garbage, cut = shown(whole, tmp_path).notes[-6:]
+    assert garbage == f"{paths[4]}/metrics.jsonl is damaged: it has no line of an epoch"
+    assert cut.startswith(f"{paths[5]}/env.json is damaged: Invalid JSON: EOF while parsing")
+    assert "goes on" not in cut
     assert "env.json is of format 2, which a newer version of mdistill wrote" in newer
     assert newer.endswith("reads format 1: update mdistill")
     assert "config.yaml: not valid YAML: aliases (*name) are not read" in alias
@@ -236,6 +276,31 @@ def test_runs_of_others_have_a_row_of_their_own(full: Table) -> None:
     assert full.ranks("res56_res20") == {"KD": 1, "alone": 2}
 
 
+def write_external(root: Path, name: str, **changes: Any) -> None:
+    folder = root / "external" / name
+    folder.mkdir(parents=True)
+    (folder / "external.json").write_text(replace(external(70.0, name), **changes).to_json())
+
+
+def test_runs_of_others_with_other_settings_or_lengths_share_no_row(whole: Layout, tmp_path: Path) -> None:
+    write_external(tmp_path, "1", settings="r:0.1 a:0.9")
+    write_external(tmp_path, "2", settings="r:1.0 a:3.0")
+    write_external(tmp_path, "3", epochs=12)
+    write_external(tmp_path, "4", last=None)
+    rows = {row.name: row.text("res56_res20", "best", "top1") for row in shown(whole, tmp_path).external}
+    more = ("12 epochs", "epochs not told", "r:0.1 a:0.9", "r:1.0 a:3.0")
+    assert list(rows) == [f"KD (external: a lab, {each})" for each in more]
+    assert set(rows.values()) == {"70.50 (n = 1)"}
+
+
+def test_a_network_of_others_alone_stands_in_every_pair_with_it(whole: Layout, tmp_path: Path) -> None:
+    write_external(tmp_path, "1", method="vanilla", teacher="")
+    again = tuple(replace(cell, pair="again") for cell in whole.cells)
+    both = replace(whole, pairs=(*whole.pairs, "again"), cells=(*whole.cells, *again))
+    (row,) = shown(both, tmp_path).external
+    assert list(row.cells) == ["res56_res20", "again"]
+
+
 def test_as_text(full: Table) -> None:
     lines = render(full, "text").splitlines()
     assert lines[0] == "Two & three_rows"
@@ -260,6 +325,14 @@ def test_as_latex(full: Table) -> None:
     assert r"alone & \underline{69.10 $\pm$ 0.10} \\" in text
     body = text.split(r"\begin{tabular}{lc}")[1].split(r"\end{tabular}")[0]
     assert all(line.count("&") - line.count(r"\&") == 1 for line in body.splitlines() if line.endswith(r"\\"))
+
+
+def test_no_name_is_an_argument_of_the_last_line_in_latex(full: Table) -> None:
+    rows = {"alone": "[4] alone", "KD": "*KD", "KD bf16": "KD"}
+    layout = replace(full.layout, rows=tuple(rows.values()))
+    results = {(rows[row], pair): each for (row, pair), each in full.results.items()}
+    lines = render(replace(full, layout=layout, results=results), "latex").splitlines()
+    assert [line.split(" &")[0] for line in lines if " & " in line][2:10:3] == ["{}[4] alone", "{}*KD", "KD"]
 
 
 def test_as_csv(full: Table) -> None:
@@ -299,14 +372,38 @@ def test_as_a_page_of_its_own(full: Table) -> None:
     assert not [each for each in attributes if each[1] in {"src", "style"} or each[0] in {"link", "script", "img"}]
     ids = [value for _, key, value in attributes if key == "id"]
     links = [value for _, key, value in attributes if key == "href"]
-    assert len(set(ids)) == len(ids) == 2  # two cells have runs
-    assert {f"#{each}" for each in ids} == set(links)
+    told = [value for _, key, value in attributes if key == "aria-describedby"]
+    assert len(set(ids)) == len(ids) == 4  # two cells have runs
+    assert {f"#{each}" for each in ids if each not in told} == set(links)
+    assert len({each for each in ids if each in told}) == len(links) == 2
+    assert problems(text) == []
+    assert "<small>resnet20</small><small>res56_res20</small>" in text
     assert all("data-label" in given for tag, given in page.found if tag == "td")
     assert '<html lang="en">' in text
     assert 'name="viewport"' in text
     assert "Two &amp; three_rows" in text
     for what in (COMMIT[:12], "seed 1: 70.10", "69.06 (+0.04)", 'class="best"', 'class="second"'):
         assert what in text
+
+
+def test_the_page_tells_of_changes_to_the_code(whole: Layout, tmp_path: Path) -> None:
+    write(tmp_path, config("kd", 0), 70.0, session={"commit": f"{COMMIT}+changes"})
+    assert render(shown(whole, tmp_path), "html").count(f"{COMMIT[:12]}+changes<") == 2  # the figure, and below
+
+
+def test_a_table_with_pairs_and_settings_of_its_own_is_resolved_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mine.yaml"
+    own = "{name: own, teacher: {name: resnet56, checkpoint: t.pth}, student: {name: resnet20}}"
+    row = "{name: KD, method: kd, settings: {temperature: 2.0, kd_weight: 0.9, ce_weight: 0.1}}"
+    path.write_text(f"title: Mine\npairs: [{own}]\nmethods: [{row}]\n")
+    first = layout(str(path), CONFIGS, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(table_files, "read_table", None)
+        assert layout(str(path), CONFIGS, tmp_path) == first
+    path.write_text(path.read_text().replace("2.0", "3.0"))
+    assert layout(str(path), CONFIGS, tmp_path).cells[0].settings["distiller.temperature"] == 3.0
 
 
 def test_a_table_is_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,6 +437,14 @@ def test_schedules_that_were_shortened(tmp_path: Path) -> None:
     alone = table.results["alone", "res56_res20"]
     assert table.title == "Two & three_rows, schedules shortened to 4 epochs"
     assert (alone.text, alone.published, alone.difference) == ("9.00 (1 of 3)", 69.06, None)
+
+
+def test_notes_of_rows_and_pairs_that_are_not_shown_are_left_out(whole: Layout) -> None:
+    notes = ("alone: one", "KD, res56_res20: two", "KD bf16, KD: three", "all: four", "KD, other: five", "six")
+    noted = replace(whole, notes=notes)
+    assert noted.part(["KD"], None, None).notes == notes[1:]
+    assert noted.part(["alone"], None, None).notes == (notes[0], *notes[3:])
+    assert noted.part(None, None, None).notes == notes
 
 
 def test_a_part_of_a_table(whole: Layout) -> None:
