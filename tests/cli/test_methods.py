@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "cifar100"
 
 
+@pytest.mark.slow
 def test_the_page_is_up_to_date(capsys):
     """After a change of a method or its settings: python tools/methods.py --write."""
     assert main(["--check"]) == 0, capsys.readouterr().err

@@ -45,6 +45,7 @@ FLAGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_drawn_and_told(
     kind: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -60,6 +61,7 @@ def test_every_kind_is_drawn_and_told(
     assert (tmp_path / "picture.svg").read_bytes().startswith(b"<?xml")
 
 
+@pytest.mark.slow
 def test_a_student_agrees_with_itself(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The teacher's own weights as a student: every prediction is the same and nothing differs."""
     folder = tmp_path / "seed0"
@@ -103,6 +105,7 @@ def test_the_page_is_accessible_and_complete(tmp_path: Path, capsys: pytest.Capt
         assert f"<figcaption>{caption}" in text
 
 
+@pytest.mark.slow
 def test_a_page_with_what_networks_compute(trained: Path, tmp_path: Path) -> None:
     roots = ["--checkpoint-root", str(trained), "--data-root", str(trained), "--device", "cpu"]
     assert report_main([str(trained), "-o", str(tmp_path / "r.html"), "--networks", *roots]) == 0

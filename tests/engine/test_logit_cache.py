@@ -320,6 +320,7 @@ def test_a_bad_chunk_is_told_of_and_never_used(kind: str, tmp_path: Path, capsys
     assert_holds(opened(tmp_path), np.array([0, 1, 2, 7, 8, 9]))
 
 
+@pytest.mark.slow
 def test_no_change_of_a_byte_changes_what_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = opened(tmp_path)
     fill(cache, np.arange(7, 10))

@@ -65,6 +65,7 @@ def test_arguments_of_a_teacher_that_change_its_logits_are_in_its_fingerprint(tm
     assert prints[0] == fingerprint(torch.load(tmp_path / "big.pt", weights_only=True))
 
 
+@pytest.mark.slow
 def test_a_last_batch_of_one_image_is_refused_where_batchnorm_cannot_take_it(tmp_path: Path) -> None:
     cfg = runs.write_config(tmp_path, student="timm/test_resnet")
     with pytest.raises(UserError, match="with 20 the last of an epoch's batches has a single one of the 101 images"):
@@ -177,6 +178,7 @@ def test_weights_of_another_network_do_not_begin_one(tmp_path: Path) -> None:
         runs.experiment(cfg, "student.checkpoint=start.pt")
 
 
+@pytest.mark.slow
 def test_missing_counters_of_batchnorm_are_zero_and_told(tmp_path: Path) -> None:
     state = {key: value for key, value in state_of("resnet8", 10).items() if not key.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "old.pt")
@@ -331,6 +333,7 @@ def server() -> Iterator[Server]:
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_torchvisions_weights_are_downloaded_checked_and_kept(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -561,6 +561,7 @@ def test_a_run_resumes_within_an_epoch_whose_entries_are_all_in_the_cache(
     assert_same_run(whole, resumed)
 
 
+@pytest.mark.slow
 def test_steps_that_are_done_are_not_asked_about_again_without_a_cache(
     kd_cfg: Path, teacher_file: Path, tmp_path: Path, small: int, asked: Asked
 ) -> None:
@@ -809,6 +810,7 @@ def pooled_cfg(kd_cfg: Path, tmp_path: Path) -> Path:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_pooled_features_come_with_the_logits_from_a_cache_that_changes_no_bit(
     dtype: str, pooled_cfg: Path, tmp_path: Path, asked: Asked, capsys: pytest.CaptureFixture[str]

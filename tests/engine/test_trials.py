@@ -306,6 +306,7 @@ def test_one_teacher_is_shared_and_its_logits_stay_with_their_seed(kd_cfg: Path)
 # --- epochs without an evaluation ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("epochs", "every", "evaluated"), [(3, 2, [2, 3]), (5, 2, [2, 4, 5]), (3, 1, [1, 2, 3]), (3, 7, [3]), (1, 2, [1])]
 )

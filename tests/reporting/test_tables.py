@@ -288,6 +288,7 @@ def test_the_table_of_real_runs_is_of_a_shortened_schedule() -> None:
     assert one.config(0).solver.milestones == (5, 6, 7)  # one of its runs alone is of that schedule too
 
 
+@pytest.mark.slow
 def test_where_papers_disagree() -> None:
     """On four cells of their tables, and the MCLD paper on one with itself."""
     papers = [figure for figure in FIGURES if figure.source in {"MCLD paper", "RLD paper"}]

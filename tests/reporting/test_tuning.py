@@ -263,6 +263,7 @@ def test_a_journal_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 # ---- whole searches ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_search_from_the_table_file_to_the_table(
     tune: Tune, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -325,6 +326,7 @@ def print_config(file: Path, capsys: pytest.CaptureFixture[str], *arguments: str
     return printed
 
 
+@pytest.mark.slow
 def test_a_single_run_has_the_tuned_settings_unless_told_otherwise(
     tune: Tune, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -339,6 +341,7 @@ def test_a_single_run_has_the_tuned_settings_unless_told_otherwise(
     assert print_config(file, capsys, *PAIR, "--untuned") == own
 
 
+@pytest.mark.slow
 def test_pairs_may_be_tuned_one_after_the_other(tune: Tune, file: Path, tmp_path: Path) -> None:
     other = "{name: wide_wide, teacher: {name: tiny_net, width: 32, checkpoint: teacher.pt}, student: {name: tiny_net,"
     file.write_text(TABLE.replace("[wide_narrow]", f"[wide_narrow, {other} width: 32}}}}]"))
@@ -372,6 +375,7 @@ def test_a_search_that_is_stopped_or_grows_tries_the_same(tune: Tune, tmp_path: 
     assert trials_of(tmp_path / "whole") == trials_of(tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverges_counts_and_is_not_chosen(
     tune: Tune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -396,6 +400,7 @@ def test_a_trial_that_diverges_counts_and_is_not_chosen(
     assert told[-1] == "error: KD wide_narrow: all 2 trials have failed, so nothing is chosen"
 
 
+@pytest.mark.slow
 def test_the_plan_is_printed_and_nothing_is_written(
     tune: Tune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -416,6 +421,7 @@ def test_the_plan_is_printed_and_nothing_is_written(
     assert capsys.readouterr().out.splitlines()[-1].startswith("7 trials, 6 done; ")
 
 
+@pytest.mark.slow
 def test_a_shortened_search_is_one_of_its_own(tune: Tune, file: Path, tmp_path: Path) -> None:
     file.write_text(TABLE.replace("seeds:", "tune: {holdout: 20}\nseeds:"))
     started: list[Any] = []
@@ -428,6 +434,7 @@ def test_a_shortened_search_is_one_of_its_own(tune: Tune, file: Path, tmp_path: 
     assert [config.epochs for config in started[2:]] == [2, 2]
 
 
+@pytest.mark.slow
 def test_what_is_counted_in_epochs_is_scaled_in_trials_as_in_the_shortened_table(
     tune: Tune, file: Path, tmp_path: Path
 ) -> None:
@@ -504,6 +511,7 @@ def test_a_mistake_in_a_search_is_one_line(
     assert len(told) == 1 or "hi: unknown key" in line
 
 
+@pytest.mark.slow
 def test_a_table_without_a_space_a_smaller_budget_and_another_search_are_told(
     tune: Tune, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
