@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from mdistill.engine.claims import Claims
-from mdistill.engine.run_folder import read_metrics
+from mdistill.engine.run_folder import read_metrics, read_sessions
 from mdistill.errors import Stopped, UserError, printable, shown
 from mdistill.files import lock_folder, read_text
 from mdistill.reporting.table_files import Cell, Row, Table, as_overrides, runs_of, shared_folder, short
@@ -289,10 +289,12 @@ class Speeds:
 
     Args:
         outputs: folders of runs, among them those of shortened schedules.
+        threads: that each run will have on a CPU: what was recorded there with others is taken to be as much faster or
+            slower as they were more or fewer. None to take it as it is.
     """
 
-    def __init__(self, runs: Sequence[Run], outputs: Iterable[Path]) -> None:
-        self._outputs = list(dict.fromkeys(outputs))
+    def __init__(self, runs: Sequence[Run], outputs: Iterable[Path], threads: int | None = None) -> None:
+        self._outputs, self._threads = list(dict.fromkeys(outputs)), threads
         self._pairs = sorted({_cell_place(run)[::2] for run in runs})
         self.read()
 
@@ -331,7 +333,9 @@ class Speeds:
         for output in self._outputs:
             for path in sorted(output.glob(f"{dataset}/*/{pair}/**/metrics.jsonl")):
                 method = path.relative_to(output).parts[1]
-                self._cells.setdefault((dataset, method, pair), []).extend(_seconds(path))
+                share = _threads(path.parent) / self._threads if self._threads else 0.0
+                seconds = [each * (share or 1.0) for each in _seconds(path)]
+                self._cells.setdefault((dataset, method, pair), []).extend(seconds)
 
 
 def _seconds(path: Path) -> list[float]:
@@ -349,15 +353,18 @@ def _seconds(path: Path) -> list[float]:
     return seconds
 
 
+def _threads(folder: Path) -> int:
+    """Of the run in ``folder``, where it was on a CPU; else 0."""
+    with suppress(UserError):  # no more than a time depends on it
+        for session in reversed(read_sessions(folder)):
+            if session.get("kernels"):
+                return int(session.get("threads") or 0)
+    return 0
+
+
 def _cell_place(run: Run) -> tuple[str, str, str]:
     dataset, method, pair, *_ = run.config.run_folder().parts
     return dataset, method, pair
-
-
-def seconds_left(runs: Sequence[Run], outputs: Iterable[Path] = ()) -> tuple[float | None, int]:
-    """``Speeds.left`` by the records below ``outputs``; None where nothing is left that somebody has timed."""
-    seconds, unknown = Speeds(runs, outputs).left(runs)
-    return (seconds or None), unknown
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
@@ -492,7 +499,7 @@ class _Training:
         self.outcome = Outcome()
         self.pending = {run.key: run for run in runs}
         self.active: dict[str, _Job] = {}
-        self.told: set[Path] = set()  # claims that were waited for
+        self.told: set[Path] = set()  # claims and run folders that were waited for
         self.losses: Counter[str] = Counter()  # of workers, by run
         self.environment = _environment(jobs)
         try:
@@ -573,8 +580,23 @@ class _Training:
                 self.outcome.complete.append(self.pending.pop(key))
             elif why := self._hindrance(run):
                 self._fail(self.pending.pop(key), why)
-            elif run.needs not in {*self.pending, *self.active} and not _in_use(run.folder) and self._claim(run):
+            elif run.needs not in {*self.pending, *self.active} and self._is_free(run) and self._claim(run):
                 self._begin(self.pending.pop(key))
+
+    def _is_free(self, run: Run) -> bool:
+        """Whether no process of this machine trains into its folder; one that no worker has claimed is told of, once.
+
+        Where that cannot be found out the run fails.
+        """
+        why = _lock_problem(run.folder)
+        if why and IN_USE not in why:
+            self._fail(self.pending.pop(run.key), why)
+        elif why and run.folder not in self.told:
+            claim = self.claims.last(run.key)
+            if claim is None or claim.released or self.claims.is_stale(claim):
+                self.told.add(run.folder)
+                self.tell(f"{run.label}: waits for another process, which trains into {run.folder}")
+        return not why
 
     def _begin(self, claimed: Run) -> None:
         """Train what is ``claimed``: nobody else writes its folder now."""
@@ -625,22 +647,28 @@ class _Training:
         return f"its teacher failed: {failed[run.needs][1]}" if run.needs in failed else None
 
 
-def _environment(jobs: int) -> dict[str, str]:
-    """With the share of this process's cores for each job, unless the user has said how many threads it takes."""
+def threads_of(jobs: int) -> int:
+    """Of each job: its share of this process's cores, unless the user has said how many."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = str(max(1, cores // jobs))
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return int(told) if told.isdecimal() and int(told) else max(1, cores // jobs)
+
+
+def _environment(jobs: int) -> dict[str, str]:
+    """That of each job."""
+    share = str(threads_of(jobs))
     return {"OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share, **os.environ}
 
 
-def _in_use(folder: Path) -> bool:
-    """Whether a process of this machine trains into ``folder``, such as one whose table was killed a moment ago."""
+def _lock_problem(folder: Path) -> str:
+    """Why ``folder`` cannot be locked, such as that a run whose table was killed a moment ago trains into it; or ""."""
     if not folder.is_dir():
-        return False
+        return ""
     try:
         lock_folder(folder, "run folder").release()
-    except UserError:
-        return True
-    return False
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _start(arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:

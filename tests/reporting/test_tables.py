@@ -13,6 +13,7 @@ from mdistill.cli import table as table_cli
 from mdistill.cli.train import main as train_main
 from mdistill.engine.claims import Claims
 from mdistill.errors import UserError
+from mdistill.files import lock_folder
 from mdistill.reporting import table_runs
 from mdistill.reporting.published import Figure, disagreeing, figure_of, read_published
 from mdistill.reporting.table_files import Table, cell_of, find_table, read_table, runs_of, short
@@ -438,6 +439,23 @@ def test_time_left_by_what_is_recorded(planned: Callable[..., list[Run]], tmp_pa
     assert Speeds(runs, [tmp_path / "runs"]).left(runs)[1] == 0
 
 
+def test_time_left_by_the_threads_of_a_cpu(
+    planned: Callable[..., list[Run]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs at a time with half the cores each take as long as one after the other with all of them."""
+    runs = planned(pairs=["wide_narrow"], methods=["kd", "hot"], seeds=[0])
+    write_run(runs[0], 10, seconds=1.5)
+    environment = {"kernels": "AVX512", "threads": 12}
+    (runs[0].folder / "env.json").write_text(json.dumps({"sessions": [environment]}))
+    monkeypatch.setattr(table_runs.os, "sched_getaffinity", lambda process: range(12), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    seconds = [Speeds(runs, [tmp_path / "runs"], table_runs.threads_of(jobs)).left(runs)[0] / jobs for jobs in (1, 2)]
+    assert seconds == [140.0, 140.0]
+    environment["kernels"] = None  # on a GPU
+    (runs[0].folder / "env.json").write_text(json.dumps({"sessions": [environment]}))
+    assert Speeds(runs, [tmp_path / "runs"], 6).left(runs)[0] == 140.0
+
+
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
@@ -594,6 +612,31 @@ def test_a_claim_of_a_dead_host_is_one_line(
         "complete: kd wide_narrow seed 0",
     ]
     other.close()
+
+
+def test_a_folder_that_is_in_use_is_told_once_and_waited_for(planned: Callable[..., list[Run]], work: Work) -> None:
+    (run,) = planned(pairs=["wide_narrow"], methods=["kd"], seeds=[0])
+    lock = lock_folder(run.folder, "run folder")
+    looks = iter(range(9))
+
+    def stop() -> bool:
+        if next(looks) == 3:
+            lock.release()
+        return False
+
+    told: list[str] = []
+    assert len(work([run], told=told, stop=stop).complete) == 1
+    assert told == [
+        f"kd wide_narrow seed 0: waits for another process, which trains into {run.folder}",
+        "complete: kd wide_narrow seed 0",
+    ]
+
+
+def test_a_folder_that_cannot_be_locked_fails(planned: Callable[..., list[Run]], work: Work) -> None:
+    (run,) = planned(pairs=["wide_narrow"], methods=["kd"], seeds=[0])
+    (run.folder / ".lock").mkdir(parents=True)
+    (line,) = work([run]).failures()
+    assert line.startswith(f"kd wide_narrow seed 0: run folder {run.folder} cannot be written: ")
 
 
 class Remote(Trained):
