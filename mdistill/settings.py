@@ -41,6 +41,8 @@ write now. A setting that a method does take is its own."""
 RENAMED = {"mlkd.reading": "variant"}
 """Settings of methods that have a new name."""
 
+_START = "distiller."  # of a method's settings
+
 
 def results_only(tree: Any, place: str = "") -> Any:
     """``tree``, a configuration in plain containers, without what changes no result: paths, names, how it is run."""
@@ -122,16 +124,13 @@ def retire(given: dict[str, Any], method: str, allowed: Container[str]) -> list[
 
 def _in_present_words(recorded: Mapping[str, Any], method: str, allowed: Container[str]) -> Mapping[str, Any]:
     """``recorded`` without what ``retire`` takes out; as it is where one of those did something, which then is told."""
-    keys = {f"distiller.{setting.partition('.')[2]}" for setting in (*RETIRED, *RENAMED)}
-    if not any(key in recorded and key not in allowed for key in keys):
+    if all(key in allowed for key in recorded if key.startswith(_START)):
         return recorded
-    start = "distiller."
-    given = {key.removeprefix(start): value for key, value in recorded.items() if key.startswith(start)}
-    own = [key.removeprefix(start) for key in recorded if key.startswith(start) and key in allowed]
-    if retire(given, method, own):
+    given = {key.removeprefix(_START): value for key, value in recorded.items() if key.startswith(_START)}
+    if retire(given, method, [key for key in given if f"{_START}{key}" in allowed]):
         return recorded
-    others = {key: value for key, value in recorded.items() if not key.startswith(start)}
-    return others | {f"{start}{key}": value for key, value in given.items()}
+    others = {key: value for key, value in recorded.items() if not key.startswith(_START)}
+    return others | {f"{_START}{key}": value for key, value in given.items()}
 
 
 def checkpoints(config: Mapping[str, Any]) -> dict[str, str]:

@@ -93,7 +93,8 @@ class Claims:
         """
         last = self.last(key)
         if last is not None and self._is_ours(last):
-            return self._hold(key, last.path)
+            self._hold(key, last.path)
+            return None
         if last is not None and not last.released and not self.is_stale(last):
             return last
         folder = self.root / key
@@ -111,8 +112,11 @@ class Claims:
             other = self.last(key)
             if other is None or other.number < number:
                 raise UserError(f"--output: {target} cannot be written: {error.strerror}") from None
-            return self._hold(key, other.path) if self._is_ours(other) else other  # NFS may tell of an error in vain
-        return self._hold(key, target)
+            if not self._is_ours(other):
+                return other
+            target = other.path  # NFS may tell of an error where there was none
+        self._hold(key, target)
+        return None
 
     def _is_ours(self, claim: Claim) -> bool:
         return claim.owner == self.owner and not claim.released

@@ -55,9 +55,10 @@ class Wanted:
             weights: SHA-256 of this cell's files, by dotted key, where they are there.
         """
         found = changes(record.settings, self.settings, self.chosen)
+        recorded = record.weights if weights else {}
         for key, wanted in self.checkpoints.items():
             name = record.checkpoints.get(key, "")
-            mine, theirs = (weights or {}).get(key, ""), record.weights.get(key, "")
+            mine, theirs = (weights or {}).get(key, ""), recorded.get(key, "")
             if mine and theirs:
                 if mine != theirs:
                     found[key] = (f"{name} (SHA-256 {theirs[:12]})", f"{wanted} (SHA-256 {mine[:12]})")
@@ -310,7 +311,7 @@ def _read(content: dict[str, Any]) -> Layout:
 
 def _may_be(found: str, wanted: str) -> bool:
     """Whether two names of weights may be of one file, each with as much of its path as it has."""
-    if not found or not wanted:
+    if found == wanted or not found or not wanted:
         return found == wanted
     one, other = _parts(found), _parts(wanted)
     length = min(len(one), len(other))
