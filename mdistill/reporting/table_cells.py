@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mdistill.reporting.table_files import Cell, Table
 
 MEMORY = ".tables"  # a folder beside the runs
+TEACHER = "teacher.checkpoint"
 KEPT = 4  # files in it for each table: of several --epochs and overrides
 
 
@@ -40,8 +41,8 @@ class Wanted:
     epochs: int
     settings: dict[str, Any]  # that change results, by dotted key
     chosen: tuple[str, ...]  # those of them that are not at their default
-    checkpoints: dict[str, str]  # the weights that they begin from, by dotted key
-    variant: str  # of its own runs
+    checkpoints: dict[str, str] = field(default_factory=dict)  # the weights that they begin from, by dotted key
+    variant: str = ""  # of its own runs
     metric: str = "top1"  # of its figures
 
     def changes(self, record: Record, weights: Mapping[str, str] | None = None) -> dict[str, tuple[Any, Any]]:
@@ -62,9 +63,18 @@ class Wanted:
             if mine and theirs:
                 if mine != theirs:
                     found[key] = (f"{name} (SHA-256 {theirs[:12]})", f"{wanted} (SHA-256 {mine[:12]})")
-            elif not _may_be(name, wanted) and not (_is_trained(name) and wanted and not _is_trained(wanted)):
+            elif not _may_be(name, wanted) and not (key == TEACHER and self._has_trained(name)):
                 found[key] = (name or None, wanted or None)
         return found
+
+    def _has_trained(self, checkpoint: str) -> bool:
+        """Whether the table may have trained this teacher itself, for want of the file that the cell names."""
+        return self._is_run_of_teacher(checkpoint) and not self._is_run_of_teacher(self.checkpoints[TEACHER])
+
+    def _is_run_of_teacher(self, checkpoint: str) -> bool:
+        """Whether it names one of it alone, of whose path a published record may have no more than the end."""
+        *above, last = _parts(checkpoint) or ("",)
+        return re.fullmatch(r"seed\d+", last) is not None and (not above or self.key[2].replace("/", "-") in above)
 
     def difference(self, record: Record) -> str | None:
         """The first setting in which ``record`` is another run, with both values; None where it is of this cell."""
@@ -237,8 +247,8 @@ def _resolved(table: "Table", configs: Path) -> tuple[Layout, bool]:
         cells.append(wanted(cell, published, config))
         other, there = folders.setdefault(config.run_folder(), (cell, config))
         if there != config:
-            labels = [f"{each.row.name} {each.pair}" for each in (other, cell)]
-            raise shared_folder(table.path, *labels, config.run_folder())
+            one, two = (f"{each.row.name} {each.pair}" for each in (other, cell))
+            raise shared_folder(table.path, one, two, config.run_folder())
         lasting = lasting and not config.imports and cell.cfg.resolve().is_relative_to(configs.resolve())
     rows = tuple(row.name for row in table.rows)
     without = {row.name: dict(row.without) for row in table.rows if row.without}
@@ -316,12 +326,6 @@ def _may_be(found: str, wanted: str) -> bool:
     one, other = _parts(found), _parts(wanted)
     length = min(len(one), len(other))
     return one[len(one) - length :] == other[len(other) - length :]
-
-
-def _is_trained(checkpoint: str) -> bool:
-    """Whether it names a run of a network alone."""
-    *above, last = _parts(checkpoint) or ("",)
-    return re.fullmatch(r"seed\d+", last) is not None and ("vanilla" in above or not above)
 
 
 def _parts(checkpoint: str) -> tuple[str, ...]:

@@ -150,11 +150,14 @@ def _sha256(path: Path) -> str:
 @cache
 def _digest(file: Path, signature: tuple[int, int]) -> str:
     """As long as its time and size, which are its ``signature``, are the same."""
+    digest = hashlib.sha256()
     try:
         with open(file, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+            while block := opened.read(1 << 20):
+                digest.update(block)
     except OSError:
         return ""
+    return digest.hexdigest()
 
 
 def plan(table: Table, *, output: Path, checkpoint_root: Path, configs: Path, train_teachers: bool) -> list[Run]:
@@ -708,15 +711,21 @@ def claiming_child() -> None:
         claims.close()
         sys.exit(UserError.exit_code)
 
+    ended = threading.Event()
+
     def watch() -> None:
         while claims.holds(key):
-            time.sleep(POLL)
+            if ended.wait(POLL):
+                return
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, name="claim", daemon=True).start()
+    watcher = threading.Thread(target=watch, name="claim", daemon=True)
+    watcher.start()
     try:
         child()
     finally:
+        ended.set()
+        watcher.join()  # else it takes the claim that is given up now for one that was taken over
         claims.close()
 
 
