@@ -151,7 +151,7 @@ def _recorded(args: argparse.Namespace, output: Path) -> list[Path]:
 
 
 def _print_plan(found: "Table", runs: "Sequence[Run]", args: argparse.Namespace, output: Path) -> None:
-    from mdistill.reporting.table_runs import Speeds
+    from mdistill.reporting.table_runs import Speeds, threads_of
 
     for run in runs:
         words = {
@@ -168,7 +168,8 @@ def _print_plan(found: "Table", runs: "Sequence[Run]", args: argparse.Namespace,
             print(f"left out: {row.name} {pair}: {row.without[pair]}")
     complete = sum(run.state == "complete" for run in runs)
     cannot = sum(bool(run.missing or run.state == "other") for run in runs)
-    seconds, unknown = Speeds(runs, _recorded(args, output)).left(runs)
+    threads = None if args.ray else threads_of(args.jobs or 1)
+    seconds, unknown = Speeds(runs, _recorded(args, output), threads).left(runs)
     print(
         f"{len(runs)} runs, {complete} complete{f', {cannot} cannot be trained' if cannot else ''};"
         f" {time_left(seconds, unknown, args.jobs or 1)}"
@@ -184,19 +185,20 @@ def time_left(seconds: float, unknown: int, jobs: int) -> str:
     if not seconds:
         return f"{unknown} epochs to do, of pairs that nobody has timed" if unknown else "nothing to do"
     rest = f", and {unknown} epochs of pairs that nobody has timed" if unknown else ""
-    how = "one run after the other" if jobs == 1 else f"{jobs} runs at a time, if each goes on as fast as before"
+    how = "one run after the other" if jobs == 1 else f"{jobs} runs at a time, of which each has its share of a CPU"
     return f"about {timedelta(seconds=round(seconds / jobs))}, {how}, by the epochs that are recorded{rest}"
 
 
 def _train(args: argparse.Namespace, runs: "Sequence[Run]", output: Path, configs: Path) -> None:
     from mdistill.engine.console import StopRequest
     from mdistill.reporting.table_cells import layout
-    from mdistill.reporting.table_runs import Speeds, train
+    from mdistill.reporting.table_runs import Speeds, threads_of, train
 
+    threads = None if args.ray else threads_of(args.jobs or 1)
     with (
         _workers(args, output) as (claims, start, device),
         StopRequest() as stop,
-        _progress(runs, Speeds(runs, _recorded(args, output))) as progress,
+        _progress(runs, Speeds(runs, _recorded(args, output), threads)) as progress,
     ):
         outcome = train(
             runs,

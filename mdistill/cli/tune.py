@@ -77,7 +77,7 @@ def tune(args: argparse.Namespace) -> None:
 
 def _print_plan(args: argparse.Namespace, table: "Table", found: "Sequence[Search]", journal: "Journal | None") -> None:
     from mdistill.reporting.searching import described
-    from mdistill.reporting.table_runs import Speeds
+    from mdistill.reporting.table_runs import Speeds, threads_of
     from mdistill.reporting.tuning import SHARE, Tuning
 
     known = [] if journal is None else journal.names()
@@ -99,7 +99,8 @@ def _print_plan(args: argparse.Namespace, table: "Table", found: "Sequence[Searc
     for row in table.rows:
         if not row.search:
             print(f"not tuned, it has no search space: {row.name}")
-    seconds, unknown = Speeds(left, [args.output, *{search.folder for search in found}]).left(left)
+    outputs = [args.output, *{search.folder for search in found}]
+    seconds, unknown = Speeds(left, outputs, threads_of(args.jobs)).left(left)
     trials = sum(search.count for search in found)
     print(f"{trials} trials, {trials - len(left)} done; {time_left(seconds, unknown, args.jobs)}")
 

@@ -1,6 +1,5 @@
 """From YAML files, their bases and the command line to a checked configuration; every message names its source."""
 
-import copy
 import hashlib
 import math
 import os
@@ -13,11 +12,12 @@ from urllib.parse import quote
 
 import yaml
 
+from mdistill import settings
 from mdistill.config.schema import COMPONENTS, Config, check, phases_of, without_defaults
 from mdistill.distillers import DISTILLERS
 from mdistill.errors import UserError, printable, shown, suggestion
 from mdistill.registry import Registry
-from mdistill.settings import differences, leaves, results_only
+from mdistill.settings import flat_settings, leaves, results_only
 from mdistill.user_code import import_user_module
 
 SOURCES = ("certain: ", "inferred: ", "ours: ")
@@ -29,27 +29,12 @@ MAX_LENGTH = 1 << 18  # characters of a file, or of a value on the command line
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?\.?inf|\.?nan", re.IGNORECASE)
 _NAME_LIMIT = 180  # characters of a folder name, below the 255 bytes of common file systems
 
-RETIRED = {
-    "*.ema_decay": (None, "write solver.ema_decay"),
-    "*.average_from": (None, "write solver.average_from"),
-    "kd.divergence": ("forward", "the balanced divergence is distiller.name: bd_kd, the others are gone"),
-    "kd.balance": (None, "it is a setting of distiller.name: bd_kd"),
-    "kd.target": ("teacher", "the moving target is distiller.name: taid"),
-    "dhkd.align": (False, "its alignment, over all weights, is solver.name: aligned_sgd"),
-    "kd.interpolation": (None, "its keys are settings of distiller.name: taid"),
-}
-"""Settings of methods (``*``: of all) in the run folders of earlier versions: the value that had no effect, and what to
-write now. A setting that a method does take is its own."""
-
 CHANGED = {
     "taid.variant": "moved its target once an epoch, as no variant does",
     "pesf_kd.variant": "had an adapter of the teacher's logits, as no variant has",
     "sinkd.variant": "was 'paper' with a kd_temperature equal to temperature and a kd_anneal_epochs of null",
 }
 """Settings without which a run is of an earlier version, where no value alone says what the method did: what it did."""
-
-RENAMED = {"mlkd.reading": "variant"}
-"""Settings of methods that have a new name."""
 
 
 @dataclass(frozen=True)
@@ -302,31 +287,13 @@ def retire(tree: dict[str, Any]) -> list[str]:
     given = tree.get("distiller")
     if not isinstance(given, dict) or (method := _canonical(DISTILLERS, given.get("name"))) is None:
         return []
-    problems, allowed = [], DISTILLERS.arguments(method)
-    for owner, key in (setting.split(".") for setting in (*RETIRED, *RENAMED)):
-        if owner not in {"*", method} or key not in given or key in allowed:
-            continue
-        value, setting = given.pop(key), f"{owner}.{key}"
-        if setting in RENAMED:
-            given.setdefault(RENAMED[setting], value)
-        elif value != RETIRED[setting][0]:
-            problems.append(
-                f"distiller.{key}: {shown(value)} is no setting of {method!r} any more; {RETIRED[setting][1]}"
-            )
-    return problems
+    return settings.retire(given, method, DISTILLERS.arguments(method))
 
 
 def changes(before: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
-    """The settings that change results in which ``config`` differs from a recorded one, resolved, by dotted key.
-
-    One that the older version did not know, at its default, changes nothing, nor does one of it that did nothing.
-    """
-    recorded = copy.deepcopy(dict(before))
-    if retire(recorded):  # it did something, and is told of
-        recorded = dict(before)
-    chosen = differences({}, without_defaults(config))
-    changed = differences(results_only(recorded), results_only(config.resolved()))
-    return {key: values for key, values in changed.items() if values[0] is not None or key in chosen}
+    """The settings that change results in which ``config`` differs from a recorded one, as ``settings.changes``."""
+    chosen = flat_settings(without_defaults(config))
+    return settings.changes(flat_settings(before), flat_settings(config.resolved()), chosen)
 
 
 def _of_earlier_version(problem: str, tree: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ from mdistill.files import read_text
 BEAT = 20.0  # seconds between two touches
 STALE = 300.0  # seconds without one, after which the owner is taken to be dead
 PENDING = ".pending-"  # begins the name of a claim that is being written
+CLOCK = ".clock-"  # and of the file that an owner reads the file system's time from
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,13 @@ class Claims:
     def __init__(self, root: Path, *, beat: float = BEAT, stale: float = STALE) -> None:
         self.root, self.stale, self._beat = root, stale, beat
         self.owner = Owner(socket.gethostname(), _machine(), os.getpid(), uuid.uuid4().hex)
-        self._clock = root / f".clock-{self.owner.token}"
+        self._clock = root / f"{CLOCK}{self.owner.token}"
         self._held: dict[str, Path] = {}
         self._lost: set[str] = set()
         self._lock, self._end = threading.Lock(), threading.Event()
         try:
             root.mkdir(parents=True, exist_ok=True)
-            self._now()
+            self._remove_clocks(before=self._now() - stale)
         except OSError as error:
             raise UserError(f"--output: {root} cannot be written: {error.strerror}") from None
         self._thread = threading.Thread(target=self._keep_touching, name="claims", daemon=True)
@@ -91,6 +92,9 @@ class Claims:
             UserError: the folder cannot be written.
         """
         last = self.last(key)
+        if last is not None and self._is_ours(last):
+            self._hold(key, last.path)
+            return None
         if last is not None and not last.released and not self.is_stale(last):
             return last
         folder = self.root / key
@@ -108,11 +112,19 @@ class Claims:
             other = self.last(key)
             if other is None or other.number < number:
                 raise UserError(f"--output: {target} cannot be written: {error.strerror}") from None
-            return other
+            if not self._is_ours(other):
+                return other
+            target = other.path  # NFS may tell of an error where there was none
+        self._hold(key, target)
+        return None
+
+    def _is_ours(self, claim: Claim) -> bool:
+        return claim.owner == self.owner and not claim.released
+
+    def _hold(self, key: str, target: Path) -> None:
         with self._lock:
             self._held[key] = target
             self._lost.discard(key)
-        return None
 
     def last(self, key: str) -> Claim | None:
         """The last claim on ``key``, released or not; None where there is none."""
@@ -153,6 +165,13 @@ class Claims:
         """By the clock of the file system that the claims are on."""
         self._clock.touch()
         return self._clock.stat().st_mtime
+
+    def _remove_clocks(self, before: float) -> None:
+        """Those of processes that were killed; who still needs one that was not touched for so long makes it anew."""
+        for clock in self.root.glob(f"{CLOCK}*"):
+            with suppress(OSError):
+                if clock.stat().st_mtime < before:
+                    clock.unlink()
 
     def _keep_touching(self) -> None:
         while not self._end.wait(self._beat):

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mdistill.errors import UserError, suggestion
+from mdistill.errors import UserError
 from mdistill.reporting.statistics import Comparison, holm, paired, stratified
+from mdistill.reporting.table_files import known_to_table
 from mdistill.reporting.table_show import Result, Table, metric_name
 from mdistill.reporting.tables import escaped, markdown_table, text_table
 
@@ -43,8 +44,7 @@ def compare(table: Table, baseline: str, methods: Sequence[str] | None = None) -
     """
     rows = table.layout.rows
     for name, flag in [(baseline, "--baseline"), *((method, "--methods") for method in methods or ())]:
-        if name not in rows:
-            raise UserError(f"{flag}: unknown {name!r}{suggestion(name, rows)} (in this table: {', '.join(rows)})")
+        known_to_table(name, rows, flag)
     chosen = [row for row in (rows if methods is None else methods) if row != baseline]
     notes: list[str] = []
     kinds: list[list[tuple[str, str, Comparison]]] = [[], [], []]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from mdistill.engine.run_folder import read_metrics, read_sessions
 from mdistill.errors import UserError, printable, suggestion
 from mdistill.files import read_text
-from mdistill.settings import leaves, results_only
+from mdistill.settings import checkpoints, flat_settings
 
 SKIPPED = {"tensorboard", "teacher_cache", "class_distances"}  # folders that hold no runs
 TAIL = 1 << 16  # bytes of a file of metrics that are read; a line takes a few hundred
@@ -45,6 +45,23 @@ class Record:
     def settings(self) -> dict[str, Any]:
         """What of ``config`` changes results, by dotted key."""
         return flat_settings(self.config)
+
+    @cached_property
+    def checkpoints(self) -> dict[str, str]:
+        """The weights that it began from, by dotted key, as its configuration names them; "" for none."""
+        return checkpoints(self.config)
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """SHA-256 of their files, by the same keys; those that the record tells."""
+        found = {}
+        for section in ("teacher", "student"):
+            keys = [key for key in self.checkpoints if key.startswith(section)]
+            files = self._section(section).get("files")
+            for key, file in zip(keys, files if isinstance(files, list) else [], strict=False):
+                if isinstance(file, Mapping) and file.get("sha256"):
+                    found[key] = str(file["sha256"])
+        return found
 
     @cached_property
     def key(self) -> tuple[str, str, str, str]:
@@ -348,7 +365,7 @@ def read_record(folder: Path) -> Record:
     record = Record(folder, config, read_sessions(folder), *_end_of_metrics(folder / "metrics.jsonl"))
     try:
         sound = all(isinstance(name, str) for name in record.key)
-        _ = record.seed, record.epochs, record.batch_size, record.settings, record.teacher_top1
+        _ = record.seed, record.epochs, record.batch_size, record.settings, record.checkpoints, record.teacher_top1
     except (KeyError, TypeError, ValueError, AttributeError):
         sound = False
     if not sound:
@@ -362,17 +379,6 @@ def key_of(config: Mapping[str, Any]) -> tuple[str, str, str, str]:
     members = [teacher, *(teacher.get("ensemble") or ())] if teacher else []
     names = "+".join(str(member["name"]) for member in members)
     return config["data"]["name"], config["distiller"]["name"], names, config["student"]["name"]
-
-
-def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a resolved configuration changes results, by dotted key.
-
-    A teacher's precision that is the student's is null, as where none is set.
-    """
-    settings = {".".join(key): value for key, value in leaves(results_only(config))}
-    if "run.teacher_precision" in settings and settings["run.teacher_precision"] == settings.get("run.precision"):
-        settings["run.teacher_precision"] = None
-    return settings
 
 
 def _run_folders(root: Path) -> Iterator[tuple[Path, bool]]:

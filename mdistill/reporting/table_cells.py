@@ -6,23 +6,27 @@ and read back as long as no file that it depends on has changed.
 
 import hashlib
 import json
+import re
 import sys
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from mdistill.errors import RunFailed, UserError, suggestion
+from mdistill.errors import RunFailed, UserError
 from mdistill.files import read_text, write_text
-from mdistill.reporting.records import Record, flat_settings, key_of
+from mdistill.reporting.records import Record, key_of
+from mdistill.reporting.table_files import known_to_table, shared_folder
 from mdistill.reporting.transfers import split_metric, targets_of
+from mdistill.settings import changes, checkpoints, flat_settings
 
 if TYPE_CHECKING:
-    from mdistill.config import Inline
-    from mdistill.reporting.table_files import Table
+    from mdistill.config import Config, Inline
+    from mdistill.reporting.table_files import Cell, Table
 
 MEMORY = ".tables"  # a folder beside the runs
+TEACHER = "teacher.checkpoint"
 KEPT = 4  # files in it for each table: of several --epochs and overrides
 
 
@@ -37,24 +41,54 @@ class Wanted:
     epochs: int
     settings: dict[str, Any]  # that change results, by dotted key
     chosen: tuple[str, ...]  # those of them that are not at their default
+    checkpoints: dict[str, str] = field(default_factory=dict)  # the weights that they begin from, by dotted key
+    variant: str = ""  # of its own runs
     metric: str = "top1"  # of its figures
 
-    def difference(self, record: Record) -> str | None:
-        """The first setting in which ``record`` is another run, with both values; None where it is of this cell.
+    def changes(self, record: Record, weights: Mapping[str, str] | None = None) -> dict[str, tuple[Any, Any]]:
+        """The settings in which ``record`` is another run, with both values; none where it is of this cell.
 
-        A setting that the record lacks is one that its version of the code did not have: it was at its default.
+        The weights that it began from are compared by their files' SHA-256 where both are known; else by the names that
+        the configurations have for them, as far as both name the path. A teacher that the table has trained itself, for
+        want of the file, has a name of its own.
+
+        Args:
+            weights: SHA-256 of this cell's files, by dotted key, where they are there.
         """
-        found = record.settings
-        for name, value in found.items():
-            if name in self.settings and self.settings[name] != value:
-                return f"{name} {_plain(value)} instead of {_plain(self.settings[name])}"
-        foreign = next(
-            (name for name in found if name not in self.settings and found[name] not in (None, {}, [])), None
-        )
-        if foreign is not None:
-            return f"{foreign} {_plain(found[foreign])} instead of none"
-        lacking = next((name for name in self.chosen if name not in found), None)
-        return None if lacking is None else f"no {lacking} instead of {_plain(self.settings[lacking])}"
+        found = changes(record.settings, self.settings, self.chosen)
+        recorded = record.weights if weights else {}
+        for key, wanted in self.checkpoints.items():
+            name = record.checkpoints.get(key, "")
+            mine, theirs = (weights or {}).get(key, ""), recorded.get(key, "")
+            if mine and theirs:
+                if mine != theirs:
+                    found[key] = (f"{name} (SHA-256 {theirs[:12]})", f"{wanted} (SHA-256 {mine[:12]})")
+            elif not _may_be(name, wanted) and not (key == TEACHER and self._has_trained(name)):
+                found[key] = (name or None, wanted or None)
+        return found
+
+    def _has_trained(self, checkpoint: str) -> bool:
+        """Whether the table may have trained this teacher itself, for want of the file that the cell names."""
+        return self._is_run_of_teacher(checkpoint) and not self._is_run_of_teacher(self.checkpoints[TEACHER])
+
+    def _is_run_of_teacher(self, checkpoint: str) -> bool:
+        """Whether it names one of it alone, of whose path a published record may have no more than the end."""
+        *above, last = _parts(checkpoint) or ("",)
+        return re.fullmatch(r"seed\d+", last) is not None and (not above or self.key[2].replace("/", "-") in above)
+
+    def difference(self, record: Record) -> str | None:
+        """The first setting in which ``record`` is another run, with both values; None where it is of this cell."""
+        for name, (there, here) in self.changes(record).items():
+            lacks = name in self.chosen and name not in record.settings
+            told = f"no {name}" if lacks else f"{name} {_plain(there)}"
+            foreign = name not in self.settings and name not in self.checkpoints
+            return f"{told} instead of {'none' if foreign else _plain(here)}"
+        return None
+
+    def other_names(self, record: Record) -> dict[str, tuple[str, str]]:
+        """The weights that ``record`` has another name for than this cell has, with both."""
+        both = {key: (record.checkpoints.get(key, ""), name) for key, name in self.checkpoints.items()}
+        return {key: names for key, names in both.items() if not _may_be(*names)}
 
 
 @dataclass(frozen=True)
@@ -82,8 +116,34 @@ class Layout:
 
     def holds(self, record: Record) -> bool:
         """Whether ``record`` is of one of its cells and seeds."""
-        of_cell = (cell.key == record.key and cell.difference(record) is None for cell in self.cells)
+        of_cell = (cell.key == record.key and self.difference(cell, record) is None for cell in self.cells)
         return record.seed in self.seeds and any(of_cell)
+
+    def difference(self, cell: Wanted, record: Record) -> str | None:
+        """In what ``record`` is no run of ``cell``; None where it is one.
+
+        Of cells with equal settings, which differ in the weights that their runs begin from or in their variants alone,
+        it is of the one whose weights it names, then of the one whose variant it has.
+        """
+        why = cell.difference(record)
+        if why is not None:
+            return why
+        rivals = [
+            other
+            for other in self.cells
+            if (other.variant, other.checkpoints) != (cell.variant, cell.checkpoints)
+            and other.key == cell.key
+            and other.settings == cell.settings
+            and other.difference(record) is None
+        ]
+        named = [other for other in rivals if not other.other_names(record)]
+        for key, (there, here) in cell.other_names(record).items():
+            if named:
+                return f"{key} {there} instead of {here}"
+        rivals = rivals if cell.other_names(record) else named
+        if record.variant != cell.variant and any(other.variant != cell.variant for other in rivals):
+            return f"variant {record.variant or 'none'} instead of {cell.variant or 'none'}"
+        return None
 
     def showing(self, metrics: Sequence[str]) -> "Layout":
         """Its cells with figures of ``metrics``: a column for each pair, or for each pair and metric of several."""
@@ -115,8 +175,11 @@ class Layout:
         Raises:
             UserError: a row or a pair is none of its own.
         """
-        chosen_rows = self.rows if rows is None else tuple(_known(row, self.rows, "--methods") for row in rows)
-        chosen_pairs = self.pairs if pairs is None else tuple(_known(pair, self.pairs, "--pairs") for pair in pairs)
+        for names, known, flag in ((rows, self.rows, "--methods"), (pairs, self.pairs, "--pairs")):
+            for name in names or ():
+                known_to_table(name, known, flag)
+        chosen_rows = self.rows if rows is None else tuple(rows)
+        chosen_pairs = self.pairs if pairs is None else tuple(pairs)
         wanted = {(cell.row, cell.pair): cell for cell in self.cells}
         return replace(
             self,
@@ -182,19 +245,18 @@ def layout(
 
 def _resolved(table: "Table", configs: Path) -> tuple[Layout, bool]:
     """The table, and whether it depends on nothing but what ``_memory`` looks at."""
-    from mdistill.config import without_defaults
     from mdistill.reporting.table_files import how_tuned, short
 
     cells, lasting = [], True
+    folders: dict[Path, tuple[Cell, Config]] = {}
     for cell in table.cells:
         published = cell.config(table.seeds[0])
         config = published if table.epochs is None else short(cell, table.epochs).config(table.seeds[0])
-        plain = config.resolved()
-        settings = flat_settings(plain)
-        chosen = flat_settings(without_defaults(config))
-        names = tuple(name for name in settings if name in chosen)
-        variant = published.variant if cell.row.published is None else cell.row.published
-        cells.append(Wanted(cell.row.name, cell.pair, key_of(plain), variant, config.epochs, settings, names))
+        cells.append(wanted(cell, published, config))
+        other, there = folders.setdefault(config.run_folder(), (cell, config))
+        if there != config:
+            one, two = (f"{each.row.name} {each.pair}" for each in (other, cell))
+            raise shared_folder(table.path, one, two, config.run_folder())
         lasting = lasting and not config.imports and all(_is_stamped(part, table.path, configs) for part in cell.parts)
     rows = tuple(row.name for row in table.rows)
     without = {row.name: dict(row.without) for row in table.rows if row.without}
@@ -226,6 +288,30 @@ def _is_stamped(part: "Path | Inline", table: Path, configs: Path) -> bool:
     return path == table.resolve() or path.is_relative_to(configs.resolve())
 
 
+def wanted(cell: "Cell", published: "Config", config: "Config") -> Wanted:
+    """What the runs of ``cell`` have to be, which are of ``config``.
+
+    Args:
+        published: its configuration with the whole schedule, whose figure is published.
+    """
+    from mdistill.config import without_defaults
+
+    plain = config.resolved()
+    settings = flat_settings(plain)
+    chosen = flat_settings(without_defaults(config))
+    return Wanted(
+        cell.row.name,
+        cell.pair,
+        key_of(plain),
+        published.variant if cell.row.published is None else cell.row.published,
+        config.epochs,
+        settings,
+        tuple(name for name in settings if name in chosen),
+        checkpoints(plain),
+        config.variant,
+    )
+
+
 def _memory(name: str, configs: Path, output: Path, overrides: Sequence[str], epochs: int | None) -> Path | None:
     """The file that the table is written down in, named after all that it depends on; None where there is no table."""
     path = next((path for path in (Path(name), configs / "tables" / f"{name}.yaml") if path.is_file()), None)
@@ -246,10 +332,19 @@ def _read(content: dict[str, Any]) -> Layout:
     return Layout(**{**content, **lists, "cells": cells})
 
 
-def _known(name: str, known: Sequence[str], flag: str) -> str:
-    if name not in known:
-        raise UserError(f"{flag}: unknown {name!r}{suggestion(name, known)} (in this table: {', '.join(known)})")
-    return name
+def _may_be(found: str, wanted: str) -> bool:
+    """Whether two names of weights may be of one file, each with as much of its path as it has."""
+    if found == wanted or not found or not wanted:
+        return found == wanted
+    one, other = _parts(found), _parts(wanted)
+    length = min(len(one), len(other))
+    return one[len(one) - length :] == other[len(other) - length :]
+
+
+def _parts(checkpoint: str) -> tuple[str, ...]:
+    """Of its path; a run folder stands for the network in it."""
+    path = PurePath(checkpoint)
+    return (path.parent if path.name == "student.pt" else path).parts
 
 
 def _plain(value: Any) -> str:

@@ -42,6 +42,7 @@ class Cell:
     folders: tuple[Path, ...] = ()  # where user modules are looked for
     inline: bool = False  # whether the table file is its configuration, and has ``own`` too
     chosen: "ChosenSettings | None" = field(default=None, compare=False)  # by a search; they are in ``own``
+    data: Mapping[str, Any] = field(default_factory=dict, compare=False)  # section of a pair of the table file
     of: str = field(default="", compare=False)  # digest of what the table file says of it
 
     @property
@@ -146,7 +147,7 @@ def read_table(
         if twice:
             raise UserError(f"{path}: {kind}: {twice[0]!r} is given twice")
     if methods is not None:
-        rows = tuple(rows[_index(name, names, "--methods")] for name in dict.fromkeys(methods))
+        rows = tuple(rows[names.index(known_to_table(name, names, "--methods"))] for name in dict.fromkeys(methods))
     files = [row for row in rows if row.settings is None and Path(row.method).is_file()]
     if files and len(given.pairs) > 1:
         raise UserError(
@@ -155,7 +156,8 @@ def read_table(
         )
     wanted = given.pairs
     if pairs is not None:
-        wanted = tuple(given.pairs[_index(name, pair_names, "--pairs")] for name in dict.fromkeys(pairs))
+        asked = [known_to_table(name, pair_names, "--pairs") for name in dict.fromkeys(pairs)]
+        wanted = tuple(given.pairs[pair_names.index(name)] for name in asked)
     for row in rows:
         for name in row.without:
             if name not in pair_names:
@@ -406,7 +408,8 @@ def _cell(
         parts = (*parts, Inline(path, {"imports": list(table.imports)}))
     folders = (path.resolve().parent, *(part.resolve().parent for part in parts if isinstance(part, Path)), Path.cwd())
     own = (*table.set, *row.overrides, *(as_overrides(chosen.settings) if chosen is not None else ()))
-    return Cell(row, pair.name, parts, train, own, overrides, folders, inline, chosen)
+    data = pair.sections.get("data") or {}
+    return Cell(row, pair.name, parts, train, own, overrides, folders, inline, chosen, data)
 
 
 def _configuration(
@@ -485,7 +488,20 @@ def _method_parts(row: Row, path: Path, place: str) -> "tuple[Path | Inline, ...
     return parts
 
 
-def _index(name: str, known: Sequence[str], flag: str) -> int:
+def known_to_table(name: str, known: Sequence[str], flag: str) -> str:
+    """``name``, a row or a pair of a table that has those of ``known``.
+
+    Raises:
+        UserError: it is none of them.
+    """
     if name not in known:
         raise UserError(f"{flag}: unknown {name!r}{suggestion(name, known)} (in this table: {', '.join(known)})")
-    return list(known).index(name)
+    return name
+
+
+def shared_folder(path: Path, one: str, other: str, folder: Path) -> UserError:
+    """That two different runs of the table of ``path`` would be one."""
+    return UserError(
+        f"{path}: {one} and {other} would write the same folder, {folder}; give one of them a name of its own:"
+        " set: [variant=NAME]"
+    )

@@ -14,14 +14,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from mdistill.engine.claims import Claims
-from mdistill.engine.run_folder import read_metrics
+from mdistill.engine.run_folder import read_metrics, read_sessions
 from mdistill.errors import Stopped, UserError, printable, shown
 from mdistill.files import lock_folder, read_text
-from mdistill.reporting.table_files import Cell, Row, Table, runs_of, short
+from mdistill.reporting.table_files import Cell, Row, Table, as_overrides, runs_of, shared_folder, short
+from mdistill.settings import leaves
 
 if TYPE_CHECKING:
     from mdistill.config import Config
@@ -50,6 +52,7 @@ class Run:
     key: str  # its name among all runs below one output folder
     needs: str | None = None  # key of the run that trains its teacher
     missing: str | None = None  # why its teacher cannot be had
+    weights: Mapping[str, Path] = field(default_factory=dict, compare=False)  # files that it begins from, by key
     _seen: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -87,11 +90,12 @@ class Run:
 
     def _look(self) -> None:
         """Read what is in the folder, where it has changed since."""
-        signature = [_signature(self.folder / name) for name in ("metrics.jsonl", "config.yaml", "student.pt")]
+        names = ("metrics.jsonl", "config.yaml", "student.pt", "env.json")
+        signature = [_signature(self.folder / name) for name in names]
         if self._seen.get("signature") == signature:
             return
         lines = _count_lines(self.folder / "metrics.jsonl") if signature[0] else 0
-        difference = _difference(self.folder / "config.yaml", self.config) if signature[1] else ""
+        difference = _difference(self) if signature[1] else ""
         state: State = "begun" if lines or signature[1] else "missing"
         if difference:
             state = "other"
@@ -117,20 +121,43 @@ def _count_lines(path: Path) -> int:
         return 0
 
 
-def _difference(path: Path, config: "Config") -> str:
-    """The settings in which the run that recorded ``path`` is another one than ``config``; "" where there are none."""
-    from mdistill.config import changes
-    from mdistill.config.files import read_yaml
+def _difference(run: Run) -> str:
+    """The settings in which the run that is recorded in its folder is another one; "" where there are none."""
+    from mdistill.reporting.records import read_record
+    from mdistill.reporting.table_cells import wanted
 
     try:
-        changed = changes(read_yaml(path), config)
+        record = read_record(run.folder)
     except UserError as error:
-        return str(error).splitlines()[0] if path.exists() else ""  # else it is being written
+        whole = all((run.folder / name).exists() for name in ("config.yaml", "metrics.jsonl"))
+        return str(error).splitlines()[0] if whole else ""  # else it is being written
+    weights = {key: digest for key, path in run.weights.items() if key in record.weights and (digest := _sha256(path))}
+    changed = wanted(run.cell, run.config, run.config).changes(record, weights)
     was, now = changed.get("solver.epochs", (None, None))
-    if config.solver.schedule != "cosine" and isinstance(was, int) and isinstance(now, int) and was < now:
+    if run.config.solver.schedule != "cosine" and isinstance(was, int) and isinstance(now, int) and was < now:
         del changed["solver.epochs"]  # it may grow
-    listed = [f"{key}: {shown(old, 40)} there, {shown(new, 40)} here" for key, (old, new) in changed.items()]
+    listed = [f"{key}: {shown(old, 80)} there, {shown(new, 80)} here" for key, (old, new) in changed.items()]
     return "; ".join([*listed[:3], *(["..."] if listed[3:] else [])])
+
+
+def _sha256(path: Path) -> str:
+    """Of the weights in ``path``, a file or a run folder; "" where there are none."""
+    file = path / "student.pt" if path.is_dir() else path
+    signature = _signature(file)
+    return "" if signature is None else _digest(file, signature)
+
+
+@cache
+def _digest(file: Path, signature: tuple[int, int]) -> str:
+    """As long as its time and size, which are its ``signature``, are the same."""
+    digest = hashlib.sha256()
+    try:
+        with open(file, "rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+    except OSError:
+        return ""
+    return digest.hexdigest()
 
 
 def plan(table: Table, *, output: Path, checkpoint_root: Path, configs: Path, train_teachers: bool) -> list[Run]:
@@ -142,8 +169,8 @@ def plan(table: Table, *, output: Path, checkpoint_root: Path, configs: Path, tr
         UserError: a configuration does not fit, or two rows would share a run folder.
     """
     runs: list[Run] = []
-    teachers: dict[str, Run] = {}
-    sources: dict[tuple[str, str], Run | str | None] = {}
+    teachers: list[Run] = []
+    sources: dict[tuple[str, str], Run | None] = {}
     configurations: dict[tuple[Row, str], tuple[Cell, Config]] = {}
     for cell, seed in runs_of(table):
         place = (cell.row, cell.pair)
@@ -151,28 +178,30 @@ def plan(table: Table, *, output: Path, checkpoint_root: Path, configs: Path, tr
             configurations[place] = _configured(cell, table.seeds[0], table.epochs)
         shortened, config = configurations[place]
         run = _run(shortened, config.model_copy(update={"seed": seed}), output)
-        teacher = config.teacher
-        if teacher is not None:
-            known = (teacher.name, teacher.checkpoint)
+        weights, missing = _weights(config, checkpoint_root)
+        run = replace(run, weights=weights)
+        if missing is not None and config.teacher is not None:
+            known = (cell.pair, config.teacher.model_dump_json())
             if known not in sources:
-                sources[known] = _teacher(run, table, output, checkpoint_root, configs, train=train_teachers)
+                sources[known] = _teacher(run, table, output, configs)
             source = sources[known]
-            if isinstance(source, Run):
+            if source is not None and (train_teachers or source.state == "complete"):
                 override = (f"teacher.checkpoint={source.folder.resolve()}", "teacher.expected_top1=null")
-                teachers.setdefault(source.key, source)
-                run = replace(run, cell=replace(run.cell, overrides=(*run.cell.overrides, *override)), needs=source.key)
-            elif source is not None:
-                run = replace(run, missing=source)
+                teachers.append(source)
+                own = replace(run.cell, overrides=(*run.cell.overrides, *override))
+                trained = {**weights, "teacher.checkpoint": source.folder}
+                run = replace(run, cell=own, needs=source.key, weights=trained)
+            else:
+                hint = "" if source is None else "; or train it here, with --train-teachers"
+                run = replace(run, missing=f"{missing}{hint}")
         runs.append(run)
     folders: dict[Path, Run] = {}
-    for run in runs:
+    for run in [*runs, *teachers]:
         other = folders.setdefault(run.folder, run)
-        if other.config != run.config:
-            raise UserError(
-                f"{table.path}: {other.label} and {run.label} would write the same folder, {run.folder}; give one of"
-                " them a name of its own: set: [variant=NAME]"
-            )
-    return [*(each for each in teachers.values() if each.folder not in folders), *folders.values()]
+        if other.config.model_copy(update={"imports": run.config.imports}) != run.config:
+            raise shared_folder(table.path, other.label, run.label, run.folder)
+    first = {each.folder: folders.pop(each.folder) for each in teachers if each.folder in folders}
+    return [*first.values(), *folders.values()]
 
 
 def _configured(cell: Cell, seed: int, epochs: int | None) -> "tuple[Cell, Config]":
@@ -198,59 +227,57 @@ def claim_key(folder: Path) -> str:
     return key
 
 
-def _teacher(
-    run: Run,
-    table: Table,
-    output: Path,
-    checkpoint_root: Path,
-    configs: Path,
-    *,
-    train: bool,
-) -> Run | str | None:
-    """Where the teacher of ``run`` comes from: its file (None), a run that trains it, or why it is missing."""
-    reason = _why_missing(run.config, checkpoint_root)
-    assert run.config.teacher is not None
-    if reason is None or run.config.teacher.ensemble:
-        return reason
-    cell = _teacher_cell(run, table, configs)
-    if cell is None:
-        return reason
-    trained = _run(*_configured(cell, 0, table.epochs), output)
-    if train or trained.state == "complete":
-        return trained
-    return f"{reason}; or train it here, with --train-teachers"
-
-
-def _why_missing(config: "Config", checkpoint_root: Path) -> str | None:
+def _weights(config: "Config", checkpoint_root: Path) -> tuple[dict[str, Path], str | None]:
+    """The teacher's files of a run, by setting, and why one is missing; without those that the run itself downloads."""
     from mdistill.models.pretrained import published_weights
     from mdistill.models.teachers import locate
 
-    assert config.teacher is not None
+    found: dict[str, Path] = {}
+    members = config.teacher.members if config.teacher is not None else ()
+    places = ["teacher", *(f"teacher.ensemble.{number}" for number in range(len(members)))]
     try:
-        for member in config.teacher.members:
-            if published_weights(member.name, member.checkpoint, "teacher") is None:  # else they are downloaded
-                locate(member.checkpoint, checkpoint_root, model=member.name, dataset=config.data.name)
+        for place, member in zip(places, members, strict=False):
+            if published_weights(member.name, member.checkpoint, "teacher") is None:
+                path = locate(member.checkpoint, checkpoint_root, model=member.name, dataset=config.data.name)
+                found[f"{place}.checkpoint"] = path
     except UserError as error:
-        return str(error).splitlines()[0]
-    return None
+        return found, str(error).splitlines()[0]
+    return found, None
+
+
+def _teacher(run: Run, table: Table, output: Path, configs: Path) -> Run | None:
+    """The run that trains the teacher of ``run`` alone; None where no configuration has it."""
+    assert run.config.teacher is not None
+    cell = None if run.config.teacher.ensemble else _teacher_cell(run, table, configs)
+    return None if cell is None else _run(*_configured(cell, 0, table.epochs), output)
 
 
 def _teacher_cell(run: Run, table: Table, configs: Path) -> Cell | None:
-    """The teacher alone, with what the table changes of data and arithmetic; None where no configuration has it."""
+    """The teacher alone, on the data of its pair, with what the table changes of data and arithmetic."""
+    from mdistill.config import Inline, load, without_defaults
+    from mdistill.config.files import read_tree
     from mdistill.models.names import student_file_name
 
-    assert run.config.teacher is not None
-    name = run.config.teacher.name
-    cfg = configs / table.dataset / f"vanilla/{student_file_name(name)}"
+    teacher = run.config.teacher
+    assert teacher is not None
+    cfg = configs / table.dataset / f"vanilla/{student_file_name(teacher.name)}"
     if not cfg.is_file():
         return None
-    overrides = tuple(each for each in table.every_run if each.startswith(("data.", "run.")))
+    pair_file = configs / table.dataset / "_pairs" / f"{run.cell.pair}.yaml"
+    data = run.cell.data or (read_tree(pair_file).get("data") if pair_file.is_file() else None) or {}
+    own = dict(leaves(read_tree(cfg).get("data") or {}))
+    given = {".".join(("data", *key)): value for key, value in leaves(data) if own.get(key) != value}
+    network, plain = without_defaults(run.config)["teacher"], without_defaults(load(cfg))["student"]
+    arguments = [key for key in teacher.arguments if network.get(key) != plain.get(key)]
+    given |= {f"student.{key}": teacher.arguments[key] for key in arguments}
+    modules = run.config.imports if "data.name" in given else ()  # one of them has it
+    every_run = tuple(each for each in table.every_run if each.startswith(("data.", "run.")))
     return Cell(
         Row(TEACHER, str(cfg)),
-        name,
-        (cfg,),
-        ("--cfg", str(cfg)),
-        overrides=overrides,
+        teacher.name,
+        (cfg, *([Inline(table.path, {"imports": list(modules)})] if modules else [])),
+        ("--cfg", str(cfg), *(word for module in modules for word in ("--import", module))),
+        overrides=(*as_overrides(given), *every_run),
         folders=run.cell.folders,
     )
 
@@ -265,10 +292,12 @@ class Speeds:
 
     Args:
         outputs: folders of runs, among them those of shortened schedules.
+        threads: that each run will have on a CPU: what was recorded there with others is taken to be as much faster or
+            slower as they were more or fewer. None to take it as it is.
     """
 
-    def __init__(self, runs: Sequence[Run], outputs: Iterable[Path]) -> None:
-        self._outputs = list(dict.fromkeys(outputs))
+    def __init__(self, runs: Sequence[Run], outputs: Iterable[Path], threads: int | None = None) -> None:
+        self._outputs, self._threads = list(dict.fromkeys(outputs)), threads
         self._pairs = sorted({_cell_place(run)[::2] for run in runs})
         self.read()
 
@@ -307,7 +336,9 @@ class Speeds:
         for output in self._outputs:
             for path in sorted(output.glob(f"{dataset}/*/{pair}/**/metrics.jsonl")):
                 method = path.relative_to(output).parts[1]
-                self._cells.setdefault((dataset, method, pair), []).extend(_seconds(path))
+                share = _threads(path.parent) / self._threads if self._threads else 0.0
+                seconds = [each * (share or 1.0) for each in _seconds(path)]
+                self._cells.setdefault((dataset, method, pair), []).extend(seconds)
 
 
 def _seconds(path: Path) -> list[float]:
@@ -325,15 +356,18 @@ def _seconds(path: Path) -> list[float]:
     return seconds
 
 
+def _threads(folder: Path) -> int:
+    """Of the run in ``folder``, where it was on a CPU; else 0."""
+    with suppress(UserError):  # no more than a time depends on it
+        for session in reversed(read_sessions(folder)):
+            if session.get("kernels"):
+                return int(session.get("threads") or 0)
+    return 0
+
+
 def _cell_place(run: Run) -> tuple[str, str, str]:
     dataset, method, pair, *_ = run.config.run_folder().parts
     return dataset, method, pair
-
-
-def seconds_left(runs: Sequence[Run], outputs: Iterable[Path] = ()) -> tuple[float | None, int]:
-    """``Speeds.left`` by the records below ``outputs``; None where nothing is left that somebody has timed."""
-    seconds, unknown = Speeds(runs, outputs).left(runs)
-    return (seconds or None), unknown
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
@@ -468,7 +502,7 @@ class _Training:
         self.outcome = Outcome()
         self.pending = {run.key: run for run in runs}
         self.active: dict[str, _Job] = {}
-        self.told: set[Path] = set()  # claims that were waited for
+        self.told: set[Path] = set()  # claims and run folders that were waited for
         self.losses: Counter[str] = Counter()  # of workers, by run
         self.environment = _environment(jobs)
         try:
@@ -549,8 +583,23 @@ class _Training:
                 self.outcome.complete.append(self.pending.pop(key))
             elif why := self._hindrance(run):
                 self._fail(self.pending.pop(key), why)
-            elif run.needs not in {*self.pending, *self.active} and not _in_use(run.folder) and self._claim(run):
+            elif run.needs not in {*self.pending, *self.active} and self._is_free(run) and self._claim(run):
                 self._begin(self.pending.pop(key))
+
+    def _is_free(self, run: Run) -> bool:
+        """Whether no process of this machine trains into its folder; one that no worker has claimed is told of, once.
+
+        Where that cannot be found out the run fails.
+        """
+        why = _lock_problem(run.folder)
+        if why and IN_USE not in why:
+            self._fail(self.pending.pop(run.key), why)
+        elif why and run.folder not in self.told:
+            claim = self.claims.last(run.key)
+            if claim is None or claim.released or self.claims.is_stale(claim):
+                self.told.add(run.folder)
+                self.tell(f"{run.label}: waits for another process, which trains into {run.folder}")
+        return not why
 
     def _begin(self, claimed: Run) -> None:
         """Train what is ``claimed``: nobody else writes its folder now."""
@@ -601,22 +650,28 @@ class _Training:
         return f"its teacher failed: {failed[run.needs][1]}" if run.needs in failed else None
 
 
-def _environment(jobs: int) -> dict[str, str]:
-    """With the share of this process's cores for each job, unless the user has said how many threads it takes."""
+def threads_of(jobs: int) -> int:
+    """Of each job: its share of this process's cores, unless the user has said how many."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = str(max(1, cores // jobs))
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return int(told) if told.isdecimal() and int(told) else max(1, cores // jobs)
+
+
+def _environment(jobs: int) -> dict[str, str]:
+    """That of each job."""
+    share = str(threads_of(jobs))
     return {"OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share, **os.environ}
 
 
-def _in_use(folder: Path) -> bool:
-    """Whether a process of this machine trains into ``folder``, such as one whose table was killed a moment ago."""
+def _lock_problem(folder: Path) -> str:
+    """Why ``folder`` cannot be locked, such as that a run whose table was killed a moment ago trains into it; or ""."""
     if not folder.is_dir():
-        return False
+        return ""
     try:
         lock_folder(folder, "run folder").release()
-    except UserError:
-        return True
-    return False
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _start(arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:

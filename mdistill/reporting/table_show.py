@@ -213,10 +213,10 @@ def _result(cell: Wanted, layout: Layout, records: Sequence[Record], figures: Se
     strange: dict[str, list[Record]] = {}
     others = [other for other in layout.cells if other is not cell and other.key == cell.key]
     for record in of_pair:
-        why = cell.difference(record)
+        why = layout.difference(cell, record)
         if why is None:
             own.append(record)
-        elif all(other.difference(record) is not None for other in others):
+        elif all(layout.difference(other, record) is not None for other in others):
             strange.setdefault(why, []).append(record)
     own, foreign = _one_copy(own)
     left_out = [f"{_runs(group)} of other settings ({why})" for why, group in strange.items()]
@@ -421,6 +421,9 @@ def _notes(
     for row, pairs in layout.without.items():
         if row in layout.rows:
             notes += [f"no {row} {pair}: {why}" for pair, why in pairs.items() if pair in layout.pairs]
+    for each in results.values():
+        names = [pair for trial in each.trials for pair in each.wanted.other_names(trial.record).values()]
+        notes += [f"{each.label}: its teacher is {printable(it)}, not {own}" for it, own in dict.fromkeys(names)]
     for pair in layout.pairs:
         of_pair = [results[row, pair] for row in layout.rows if (row, pair) in results]
         for what, number in _mixed(of_pair).items():

@@ -95,7 +95,7 @@ class Search:
             cell = short(cell, epochs)
         config = cell.config(self.seed)
         folder = self.folder / config.run_folder()
-        return TrialRun(cell, self.seed, config, folder, self._key(number), None, self.missing, {}, number)
+        return TrialRun(cell, self.seed, config, folder, self._key(number), missing=self.missing, number=number)
 
     def notes(self) -> dict[str, Any]:
         """What a search that goes on must share with the one that was begun."""

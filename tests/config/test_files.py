@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mdistill import config
+from mdistill import config, settings
 from mdistill.config import files
 from mdistill.errors import UserError
 
@@ -456,9 +456,9 @@ class TestSettingsOfEarlierVersions:
     @pytest.fixture(autouse=True)
     def retired(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
-            files, "RETIRED", {"*.old_decay": (None, "write solver.decay"), "kd.old_target": ("t", "no")}
+            settings, "RETIRED", {"*.old_decay": (None, "write solver.decay"), "kd.old_target": ("t", "no")}
         )
-        monkeypatch.setattr(files, "RENAMED", {"kd.old_weight": "kd_weight"})
+        monkeypatch.setattr(settings, "RENAMED", {"kd.old_weight": "kd_weight"})
 
     def test_are_left_out_where_they_do_nothing(self, kd_cfg: Path) -> None:
         before = config.load(kd_cfg)
@@ -477,6 +477,15 @@ class TestSettingsOfEarlierVersions:
         kd_cfg.write_text(kd_cfg.read_text().replace(" kd_weight", " old_weight"))
         assert config.load(kd_cfg) == before
 
+    def test_of_a_record_are_no_changes(self, kd_cfg: Path) -> None:
+        now = config.load(kd_cfg)
+        recorded = now.resolved()
+        recorded["distiller"]["old_weight"] = recorded["distiller"].pop("kd_weight")
+        recorded["distiller"]["old_target"] = "t"
+        assert config.changes(recorded, now) == {}
+        recorded["distiller"]["old_target"] = "else"
+        assert config.changes(recorded, now).keys() >= {"distiller.old_target"}
+
     def test_of_other_methods_are_unknown(self, kd_cfg: Path) -> None:
         text = "distiller: {name: vanilla, ce_weight: 1, old_target: t, old_weight: 1}\nteacher: null\n"
         path = kd_cfg.with_name("own.yaml")
@@ -487,17 +496,17 @@ class TestSettingsOfEarlierVersions:
         ]
 
     def test_that_a_method_takes_are_its_own(self, kd_cfg: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(files, "RETIRED", {"*.temperature": (None, "no")})
+        monkeypatch.setattr(settings, "RETIRED", {"*.temperature": (None, "no")})
         assert config.load(kd_cfg).distiller.arguments["temperature"] == 4.0
 
 
 @pytest.mark.parametrize("setting", files.CHANGED)
 def test_runs_of_earlier_versions_whose_method_was_another_one_are_told_so(kd_cfg: Path, setting: str) -> None:
     method, key = setting.split(".")
-    settings = {"name": method, **SETTINGS[method]}
-    config.load(kd_cfg, [f"distiller={json.dumps(settings)}"])
-    del settings[key]
-    assert problems(kd_cfg, f"distiller={json.dumps(settings)}") == [
+    given = {"name": method, **SETTINGS[method]}
+    config.load(kd_cfg, [f"distiller={json.dumps(given)}"])
+    del given[key]
+    assert problems(kd_cfg, f"distiller={json.dumps(given)}") == [
         f"command line: distiller.{key}: missing; method {method!r} needs it; of earlier versions, where {method!r} had"
         f" none and {files.CHANGED[setting]}, a run is evaluated and resumed by the version that began it (env.json"
         " names its commit)"

@@ -148,6 +148,43 @@ def test_closing_gives_everything_up(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".clock-*"))
 
 
+def test_clocks_of_killed_owners_do_not_stay(two: tuple[Claims, Claims], tmp_path: Path) -> None:
+    clocks = sorted((tmp_path / "claims").glob(".clock-*"))
+    os.utime(clocks[0], (1, 1))
+    third = Claims(tmp_path / "claims")
+    assert [clock.exists() for clock in clocks] == [False, True]
+    assert [claims.last("a") for claims in two] == [None, None]
+    assert two[0].take("a") is None  # whose clock it was
+    assert all(claims.last("a") is not None for claims in (*two, third))
+    third.close()
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_claim_that_was_made_and_told_as_an_error_is_ours(
+    seen: bool, two: tuple[Claims, Claims], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a network file system may; whose listing may show the new folder later too."""
+    first, second = two
+    rename, last = os.rename, Claims.last
+
+    def renamed(*paths: Path) -> None:
+        rename(*paths)
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(os, "rename", renamed)
+    if not seen:
+        monkeypatch.setattr(Claims, "last", lambda claims, key: None)
+        with pytest.raises(UserError, match="cannot be written"):
+            first.take("a")
+        monkeypatch.setattr(Claims, "last", last)
+    assert first.take("a") is None
+    assert first.holds("a")
+    assert second.take("a") is not None
+    first.release("a")
+    monkeypatch.setattr(os, "rename", rename)
+    assert second.take("a") is None
+
+
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"^--output: .*file/claims cannot be written: Not a directory$"):

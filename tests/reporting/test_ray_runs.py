@@ -249,6 +249,7 @@ def test_a_process_claims_its_run(
         table_runs.claiming_child()
     assert refused_line(capsys, ended.value.code) == f"error: run {table_runs.IN_USE}, {others.owner}"
     assert held == [True, True]
+    assert "claim" not in {thread.name for thread in threading.enumerate()}  # which would end this process
     others.close()
 
 

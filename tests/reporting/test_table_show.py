@@ -156,6 +156,48 @@ def test_runs_of_other_settings_and_copies_of_the_data_share_no_cell(whole: Layo
     assert "runs of further seeds are there, 7: --seeds takes them in" in table.notes
 
 
+def test_rows_that_differ_in_the_teacher_alone_have_runs_of_their_own(tmp_path: Path) -> None:
+    row = "  - {name: NAME, method: kd, set: [teacher.checkpoint=NAME.pth, variant=NAME]}\n"
+    path = tmp_path / "mine.yaml"
+    path.write_text("title: mine\npairs: [res56_res20]\nmethods:\n" + "".join(row.replace("NAME", n) for n in "ab"))
+    both = layout(str(path), CONFIGS, tmp_path)
+    for number, name in enumerate("ab"):
+        for seed in (0, 1):
+            settings = config("kd", seed, f"teacher.checkpoint={name}.pth", f"variant={name}")
+            write(tmp_path, settings, 70.0 + 2 * number + seed / 5, teacher=name * 64)
+    write(tmp_path, config("kd", 0, "teacher.checkpoint=c.pth"), 60.0, teacher="c" * 64)
+    table = shown(both, tmp_path)
+    assert [table.results[name, "res56_res20"].mean for name in "ab"] == [70.1, 72.1]
+    assert any("(teacher.checkpoint c.pth instead of a.pth)" in note for note in table.notes)
+    records = {record.folder: record for record in find_records([tmp_path]).records}.values()
+    assert sorted(both.holds(record) for record in records) == [False, *[True] * 4]  # which publish and transfer ask
+    one = path.read_text().replace("a.pth", "t.pth").replace("b.pth", "t.pth")
+    path.write_text(one)
+    both = layout(str(path), CONFIGS, tmp_path)
+    own = config("kd", 0, "teacher.checkpoint=x/t.pth", "variant=b")
+    record = read_record(write(tmp_path / "more", own, 60.0))
+    assert [both.difference(cell, record) for cell in both.cells] == ["variant b instead of a", None]
+    write(tmp_path / "own", config("kd", 0, "teacher.checkpoint=/there/tiny/vanilla/resnet56/seed0", "variant=b"), 61.0)
+    note = "b res56_res20: its teacher is /there/tiny/vanilla/resnet56/seed0, not t.pth"
+    assert note in shown(both, tmp_path / "own").notes  # as --train-teachers has it
+    path.write_text(one.replace("t.pth, variant=a", "u.pth, variant=b"))
+    with pytest.raises(UserError, match=r"a res56_res20 and b res56_res20 would write the same folder"):
+        layout(str(path), CONFIGS, tmp_path)
+
+
+def test_a_renamed_setting_is_no_other_one(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("title: mine\npairs: [res56_res20]\nmethods: [mlkd]\n")
+    (cell,) = layout(str(path), CONFIGS, tmp_path).cells
+    folder = write(tmp_path, config("mlkd", 0), 70.0)
+    recorded = (folder / "config.yaml").read_text()
+    start, _, distiller = recorded.partition("distiller:")
+    (folder / "config.yaml").write_text(start + "distiller:" + distiller.replace(" variant:", " reading:", 1))
+    record = read_record(folder)
+    assert "distiller.reading" in record.settings
+    assert cell.difference(record) is None
+
+
 def test_rows_of_other_copies_of_the_data_are_told(whole: Layout, tmp_path: Path) -> None:
     write(tmp_path, config("kd", 0), 70.0)
     write(tmp_path, config("vanilla", 0), 69.0, data="e" * 64)

@@ -1,5 +1,6 @@
 """Table files, the plan of a table, and what becomes of its runs; processes are stood in for."""
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from mdistill.cli import table as table_cli
 from mdistill.cli.train import main as train_main
 from mdistill.engine.claims import Claims
 from mdistill.errors import UserError
+from mdistill.files import lock_folder
 from mdistill.reporting import table_runs
 from mdistill.reporting.published import Figure, disagreeing, figure_of, read_published
 from mdistill.reporting.table_files import Table, cell_of, find_table, read_table, runs_of, short
@@ -366,11 +368,67 @@ def test_a_missing_teacher_is_told_or_trained(planned: Callable[..., list[Run]],
         r"teacher\.checkpoint: no tiny_net weights at .*teacher\.pt .*, with --train-teachers$", run.missing
     )
     teacher, run = planned(teacher=False, train_teachers=True, **part)
-    assert (teacher.label, teacher.folder) == ("teacher tiny_net seed 0", tmp_path / "runs/tiny/vanilla/tiny_net/seed0")
+    folder = tmp_path / "runs/tiny/vanilla/tiny_net/width=32/seed0"  # as the pair has it
+    assert (teacher.label, teacher.folder) == ("teacher tiny_net seed 0", folder)
+    assert teacher.config.student.arguments == {"width": 32}
     assert (run.needs, run.missing) == (teacher.key, None)
     assert f"teacher.checkpoint={teacher.folder}" in run.cell.arguments(0)
     write_run(teacher)
     assert planned(teacher=False, **part)[-1].missing is None  # it is there now
+
+
+OWN_PAIR = """
+title: a table
+dataset: small
+pairs: [{name: own, teacher: {name: tiny_net, checkpoint: gone.pt}, student: {name: resnet8x4}, data: {name: synthetic,
+  fine_classes: 2}, solver: {lr: 0.2}}, {name: plain, teacher: {name: tiny_net, checkpoint: gone.pt}, student: {name:
+  resnet8x4}}]
+methods: [kd, {name: tuned, method: kd, set: [data.batch_size=8, variant=tuned]}]
+seeds: [0]
+"""
+
+
+def test_a_teacher_is_trained_on_the_data_of_its_pair(planned: Callable[..., list[Run]], file: Path) -> None:
+    file.write_text(OWN_PAIR)
+    own, plain, *students = planned(teacher=False, train_teachers=True)
+    assert (own.label, plain.label) == ("teacher tiny_net seed 0", "teacher tiny_net seed 0")
+    assert own.config.data == students[0].config.data  # not of a row that has another
+    assert own.config.data.arguments["fine_classes"] == 2
+    assert (own.config.solver.lr, plain.config.data.name) == (0.05, "tiny")
+    assert [run.needs for run in students] == [own.key, plain.key] * 2
+
+
+def test_a_teacher_and_a_row_share_a_folder_only_where_they_are_one_run(
+    planned: Callable[..., list[Run]], file: Path
+) -> None:
+    row = "{name: alone, method: vanilla, settings: {ce_weight: 1.0}, set: [SET]}"
+    text = OWN_PAIR.replace("resnet8x4", "tiny_net").replace("methods: [kd", f"methods: [{row}, kd")
+    file.write_text(text.replace("SET", "solver.epochs=2"))
+    with pytest.raises(UserError, match=r"alone plain seed 0 and teacher tiny_net seed 0 would write the same folder"):
+        planned(teacher=False, train_teachers=True, pairs=["plain"])
+    file.write_text(text.replace(", set: [SET]", ""))
+    runs = planned(teacher=False, train_teachers=True, pairs=["plain"])
+    assert [run.label for run in runs] == ["alone plain seed 0", "kd plain seed 0", "tuned plain seed 0"]
+    assert runs[1].needs == runs[0].key
+
+
+def test_a_run_of_another_teacher_is_another_run(planned: Callable[..., list[Run]], tmp_path: Path) -> None:
+    part = {"methods": ["kd"], "pairs": ["wide_narrow"], "seeds": [0]}
+    (run,) = planned(**part)
+    teacher = run.config.teacher
+    assert teacher is not None
+    write_run(run, teacher=teacher.model_copy(update={"checkpoint": "other.pt"}))
+    assert run.state == "other"
+    assert run.difference == "teacher.checkpoint: 'other.pt' there, 'teacher.pt' here"
+    own = hashlib.sha256(b"").hexdigest()
+    for name, digest, state in (("teacher.pt", "b" * 64, "other"), ("moved.pt", own, "complete")):
+        write_run(run, teacher=teacher.model_copy(update={"checkpoint": name}))
+        sessions = [{"teacher": {"files": [{"sha256": digest}]}}]
+        (run.folder / "env.json").write_text(json.dumps({"sessions": sessions}))
+        assert run.state == state
+    (tmp_path / "teacher.pt").unlink()
+    (run,) = planned(teacher=False, **part)
+    assert run.state == "other"  # nothing but the name can be told now
 
 
 def test_time_left_by_what_is_recorded(planned: Callable[..., list[Run]], tmp_path: Path) -> None:
@@ -380,6 +438,23 @@ def test_time_left_by_what_is_recorded(planned: Callable[..., list[Run]], tmp_pa
     assert Speeds(runs, [tmp_path / "runs"]).left(runs) == (70 * 2.0, 0)  # the other one is of the same pair
     write_run(runs[0])
     assert Speeds(runs, [tmp_path / "runs"]).left(runs)[1] == 0
+
+
+def test_time_left_by_the_threads_of_a_cpu(
+    planned: Callable[..., list[Run]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs at a time with half the cores each take as long as one after the other with all of them."""
+    runs = planned(pairs=["wide_narrow"], methods=["kd", "hot"], seeds=[0])
+    write_run(runs[0], 10, seconds=1.5)
+    environment = {"kernels": "AVX512", "threads": 12}
+    (runs[0].folder / "env.json").write_text(json.dumps({"sessions": [environment]}))
+    monkeypatch.setattr(table_runs.os, "sched_getaffinity", lambda process: range(12), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    seconds = [Speeds(runs, [tmp_path / "runs"], table_runs.threads_of(jobs)).left(runs)[0] / jobs for jobs in (1, 2)]
+    assert seconds == [140.0, 140.0]
+    environment["kernels"] = None  # on a GPU
+    (runs[0].folder / "env.json").write_text(json.dumps({"sessions": [environment]}))
+    assert Speeds(runs, [tmp_path / "runs"], 6).left(runs)[0] == 140.0
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
@@ -538,6 +613,31 @@ def test_a_claim_of_a_dead_host_is_one_line(
         "complete: kd wide_narrow seed 0",
     ]
     other.close()
+
+
+def test_a_folder_that_is_in_use_is_told_once_and_waited_for(planned: Callable[..., list[Run]], work: Work) -> None:
+    (run,) = planned(pairs=["wide_narrow"], methods=["kd"], seeds=[0])
+    lock = lock_folder(run.folder, "run folder")
+    looks = iter(range(9))
+
+    def stop() -> bool:
+        if next(looks) == 3:
+            lock.release()
+        return False
+
+    told: list[str] = []
+    assert len(work([run], told=told, stop=stop).complete) == 1
+    assert told == [
+        f"kd wide_narrow seed 0: waits for another process, which trains into {run.folder}",
+        "complete: kd wide_narrow seed 0",
+    ]
+
+
+def test_a_folder_that_cannot_be_locked_fails(planned: Callable[..., list[Run]], work: Work) -> None:
+    (run,) = planned(pairs=["wide_narrow"], methods=["kd"], seeds=[0])
+    (run.folder / ".lock").mkdir(parents=True)
+    (line,) = work([run]).failures()
+    assert line.startswith(f"kd wide_narrow seed 0: run folder {run.folder} cannot be written: ")
 
 
 class Remote(Trained):
