@@ -200,8 +200,8 @@ RECIPES = {
     "convolutions": ("nd",),
 }
 KINDS = ("kd", "mcld", "crd", "ctkd", "ft", "tekap", "mlkd", "rkd", "wkd_l", "drawing_method", "pooled_method")
-"""One method of each kind of state: none, a queue, memories, a module, phases, draws, views. Those of all are captured on
-the pretended device."""
+"""One method of each kind of state: none, a queue, memories, a module, phases, draws, views. Steps of all are captured
+on the pretended device."""
 
 
 @pytest.mark.usefixtures("rate_in_a_tensor")
