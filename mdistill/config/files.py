@@ -1,5 +1,6 @@
 """From YAML files, their bases and the command line to a checked configuration; every message names its source."""
 
+import functools
 import hashlib
 import math
 import os
@@ -452,7 +453,12 @@ def _parse(text: str) -> Any:
     """The YAML value ``text``; may fail in any way: its constructors let out whatever Python raises."""
     if len(text) > MAX_LENGTH:
         raise ValueError(f"longer than {MAX_LENGTH:,} characters")
-    return _plain(yaml.load(text, Loader=_Loader))
+    return _plain(_loaded(text))  # a copy
+
+
+@functools.lru_cache(maxsize=512)  # a table reads the same bases for each of its cells
+def _loaded(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
 
 
 def _one_line(error: Exception) -> str:

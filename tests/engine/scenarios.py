@@ -87,7 +87,7 @@ BESIDE = "name: cutmix_pick, alpha: 1, candidates: 2, pick: student, mode: besid
 DOT = ("solver.name=dot", "solver.delta=0.075")
 SCENARIOS = {
     **{method: Scenario(method, (DETERMINISTIC,)) for method in METHODS},
-    "adamw": Scenario("kd", ("solver.epochs=3",), student="resnet8", solver=ADAMW, resumed=True),
+    "adamw": Scenario("kd", ("solver.epochs=3",), solver=ADAMW, resumed=True),
     "averages": Scenario("mcld", ("solver.ema_decay=0.9", "solver.average_from=2")),
     "bf16": Scenario("kd", ("run.precision=bf16",)),
     "convolutions": Scenario("nd", student="resnet8"),
