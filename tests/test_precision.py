@@ -355,6 +355,7 @@ def test_a_bf16_run_learns_and_resumes_bit_for_bit(
     assert metrics[0][-1]["train/loss"] < metrics[0][0]["train/loss"]
 
 
+@pytest.mark.slow
 @units
 def test_bf16_is_close_to_fp32_and_not_it(kd_cfg: Path, teacher_file: Path, tmp_path: Path, train: Train) -> None:
     losses = []
@@ -388,6 +389,7 @@ def test_features_under_bf16(teacher: Literal["bf16", "fp32"], conv_cfg: Callabl
     assert metrics.read(1).terms.keys() == {"ce", "pooled"}
 
 
+@pytest.mark.slow
 @units
 def test_a_run_on_features_under_bf16_learns(
     train: Train, conv_cfg: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -82,6 +82,7 @@ def test_a_run_is_bit_equal_to_its_record_and_nothing_is_written(kd_run: Path, t
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mcld", "ft", "wkd_l", "crd", "vanilla"])
 def test_methods_with_state_phases_and_distances_are_replayed(method: str, tmp_path: Path, capsys: Capture) -> None:
     run = trained(tmp_path, method)

@@ -175,6 +175,7 @@ def test_epochs_of_seeds_fill_exactly_what_these_read(
     assert len(shown) == MEASURED + batches(len(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_fill_that_stops_half_way_keeps_its_entries_and_the_next_does_the_rest(
     number: signal.Signals,

@@ -60,6 +60,7 @@ def parameters(modules):
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
+@pytest.mark.slow
 def test_connectors_are_the_identity_between_equal_shapes_and_have_the_published_number_of_weights_elsewhere():
     assert parameters(build("resnet8x4", "resnet32x4").connectors) == 0
     assert parameters(build("shufflenet_v2", "resnet32x4").connectors) == 2_495_808

@@ -126,6 +126,7 @@ def test_a_stop_ends_it(tmp_path):
     assert not source.path.exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_meanwhile_has_lost_nothing(tmp_path, monkeypatch):
     cfg = runs.write_config(tmp_path, METHOD, distiller=SETTINGS)
     plain = InMemoryDataset.plain_batches
@@ -155,6 +156,7 @@ def test_a_dry_run_says_that_it_does_without_them(tmp_path):
     assert "wasserstein 1e-07); distances between classes were left at 0 and nothing was written" in text
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_distances_of_its_checkpoint(tmp_path, capsys):
     cfg = runs.write_config(tmp_path, METHOD, distiller=SETTINGS)
     runs.train(cfg, tmp_path / "whole")

@@ -400,6 +400,7 @@ def test_resume_starts_fresh_after_a_kill_in_the_first_epoch(student_cfg: Path, 
     assert not (folder.path / ".last.pt.1.tmp").exists()
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_first_metrics_line_and_the_first_checkpoint_costs_one_epoch(
     student_cfg: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -913,6 +913,7 @@ def test_views_that_cannot_be_enumerated_are_computed_every_time_and_the_run_say
         entries_of_epochs(made.dataset, 1, [0])
 
 
+@pytest.mark.slow
 def test_no_cache_says_so_and_changes_nothing(
     kd_cfg: Path, teacher_file: Path, tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:

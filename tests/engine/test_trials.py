@@ -190,6 +190,7 @@ def test_a_seed_that_fails_leaves_the_others_to_finish(
     assert_same_trials(expected, together)
 
 
+@pytest.mark.slow
 def test_a_failed_seed_and_stopped_ones_each_have_their_line(kd_cfg: Path, tmp_path: Path) -> None:
     """The failure decides the kind of error, and so the exit code."""
     with poisoned(seed=1, step=7), runs.stopping(at=31), pytest.raises(RunFailed) as caught:

@@ -48,6 +48,7 @@ def test_average_is_finite_for_logits_of_1e4_and_float32_for_half_precision(aver
     assert Ensemble(halves, average)(IMAGE).dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("average", ["probabilities", "logits"])
 def test_one_network_twice_is_that_network(average):
     network = MODELS.build("resnet8", 10).eval()

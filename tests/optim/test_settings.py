@@ -121,6 +121,7 @@ def test_warm_up_is_a_ramp_over_the_steps_and_then_the_schedule(schedule: Any) -
             assert at(epoch, step / 4, 0) == at(epoch, 1.0, 0)
 
 
+@pytest.mark.slow
 def test_each_step_of_a_run_has_its_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """2 warm-up epochs of 5 steps: 0.01, 0.02 ... 0.1, then 0.1; also from the middle of an epoch on."""
     seen: list[float] = []
