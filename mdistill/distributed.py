@@ -254,6 +254,16 @@ def use_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+def begin_helper_thread(device: torch.device) -> None:
+    """Prepare this thread, which works beside the one that trains on ``device``.
+
+    It computes alone: with a team of OpenMP threads of its own there would be more of them than cores, and those of
+    training would sleep between two kernels instead of waiting for each other, which takes a third of their speed.
+    """
+    use_device(device)
+    torch.set_num_threads(1)
+
+
 def is_told_elsewhere(message: str) -> bool:
     """Whether rank 0 prints this last ``message`` too, so that this process need not."""
     if _store is None:

@@ -251,7 +251,7 @@ class Reader:
         self._plan = EpochPlan(np.zeros(0, np.int64), np.zeros(0, np.int64))
         self._strong_view: Indices | None = None
         self._next = self._buffer = 0  # position of the next batch to read, and the buffer for it
-        self._thread = ThreadPoolExecutor(1, "mdistill-read", distributed.use_device, (device,))
+        self._thread = ThreadPoolExecutor(1, "mdistill-read", distributed.begin_helper_thread, (device,))
 
     def begin(self, plan: EpochPlan, first: int, strong_view: Indices | None = None) -> None:
         """Read from position ``first`` of ``plan`` on, and of the strong views (N,) in its order."""

@@ -95,7 +95,7 @@ class Writer:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._thread = ThreadPoolExecutor(1, "mdistill-write", distributed.use_device, (device,))
+        self._thread = ThreadPoolExecutor(1, "mdistill-write", distributed.begin_helper_thread, (device,))
         self._last: Future[None] | None = None
 
     def submit(self, job: Callable[[], None]) -> None:
