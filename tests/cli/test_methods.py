@@ -34,6 +34,7 @@ def test_a_stale_page_is_reported_and_mended(tmp_path, monkeypatch, capsys):
     )
     assert main(["--write"]) == 0
     assert page.read_text() == whole
+    assert main(["--check"]) == 0
 
 
 @pytest.mark.slow

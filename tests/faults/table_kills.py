@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 Victim = Literal["run", "worker", "both", "stop", "claim", "release"]
 VICTIMS: tuple[Victim, ...] = ("run", "worker", "both", "stop", "claim", "release")
@@ -103,11 +104,11 @@ def plant(kill: Kill | None, ended: Path) -> None:
         real_release(claims, key)
 
     real_take, real_release = Claims.take, Claims.release
-    setattr(Claims, "take", take)  # noqa: B010  (a forked process of its own)
-    setattr(Claims, "release", release)  # noqa: B010
-    setattr(table_runs, "_start", start)  # noqa: B010
-    setattr(table_runs, "POLL", 0.02)  # noqa: B010
-    setattr(table_runs, "SCAN", 0.1)  # noqa: B010
+    mock.patch.object(Claims, "take", take).start()  # in a forked process of its own
+    mock.patch.object(Claims, "release", release).start()
+    mock.patch.object(table_runs, "_start", start).start()
+    mock.patch.object(table_runs, "POLL", 0.02).start()
+    mock.patch.object(table_runs, "SCAN", 0.1).start()
 
 
 def _kill_at_step(kill: Kill) -> None:
@@ -128,7 +129,7 @@ def _kill_at_step(kill: Kill) -> None:
                 os.kill(process, number)
         return fetch(loader, step)
 
-    setattr(BatchLoader, "fetch", counted)  # noqa: B010
+    mock.patch.object(BatchLoader, "fetch", counted).start()
 
 
 def _append(path: Path, line: str) -> None:

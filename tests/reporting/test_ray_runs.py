@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,8 +163,7 @@ class GoneError(Exception):
 class Ray:
     """Of Ray what a process in it needs."""
 
-    class exceptions:  # noqa: N801
-        RayError = GoneError
+    exceptions = SimpleNamespace(RayError=GoneError)
 
     def wait(self, references: list[Reference], timeout: float) -> tuple[list[Reference], list[Reference]]:
         assert timeout == 0
