@@ -47,6 +47,15 @@ def final_name(path: Path) -> str | None:
     return match[1] if match else None
 
 
+def signature_of(path: Path) -> tuple[int, int] | None:
+    """Time and size of a file, which change when it does; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
 def read_text(path: Path) -> str:
     """The text of ``path``; bytes that are not UTF-8 become a replacement character.
 

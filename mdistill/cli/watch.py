@@ -78,7 +78,7 @@ class Server(ThreadingHTTPServer):
         """The page, or as JSON what has changed after version ``since`` of it."""
         with self._lock:
             if time.monotonic() - self._looked >= OFTEN:
-                self._parts.update(self._watch.look())
+                self._parts.update(self._watch.view())
                 self._looked = time.monotonic()
             return self._parts.page() if since is None else json.dumps(self._parts.since(since))
 

@@ -191,7 +191,7 @@ class Claims:
                         self._lost.add(key)
 
 
-def look(root: Path) -> dict[str, Claim]:
+def read_claims(root: Path) -> dict[str, Claim]:
     """The claims below ``root`` that are not released, by key, for somebody who claims nothing: nothing is written.
 
     How long one has been silent is by the clock of this machine, which may differ from the file system's.

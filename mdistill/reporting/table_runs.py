@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 from mdistill.engine.claims import Claims
 from mdistill.engine.run_folder import read_metrics, read_sessions
 from mdistill.errors import Stopped, UserError, printable, shown
-from mdistill.files import lock_folder, read_text
+from mdistill.files import lock_folder, read_text, signature_of
 from mdistill.reporting.table_files import Cell, Row, Table, as_overrides, runs_of, shared_folder, short
 from mdistill.settings import leaves
 
@@ -91,7 +91,7 @@ class Run:
     def _look(self) -> None:
         """Read what is in the folder, where it has changed since."""
         names = ("metrics.jsonl", "config.yaml", "student.pt", "env.json")
-        signature = [_signature(self.folder / name) for name in names]
+        signature = [signature_of(self.folder / name) for name in names]
         if self._seen.get("signature") == signature:
             return
         lines = _count_lines(self.folder / "metrics.jsonl") if signature[0] else 0
@@ -104,14 +104,6 @@ class Run:
                 metrics = read_metrics(self.folder)
                 state = "complete" if metrics and metrics[-1]["epoch"] == self.epochs else "begun"
         self._seen.update(signature=signature, lines=lines, state=state, difference=difference)
-
-
-def _signature(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size
 
 
 def _count_lines(path: Path) -> int:
@@ -143,7 +135,7 @@ def _difference(run: Run) -> str:
 def _sha256(path: Path) -> str:
     """Of the weights in ``path``, a file or a run folder; "" where there are none."""
     file = path / "student.pt" if path.is_dir() else path
-    signature = _signature(file)
+    signature = signature_of(file)
     return "" if signature is None else _digest(file, signature)
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from mdistill.engine.claims import Claim, is_dead, is_here, look
+from mdistill.engine.claims import Claim, is_dead, is_here, read_claims
 from mdistill.engine.run_folder import read_metrics
 from mdistill.errors import UserError, printable
-from mdistill.files import Locked, is_locked, locked_files
+from mdistill.files import Locked, is_locked, locked_files, signature_of
 from mdistill.reporting.records import Record, read_record
 from mdistill.reporting.table_runs import claim_key
 
@@ -123,14 +123,14 @@ class Watch:
         self._claims: list[Path] = []
         self._searched = float("-inf")
 
-    def look(self) -> View:
+    def view(self) -> View:
         """What there is now."""
         now = self._clock()
         if not 0 <= now - self._searched < SEARCH:
             self._searched = now
             self._search()
         locked = locked_files()
-        claims = {(root, key): claim for root in self._claims for key, claim in look(root).items()}
+        claims = {(root, key): claim for root in self._claims for key, claim in read_claims(root).items()}
         by_folder = self._by_folder(claims)
         cells: dict[str, list[Cell]] = {}
         older, problems = 0, []
@@ -177,7 +177,7 @@ class Watch:
 
     def _read(self, folder: Path, known: _Known) -> None:
         """Read the record if it has changed; one that cannot be read leaves what was known of it."""
-        signature = tuple(_signature(folder / name) for name in FILES)
+        signature = tuple(signature_of(folder / name) for name in FILES)
         if signature == known.signature:
             return
         known.signature, known.problem = signature, ""
@@ -228,14 +228,6 @@ def _folders(root: Path) -> Iterator[tuple[Path, bool]]:
             below.clear()
             yield folder, True
         below[:] = sorted(name for name in below if not name.startswith("."))
-
-
-def _signature(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size
 
 
 def _cell(record: Record, lines: Sequence[Mapping[str, Any]], changed: float) -> Cell:

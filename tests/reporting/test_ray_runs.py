@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mdistill.cli import table as table_cli
-from mdistill.engine.claims import Claims, look
+from mdistill.engine.claims import Claims, read_claims
 from mdistill.engine.run_folder import read_metrics, read_sessions
 from mdistill.errors import UserError
 from mdistill.reporting import ray_runs, table_runs
@@ -128,7 +128,7 @@ def test_a_table_in_a_cluster_of_which_a_node_dies(
     folders = sorted(path.parent for path in Path("runs").rglob("metrics.jsonl"))
     assert [[line["epoch"] for line in read_metrics(folder)] for folder in folders] == [[1, 2, 3]] * 2
     assert sorted(len(read_sessions(folder)) for folder in folders) == [1, 2]
-    assert not look(Path("runs/.claims"))
+    assert not read_claims(Path("runs/.claims"))
 
 
 # ---- stood in for --------------------------------------------------------------------------------------------------

@@ -87,13 +87,13 @@ def elsewhere(claims: Claims, key: str, silent: float) -> None:
 def test_a_run_is_running_while_its_folder_is_locked(runs: Path, write: Write) -> None:
     folder, watch = write(), Watch([runs])
     lock = lock_folder(folder, "run folder")
-    run = only(watch.look())
+    run = only(watch.view())
     assert (run.state, run.epoch, run.epochs, run.seed) == ("running", 2, 20, 0)
     assert (run.top1, run.best, run.loss, run.rate, run.device) == (20.0, 20.0, 1.5, 100.0, "cpu")
     assert run.ends == pytest.approx((folder / "metrics.jsonl").stat().st_mtime + 18 * 1.1, abs=2)
     assert run.points == [(1, 10.0, 1.5), (2, 20.0, 1.5)]
     lock.release()
-    run = only(watch.look())
+    run = only(watch.view())
     assert (run.state, run.ends) == ("stopped", None)
 
 
@@ -114,7 +114,7 @@ def test_how_runs_ended(runs: Path, write: Write) -> None:
     write(0, [float(epoch) for epoch in range(20)])
     write(1, session={"failed": "loss term 'kd' is not finite"})
     write(2)
-    (cell,) = Watch([runs]).look().cells
+    (cell,) = Watch([runs]).view().cells
     assert [(run.seed, run.state, run.failure) for run in cell.runs] == [
         (0, "complete", ""),
         (1, "failed", "loss term 'kd' is not finite"),
@@ -127,19 +127,19 @@ def test_claims_tell_who_works_on_what(runs: Path, write: Write, claims: Claims)
     key = claim_key(write().relative_to(runs))
     watch = Watch([runs])
     assert claims.take(key) is None
-    view = watch.look()
+    view = watch.view()
     assert only(view).state == "waiting"  # its process has not locked it yet
     (worker,) = view.workers
     assert (worker.name, worker.alive) == (str(claims.owner), True)
     assert worker.runs == ["cifar100 kd resnet56_resnet20 milestones=15 seed0"]
     elsewhere(claims, key, 60)
-    assert only(watch.look()).state == "running"  # its lock cannot be seen from here
+    assert only(watch.view()).state == "running"  # its lock cannot be seen from here
     elsewhere(claims, key, STALE + 60)
-    view = watch.look()
+    view = watch.view()
     assert only(view).state == "stopped"
     assert [(worker.name, worker.alive) for worker in view.workers] == [("process 7 on far", False)]
     claims.release(key)
-    assert not watch.look().workers
+    assert not watch.view().workers
 
 
 def test_a_run_whose_lock_cannot_be_seen_runs_while_it_writes(
@@ -149,8 +149,8 @@ def test_a_run_whose_lock_cannot_be_seen_runs_while_it_writes(
     device = folder.stat().st_dev
     monkeypatch.setattr(watching, "_network_devices", lambda: {device})
     written = (folder / "metrics.jsonl").stat().st_mtime
-    assert only(Watch([runs], clock=lambda: written + 100).look()).state == "running"
-    assert only(Watch([runs], clock=lambda: written + 200).look()).state == "stopped"
+    assert only(Watch([runs], clock=lambda: written + 100).view()).state == "running"
+    assert only(Watch([runs], clock=lambda: written + 200).view()).state == "stopped"
 
 
 def test_a_record_is_read_again_when_it_has_changed_alone(
@@ -162,11 +162,11 @@ def test_a_record_is_read_again_when_it_has_changed_alone(
     monkeypatch.setattr(watching, "read_record", lambda folder: read.append(folder) or real(folder))
     watch = Watch([runs, runs])
     for _ in range(3):
-        watch.look()
+        watch.view()
     assert sorted(read) == sorted(folders)
     with open(folders[1] / "metrics.jsonl", "a") as metrics:
         metrics.write('{"epoch": 3, "test/top1": 30.0}\n{"epoch": 4, "test/t')
-    (cell,) = watch.look().cells
+    (cell,) = watch.view().cells
     assert read[3:] == [folders[1]]
     assert [(run.epoch, run.top1) for run in cell.runs] == [(2, 20.0), (3, 30.0), (2, 20.0)]
 
@@ -175,18 +175,18 @@ def test_a_record_is_read_again_when_it_has_changed_alone(
 @pytest.mark.parametrize("content", ["", "{", "[]", "solver: 3", '{"format": 99, "sessions": []}', "\0\xff"])
 def test_a_damaged_record_leaves_what_was_known(runs: Path, write: Write, name: str, content: str) -> None:
     folder, watch = write(), Watch([runs])
-    watch.look()
+    watch.view()
     good = (folder / name).read_text()
     (folder / name).write_text(content, encoding="latin-1")
-    for view in (watch.look(), Watch([runs]).look()):
+    for view in (watch.view(), Watch([runs]).view()):
         (problem,) = view.problems
         assert str(folder) in problem
         parts = Parts()
         parts.update(view)
         assert "Records that cannot be read" in parts.page()
-    assert only(watch.look()).epoch == 2
+    assert only(watch.view()).epoch == 2
     (folder / name).write_text(good)
-    assert not watch.look().problems
+    assert not watch.view().problems
 
 
 def test_old_runs_are_counted(runs: Path, write: Write) -> None:
@@ -195,7 +195,7 @@ def test_old_runs_are_counted(runs: Path, write: Write) -> None:
         for name in ("metrics.jsonl", "env.json"):
             os.utime(folder / name, (1e9, 1e9))
     lock = lock_folder(folders[1], "run folder")
-    view = Watch([runs]).look()
+    view = Watch([runs]).view()
     assert (only(view).seed, view.older) == (1, 1)
     lock.release()
 
@@ -203,12 +203,12 @@ def test_old_runs_are_counted(runs: Path, write: Write) -> None:
 def test_new_runs_are_found_and_nothing_is_written(runs: Path, write: Write) -> None:
     now = [1000.0]
     watch = Watch([runs], clock=lambda: now[0], hours=1e9)
-    assert watch.look() == View([], [], [], 0)
+    assert watch.view() == View([], [], [], 0)
     write()
     before = sorted(runs.rglob("*"))
-    assert not watch.look().cells
+    assert not watch.view().cells
     now[0] += watching.SEARCH
-    assert len(watch.look().cells) == 1
+    assert len(watch.view().cells) == 1
     assert sorted(runs.rglob("*")) == before
 
 
@@ -237,7 +237,7 @@ def parts(runs: Path, write: Write, claims: Claims) -> Parts:
     claims.take("one--seed0")
     found = Parts()
     lock = lock_folder(next(runs.glob("*/*/*/*/seed0")), "run folder")
-    found.update(Watch([runs]).look())
+    found.update(Watch([runs]).view())
     lock.release()
     return found
 
@@ -275,14 +275,14 @@ def test_only_what_has_changed_is_sent(runs: Path, write: Write) -> None:
     first = write(0)
     write(0, variant="other")
     watch, parts = Watch([runs]), Parts()
-    parts.update(watch.look())
+    parts.update(watch.view())
     begun = parts.version
     assert [*parts.since(0)["parts"]] == parts.since(0)["order"] == ["summary", "lately", *parts.since(0)["order"][2:]]
-    parts.update(watch.look())
+    parts.update(watch.view())
     assert (parts.version, parts.since(begun)["parts"]) == (begun, {})
     with open(first / "metrics.jsonl", "a") as metrics:
         metrics.write('{"epoch": 3, "test/top1": 33.0}\n')
-    parts.update(watch.look())
+    parts.update(watch.view())
     (changed,) = parts.since(begun)["parts"].values()
     assert "top-1 33.00 %" in changed
     assert len(parts.since(begun)["order"]) == 4
