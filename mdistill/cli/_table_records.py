@@ -45,17 +45,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     else:
         parser.add_argument("table", help="a name in configs/tables, or a table file")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run, after the table's own")
-    parser.add_argument("--methods", type=names, help="some of its rows (default: all)")
-    parser.add_argument("--pairs", type=names, help="some of its pairs (default: all)")
-    parser.add_argument("--seeds", type=common.seeds, help="such as 0,1,2 (default: the table's)")
+    common.add_part(parser)
     parser.add_argument("--epochs", type=int, metavar="N", help="of runs whose schedules were shortened to N epochs")
     parser.add_argument("--output", type=common.path, default=Path("runs"), help="folder of all runs (%(default)s)")
     results = common.project_root() / "results"
     parser.add_argument("--results", type=common.path, default=results, help="folder of published records (results)")
     if action == "publish":
-        root = Path("checkpoints")
         told = "folder of teachers: paths below it or --output are published relative to it (%(default)s)"
-        parser.add_argument("--checkpoint-root", type=common.path, default=root, help=told)
+        common.add_checkpoint_root(parser, told)
     if action == "compare":
         parser.add_argument("--baseline", required=True, metavar="METHOD", help="the row that others are compared with")
     if action != "publish":
@@ -66,14 +63,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(rest)
     args.action = action
     return args
-
-
-def names(text: str) -> list[str]:
-    """``"kd,mcld"`` as names."""
-    found = [name.strip() for name in text.split(",")]
-    if not all(found):
-        raise argparse.ArgumentTypeError(f"found {text!r}; write names, such as kd,mcld")
-    return found
 
 
 def act(args: argparse.Namespace) -> None:

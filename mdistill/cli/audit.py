@@ -37,12 +37,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("run", type=common.path, help="a run folder")
     parser.add_argument("--first-epoch", action="store_true", help="replay all of it, and compare its metrics too")
     parser.add_argument("--threads", type=int, help="of a CPU (default: as many as the run had)")
-    parser.add_argument(
-        "--checkpoint-root",
-        type=common.path,
-        default=Path("checkpoints"),
-        help="folder of teacher weights (%(default)s)",
-    )
+    common.add_checkpoint_root(parser)
     common.add_recorded_code(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     return parser.parse_intermixed_args(arguments)

@@ -88,9 +88,21 @@ def add_configuration(parser: argparse.ArgumentParser, what: str) -> None:
 def add_roots(parser: argparse.ArgumentParser) -> None:
     """The folders of runs and of teacher weights."""
     parser.add_argument("--output", type=path, default=Path("runs"), help="folder of all runs (%(default)s)")
-    parser.add_argument(
-        "--checkpoint-root", type=path, default=Path("checkpoints"), help="folder of teacher weights (%(default)s)"
-    )
+    add_checkpoint_root(parser)
+
+
+def add_checkpoint_root(
+    parser: argparse._ActionsContainer, told: str = "folder of teacher weights (%(default)s)"
+) -> None:
+    """The folder that teachers' files are looked for in."""
+    parser.add_argument("--checkpoint-root", type=path, default=Path("checkpoints"), help=told)
+
+
+def add_part(parser: argparse._ActionsContainer) -> None:
+    """Which rows, pairs and seeds of a table."""
+    parser.add_argument("--methods", type=names, help="some of its rows (default: all)")
+    parser.add_argument("--pairs", type=names, help="some of its pairs (default: all)")
+    parser.add_argument("--seeds", type=seeds, help="such as 0,1,2 (default: the table's)")
 
 
 def add_cache_root(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +135,21 @@ def seeds(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"{int(part)} is given twice in {text!r}; each seed is one run")
         numbers.append(int(part))
     return numbers
+
+
+def names(text: str) -> list[str]:
+    """``"kd,mcld"`` as names."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"found {text!r}; write names, such as kd,mcld")
+    return found
+
+
+def count(text: str) -> int:
+    """A number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"should be a number from 1, found {text!r}")
+    return int(text)
 
 
 def load_configs(args: argparse.Namespace, seeds: Sequence[int | None]) -> "list[Config]":

@@ -61,12 +61,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     beside.add_argument("--teacher", action="store_true", help="compare with the teacher of the run")
     beside.add_argument("--teacher-model", help="compare with this network; needs --teacher-weights")
     beside.add_argument("--teacher-weights", type=common.path, help="its checkpoint")
-    beside.add_argument(
-        "--checkpoint-root",
-        type=common.path,
-        default=Path("checkpoints"),
-        help="folder of teacher weights (%(default)s)",
-    )
+    common.add_checkpoint_root(beside)
     beside.add_argument("--per-class", action="store_true", help="top-1 of each class")
     beside.add_argument(
         "--predictions",

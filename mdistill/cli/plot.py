@@ -40,15 +40,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--title", default="", help="above the picture (default: none)")
     parser.add_argument("--split", default="test", help="of networks: test, or val where images were held out")
-    parser.add_argument(
-        "--checkpoint-root",
-        type=common.path,
-        default=Path("checkpoints"),
-        help="folder of teacher weights (%(default)s)",
-    )
+    common.add_checkpoint_root(parser)
     chosen = parser.add_argument_group("of one kind or another")
     chosen.add_argument("--metric", default=HEADLINE, help="curves: a key of metrics.jsonl (%(default)s)")
-    chosen.add_argument("--classes", type=_names, default=[], help="tsne, classes: names or numbers, by commas")
+    chosen.add_argument("--classes", type=common.names, default=[], help="tsne, classes: names or numbers, by commas")
     chosen.add_argument("--image", type=int, help="classes: number of an image of the split, in a panel of its own")
     chosen.add_argument("--top", type=_count, default=10, help="classes: how many of the highest logits (%(default)s)")
     chosen.add_argument(
@@ -65,13 +60,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     chosen.add_argument("--temperature", type=_positive, default=1.0, help="agreement: of both networks (%(default)s)")
     chosen.add_argument("--perplexity", type=_positive, default=30.0, help="tsne (%(default)s)")
     chosen.add_argument("--seed", type=int, default=0, help="tsne: of the optimisation (%(default)s)")
-    common.add_imports(parser)
-    parser.add_argument("--trust", action="store_true", help="run the code that the run folders name (their imports)")
+    common.add_recorded_code(parser)
     return parser.parse_intermixed_args(arguments)
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _count(text: str) -> int:

@@ -29,14 +29,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--title", default="Distillation runs", help="of the page (%(default)s)")
     parser.add_argument("--networks", action="store_true", help="run the networks too, for further pictures")
     parser.add_argument("--split", default="test", help="of --networks: test, or val where images were held out")
-    parser.add_argument(
-        "--checkpoint-root",
-        type=common.path,
-        default=Path("checkpoints"),
-        help="folder of teacher weights (%(default)s)",
-    )
-    common.add_imports(parser)
-    parser.add_argument("--trust", action="store_true", help="run the code that the run folders name (their imports)")
+    common.add_checkpoint_root(parser)
+    common.add_recorded_code(parser)
     return parser.parse_intermixed_args(arguments)
 
 

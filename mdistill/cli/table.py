@@ -40,16 +40,6 @@ LOOK = 2.0  # seconds between two looks at how far it is
 MEASURE = 60.0  # and at how long an epoch takes
 
 
-names = _table_records.names
-
-
-def count(text: str) -> int:
-    """A number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"should be a number from 1, found {text!r}")
-    return int(text)
-
-
 def _share(text: str) -> float:
     try:
         share = float(text)
@@ -65,11 +55,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("action", choices=("run", *_table_records.ACTIONS))
     parser.add_argument("table", help="a name in configs/tables, or a table file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run, after the table's own")
-    parser.add_argument("--methods", type=names, help="some of its rows (default: all)")
-    parser.add_argument("--pairs", type=names, help="some of its pairs (default: all)")
-    parser.add_argument("--seeds", type=common.seeds, help="such as 0,1,2 (default: the table's)")
+    common.add_part(parser)
     parser.add_argument(
-        "--epochs", type=count, help="shorten every schedule in proportion; such runs lie in OUTPUT/epochs<N>"
+        "--epochs", type=common.count, help="shorten every schedule in proportion; such runs lie in OUTPUT/epochs<N>"
     )
     add_jobs(parser, None, "1; of Ray no limit")
     parser.add_argument("--train-teachers", action="store_true", help="train teachers whose file is missing")
@@ -90,7 +78,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def add_jobs(parser: argparse.ArgumentParser, default: int | None = 1, told: str = "1") -> None:
     """The flag that says how many runs are trained at a time."""
     words = f"runs at a time; on a CPU each gets its share of cores (default: {told})"
-    parser.add_argument("--jobs", type=count, default=default, help=words)
+    parser.add_argument("--jobs", type=common.count, default=default, help=words)
 
 
 def table(args: argparse.Namespace) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from mdistill.cli import common
-from mdistill.cli._table_records import names
 from mdistill.cli.eval import Precision, Subject, find_subject
 from mdistill.errors import RunFailed, UserError, shown, suggestion
 from mdistill.reporting.transfers import begun, is_done, path_of, write_transfer
@@ -57,9 +56,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     table = parser.add_argument_group("the runs of a table")
     table.add_argument("--table", help="a name in configs/tables, or a table file")
     table.add_argument("--output", type=common.path, default=Path("runs"), help="folder of its runs (%(default)s)")
-    table.add_argument("--methods", type=names, help="some of its rows (default: all)")
-    table.add_argument("--pairs", type=names, help="some of its pairs (default: all)")
-    table.add_argument("--seeds", type=common.seeds, help="such as 0,1,2 (default: the table's)")
+    common.add_part(table)
     table.add_argument("--epochs", type=int, metavar="N", help="of runs whose schedules were shortened to N epochs")
     alone = parser.add_argument_group("a checkpoint that stands alone")
     alone.add_argument("--weights", type=common.path, help="its file; needs --model")

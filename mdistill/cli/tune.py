@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdistill.cli import common
-from mdistill.cli.table import EVERY, LOOK, add_jobs, count, names, run_flags, time_left
+from mdistill.cli.table import EVERY, LOOK, add_jobs, run_flags, time_left
 from mdistill.errors import RunFailed, Stopped
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ EXAMPLES = f"""  mdistill tune my_table.yaml --budget 20 --dry-run        what t
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = common.machine_parser("tune", DESCRIPTION, EXAMPLES)
     parser.add_argument("table", type=common.path, help="a table file with search: keys")
-    parser.add_argument("--budget", type=count, required=True, metavar="N", help="trials of each row and pair")
-    parser.add_argument("--pairs", type=names, help="some of its pairs (default: all)")
-    parser.add_argument("--epochs", type=count, metavar="N", help="shorten every schedule in proportion")
+    parser.add_argument("--budget", type=common.count, required=True, metavar="N", help="trials of each row and pair")
+    parser.add_argument("--pairs", type=common.names, help="some of its pairs (default: all)")
+    parser.add_argument("--epochs", type=common.count, metavar="N", help="shorten every schedule in proportion")
     add_jobs(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the time it takes, train nothing")
     common.add_roots(parser)
