@@ -13,65 +13,26 @@ import torch
 from mdistill.engine.run_folder import read_metrics
 
 from ..same import assert_same
+from ..tables import STEPS, write_own
 from . import forked
 from .table_kills import VICTIMS, Kill, plant
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tables")]
 
-MODULE = '''
-import numpy as np
-from torch import nn
-
-from mdistill.data import DATASETS, InMemoryDataset
-from mdistill.models import MODELS
-
-
-@DATASETS.register("noise")
-def noise(root, download):
-    """60 images of four classes."""
-    pixels = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
-    labels = np.arange(60) % 4
-    return InMemoryDataset((pixels, labels), (pixels[:8], labels[:8]), num_classes=4, mean=(0.5,) * 3, std=(0.25,) * 3)
-
-
-@MODELS.register("little")
-def little(num_classes, *, width: int = 4):
-    first = nn.Conv2d(3, width, 3, stride=8, bias=False)
-    return nn.Sequential(first, nn.BatchNorm2d(width), nn.Flatten(), nn.Linear(16 * width, num_classes))
-'''
-TABLE = """
-title: twelve runs
-dataset: quickstart
-imports: [little_parts]
-pairs:
-  - name: little_little
-    teacher: {name: little, checkpoint: teacher.pt}
-    student: {name: little}
-    data: {name: noise, batch_size: 16}
-    solver: {epochs: 3, milestones: []}
+METHODS = """
 methods:
   - {name: alone, method: vanilla, settings: {ce_weight: 1.0}}
   - {name: hot, method: kd, settings: {ce_weight: 0.1, kd_weight: 0.9, temperature: 4.0}}
   - {name: all, method: kd, settings: {ce_weight: 0.1, kd_weight: 0.9, temperature: 4.0}, set: [distiller.ce_weight=1]}
   - {name: half, method: kd, settings: {ce_weight: 0.1, kd_weight: 0.9, temperature: 4.0}, set: [solver.lr=0.025]}
 """
-RUNS, STEPS = 12, 4  # steps of each of three epochs
+RUNS = 12  # of three epochs
 KILLS = 20
 
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    from torch import nn
-
-    (tmp_path / "little_parts.py").write_text(MODULE)
-    (tmp_path / "table.yaml").write_text(TABLE)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        teacher = nn.Sequential(
-            nn.Conv2d(3, 4, 3, stride=8, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 4)
-        )
-    torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pt")
-    return tmp_path / "table.yaml"
+    return write_own(tmp_path, METHODS, epochs=3)
 
 
 def arguments(table: Path, output: Path) -> list[str]:

@@ -8,27 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
+from ..tables import write_own
 from . import forked
 from .table_kills import Kill, plant
-from .test_tables import MODULE
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tables")]
 
 forked._PRELOADED += ["mdistill.cli.tune", "optuna.samplers", "optuna.storages.journal"]
 
-TABLE = """
-title: two searches
-dataset: quickstart
-imports: [little_parts]
-pairs:
-  - name: little_little
-    teacher: {name: little, checkpoint: teacher.pt}
-    student: {name: little}
-    data: {name: noise, batch_size: 16}
-    solver: {epochs: 2, milestones: []}
+METHODS = """
 tune: {holdout: 12}
 methods:
   - {name: alone, method: vanilla, settings: {ce_weight: 1.0}, search: {solver.lr: {low: 0.001, high: 1.0, log: true}}}
@@ -62,14 +51,7 @@ def trials(output: Path) -> list[Any]:
 
 
 def test_two_workers_that_are_killed(tmp_path: Path) -> None:
-    (tmp_path / "little_parts.py").write_text(MODULE)
-    (tmp_path / "table.yaml").write_text(TABLE)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        first = nn.Conv2d(3, 4, 3, stride=8, bias=False)
-        teacher = nn.Sequential(first, nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 4))
-    torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pt")
-    table, quiet, killed = tmp_path / "table.yaml", tmp_path / "quiet", tmp_path / "killed"
+    table, quiet, killed = write_own(tmp_path, METHODS, epochs=2), tmp_path / "quiet", tmp_path / "killed"
     assert worker(table, quiet, []) == [0], "".join(path.read_text() for path in quiet.rglob(".logs/*"))[-2000:]
     chosen = (tmp_path / "table.tuned.yaml").read_text()
     (tmp_path / "table.tuned.yaml").unlink()

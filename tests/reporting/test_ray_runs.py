@@ -20,31 +20,15 @@ from mdistill.reporting import ray_runs, table_runs
 from mdistill.reporting.ray_runs import HandedOut, Share
 
 from ..conftest import refused
+from ..tables import write_own
 
-MODULE = """
+DYING = """
 import os, signal
 from pathlib import Path
 
-import numpy as np
-from torch import nn
-
-from mdistill.data import DATASETS, InMemoryDataset
 from mdistill.data.loader import BatchLoader
-from mdistill.models import MODELS
 
 HERE = Path(__file__).parent
-
-
-@DATASETS.register("noise")
-def noise(root, download):
-    pixels = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
-    labels = np.arange(60) % 4
-    return InMemoryDataset((pixels, labels), (pixels[:8], labels[:8]), num_classes=4, mean=(0.5,) * 3, std=(0.25,) * 3)
-
-
-@MODELS.register("little")
-def little(num_classes):
-    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=8, bias=False), nn.Flatten(), nn.Linear(64, num_classes))
 
 
 def ancestors(process):
@@ -67,16 +51,7 @@ def fetch_or_die(loader, step):
 
 BatchLoader.fetch = fetch_or_die
 """
-TABLE = """
-title: two runs
-dataset: quickstart
-imports: [ray_parts]
-pairs:
-  - name: little
-    teacher: {name: little, checkpoint: teacher.pt}
-    student: {name: little}
-    data: {name: noise, batch_size: 16}
-    solver: {epochs: 3, milestones: []}
+METHODS = """
 methods:
   - {name: alone, method: vanilla, settings: {ce_weight: 1.0}}
 seeds: [0, 1]
@@ -108,8 +83,7 @@ def test_a_table_in_a_cluster_of_which_a_node_dies(
 ) -> None:
     (second,) = cluster.worker_nodes
     (tmp_path / "doomed").write_text(str(second.all_processes["raylet"][0].process.pid))
-    (tmp_path / "ray_parts.py").write_text(MODULE)
-    (tmp_path / "table.yaml").write_text(TABLE)
+    write_own(tmp_path, METHODS, epochs=3, module="ray_parts", code=DYING)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     flags = ["--device", "cpu", "--output", "runs", "--checkpoint-root", "."]
@@ -120,7 +94,7 @@ def test_a_table_in_a_cluster_of_which_a_node_dies(
     lines = told.out.splitlines()
     assert lines[-1] == "2 of 2 runs are complete"
     assert sorted(line for line in lines if line.startswith("complete: ")) == [
-        f"complete: alone little seed {seed}" for seed in (0, 1)
+        f"complete: alone little_little seed {seed}" for seed in (0, 1)
     ]
     assert sum("its Ray worker is gone (" in line for line in lines) == 1
     assert sum(", which has ended" in line for line in lines) == 1  # the claim of the process that died with it

@@ -19,6 +19,8 @@ from mdistill.reporting.published import Figure, disagreeing, figure_of, read_pu
 from mdistill.reporting.table_files import Table, cell_of, find_table, read_table, runs_of, short
 from mdistill.reporting.table_runs import Outcome, Run, Speeds, WorkerLost, plan, train
 
+from ..tables import write_configs
+
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = read_published(ROOT / "results" / "published.csv")
 RECIPE = """
@@ -42,20 +44,7 @@ seeds: [0, 1]
 @pytest.fixture
 def configs(tmp_path: Path) -> Path:
     """A folder of configurations with a data set, a pair and two methods."""
-    files = {
-        "_recipe.yaml": RECIPE,
-        "_pairs/wide_narrow.yaml": "base: ../_recipe.yaml\n"
-        "teacher: {name: tiny_net, width: 32, checkpoint: teacher.pt}\nstudent: {name: tiny_net}\n",
-        "kd/_method.yaml": "distiller: {name: kd, ce_weight: 0.1, kd_weight: 0.9, temperature: 4.0,"
-        " warmup_epochs: 8}\n",
-        "vanilla/_method.yaml": "base: ../_recipe.yaml\ndistiller: {name: vanilla, ce_weight: 1.0}\n",
-        "vanilla/tiny_net.yaml": "base: _method.yaml\nstudent: {name: tiny_net}\n",
-    }
-    for name, text in files.items():
-        path = tmp_path / "configs" / "small" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return tmp_path / "configs"
+    return write_configs(tmp_path, RECIPE, distiller="warmup_epochs: 8")
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from mdistill.reporting.table_show import build
 
 from .. import runs
 from ..conftest import TinyNet, refused
+from ..tables import write_configs
 
 RECIPE = """
 data: {name: tiny, images: 100, batch_size: 50}
@@ -55,18 +56,7 @@ PAIR = "--row", "KD", "--pair", "wide_narrow"
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A table file, configurations for it, and a teacher."""
-    files = {
-        "_recipe.yaml": RECIPE,
-        "_pairs/wide_narrow.yaml": "base: ../_recipe.yaml\nteacher: {name: tiny_net, width: 32, checkpoint: teacher.pt,"
-        " expected_top1: 99}\nstudent: {name: tiny_net}\n",
-        "kd/_method.yaml": "distiller: {name: kd, ce_weight: 0.1, kd_weight: 0.9, temperature: 4.0}\n",
-        "vanilla/_method.yaml": "base: ../_recipe.yaml\ndistiller: {name: vanilla, ce_weight: 1.0}\n",
-        "vanilla/tiny_net.yaml": "base: _method.yaml\nstudent: {name: tiny_net}\n",
-    }
-    for name, text in files.items():
-        path = tmp_path / "configs" / "small" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    write_configs(tmp_path, RECIPE, teacher="expected_top1: 99")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         torch.save({"model": TinyNet(10, 32).state_dict()}, tmp_path / "teacher.pt")
