@@ -152,7 +152,10 @@ def test_colours_stand_out() -> None:
         ("classes", [], r"name the classes to show"),
         ("classes", ["--classes", "leopard"], r"no class 'leopard' .*a number from 0 to 9"),
         ("classes", ["--classes", "1", "--image", "99"], r"--image: found 99, the images are 0 to 59"),
-        ("tsne", ["--perplexity", "90"], r"t-SNE with perplexity 90 needs more images than that, found 60"),
+        pytest.param(
+            *("tsne", ["--perplexity", "90"], r"t-SNE with perplexity 90 needs more images than that, found 60"),
+            marks=pytest.mark.slow,
+        ),
         ("logits", ["--split", "tset"], r"--split: no split 'tset' here; did you mean 'test'"),
     ],
 )

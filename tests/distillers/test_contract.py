@@ -112,7 +112,7 @@ def test_a_training_step_never_waits_for_the_device(name):
 
 
 @every_method
-@pytest.mark.parametrize("standardize_logits", [False, True])
+@pytest.mark.parametrize("standardize_logits", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_small_step_down_the_gradient_lowers_the_loss(name, standardize_logits):
     distiller = examples.build(name, standardize_logits=standardize_logits, **ONE_LOSS.get(name, {})).train()
     for number in range(3):
@@ -200,6 +200,7 @@ def test_only_after_step_writes_the_method_s_state(name):
 
 
 @every_method
+@pytest.mark.slow
 def test_after_step_depends_on_the_signals_and_not_on_the_new_weights(name):
     """It runs after the solver: what it writes is what the step saw."""
     states = []
@@ -283,7 +284,7 @@ def test_terms_are_named_finite_scalars(name):
 
 
 @every_method
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_losses_of_narrow_networks_are_float32(name, dtype):
     distiller = examples.build(name).eval()
     distiller.student.to(dtype)

@@ -174,7 +174,7 @@ def test_who_waits_may_read_and_write() -> None:
 # ---- captured against eager runs ----
 
 
-FAST = ("kd", "mcld")
+FAST = ("mcld",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in SCENARIOS])
