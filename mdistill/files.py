@@ -1,5 +1,6 @@
 """Writing files so that a crash, a kill or a full disk never costs the old one, and locking a folder."""
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from mdistill.errors import RunFailed, UserError
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-
+IN_USE = "is in use by another running process"  # ends what is told of a locked folder
 MAX_TEXT = 1 << 28  # bytes; no text file that is read is nearly as large
 
 
@@ -56,6 +57,19 @@ def signature_of(path: Path) -> tuple[int, int] | None:
     return found.st_mtime_ns, found.st_size
 
 
+def sha256_of(path: Path) -> str:
+    """SHA-256 (hex) of the bytes of a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def read_text(path: Path) -> str:
     """The text of ``path``; bytes that are not UTF-8 become a replacement character.
 
@@ -97,7 +111,7 @@ def lock_folder(folder: Path, what: str) -> "BaseFileLock":
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise UserError(f"{what} {folder} is in use by another running process") from None
+        raise UserError(f"{what} {folder} {IN_USE}") from None
     except OSError as error:
         raise UserError(f"{what} {folder} cannot be written: {error}") from None
     return lock

@@ -15,7 +15,9 @@ from mdistill.errors import RunFailed, Stopped, UserError
 if TYPE_CHECKING:
     from mdistill.engine.claims import Claims
     from mdistill.reporting.table_files import Table
-    from mdistill.reporting.table_runs import Outcome, Process, Run, Speeds, Start
+    from mdistill.reporting.table_plan import Run
+    from mdistill.reporting.table_runs import Outcome, Process, Start
+    from mdistill.reporting.table_speeds import Speeds
 
 DESCRIPTION = """A table is pairs x methods x seeds, as a table file says: one of configs/tables, or your own.
 
@@ -100,7 +102,7 @@ def table(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace, found: "Table", output: Path, configs: Path) -> None:
-    from mdistill.reporting.table_runs import plan
+    from mdistill.reporting.table_plan import plan
 
     runs = plan(
         found,
@@ -139,7 +141,8 @@ def _recorded(args: argparse.Namespace, output: Path) -> list[Path]:
 
 
 def _print_plan(found: "Table", runs: "Sequence[Run]", args: argparse.Namespace, output: Path) -> None:
-    from mdistill.reporting.table_runs import Speeds, threads_of
+    from mdistill.reporting.table_runs import threads_of
+    from mdistill.reporting.table_speeds import Speeds
 
     for run in runs:
         words = {
@@ -180,7 +183,8 @@ def time_left(seconds: float, unknown: int, jobs: int) -> str:
 def _train(args: argparse.Namespace, runs: "Sequence[Run]", output: Path, configs: Path) -> None:
     from mdistill.engine.console import StopRequest
     from mdistill.reporting.table_cells import layout
-    from mdistill.reporting.table_runs import Speeds, threads_of, train
+    from mdistill.reporting.table_runs import threads_of, train
+    from mdistill.reporting.table_speeds import Speeds
 
     threads = None if args.ray else threads_of(args.jobs or 1)
     with (

@@ -15,7 +15,8 @@ from mdistill.errors import RunFailed, Stopped
 if TYPE_CHECKING:
     from mdistill.reporting.searching import Journal
     from mdistill.reporting.table_files import Table
-    from mdistill.reporting.table_runs import Outcome, Run
+    from mdistill.reporting.table_plan import Run
+    from mdistill.reporting.table_runs import Outcome
     from mdistill.reporting.tuning import Search, Tuning
 
 DESCRIPTION = """Search the settings of those rows of a table that have a search: key, for each pair.
@@ -77,7 +78,8 @@ def tune(args: argparse.Namespace) -> None:
 
 def _print_plan(args: argparse.Namespace, table: "Table", found: "Sequence[Search]", journal: "Journal | None") -> None:
     from mdistill.reporting.searching import described
-    from mdistill.reporting.table_runs import Speeds, threads_of
+    from mdistill.reporting.table_runs import threads_of
+    from mdistill.reporting.table_speeds import Speeds
     from mdistill.reporting.tuning import SHARE, Tuning
 
     known = [] if journal is None else journal.names()

@@ -1,6 +1,5 @@
 """Published weights of torchvision's and timm's networks, by name: where they come from and what images they expect."""
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.hub import download_url_to_file
 
 from mdistill.errors import UserError, printable, suggestion
+from mdistill.files import sha256_of
 from mdistill.models.external import import_timm
 
 PRETRAINED = "pretrained"
@@ -63,7 +63,7 @@ class PublishedWeights:
                     f" download it elsewhere and put it at {path}"
                 ) from error
         elif self.sha256:
-            found = _sha256(path)
+            found = sha256_of(path)
             if not found.startswith(self.sha256):
                 raise UserError(
                     f"{section}.checkpoint: {path} is not {self.name}: its SHA-256 begins with {found[:8]}, not"
@@ -183,11 +183,3 @@ def _sha256_at_hub(address: str) -> str | None:
 
     etag = get_hf_file_metadata(address).etag
     return etag if etag and re.fullmatch(r"[0-9a-f]{64}", etag) else None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -5,7 +5,6 @@ neither tensor nor plain data is dropped or refused. Damage is found by the chec
 before torch 1.6 has none: there only truncation shows, and a file is known to be whole by its SHA-256 alone.
 """
 
-import hashlib
 import io
 import pickletools
 import re
@@ -24,6 +23,7 @@ from safetensors.torch import load_file
 
 from mdistill import pickles
 from mdistill.errors import UserError, printable
+from mdistill.files import sha256_of
 
 SAFETENSORS = ".safetensors"
 MAX_PICKLE = 64 << 20  # bytes of a zip archive's pickle, which holds names and shapes, no values
@@ -66,13 +66,9 @@ def file_record(file: Path) -> FileRecord:
     A release is known by ``RELEASES``, or where the file's name ends in the first digits of its SHA-256, as
     ``resnet34-333f7ec4.pth``, which is how torch's and torchvision's own are called.
     """
-    digest = hashlib.sha256()
     with open(file, "rb") as opened:
         start = opened.read(2)
-        digest.update(start)
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    sha256 = digest.hexdigest()
+    sha256 = sha256_of(file)
     named = re.search(r"-([0-9a-f]{8,64})\.(pth|pt|safetensors)$", file.name)
     release = RELEASES.get(sha256) or (file.stem if named and sha256.startswith(named[1]) else None)
     return FileRecord(sha256, start == b"PK", release, file.suffix == SAFETENSORS)

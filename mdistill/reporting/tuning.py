@@ -20,7 +20,8 @@ from mdistill.files import write_text
 from mdistill.reporting import searching
 from mdistill.reporting.searching import Journal, Trial, described, ends, member, size
 from mdistill.reporting.table_files import Cell, Table, as_overrides, read_tuned, short, tuned_file
-from mdistill.reporting.table_runs import Agenda, Run, plan
+from mdistill.reporting.table_plan import Run, plan
+from mdistill.reporting.table_runs import Agenda
 from mdistill.settings import differences, leaves, results_only
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from mdistill.engine.run_folder import read_metrics
 from mdistill.errors import UserError, printable
 from mdistill.files import Locked, is_locked, locked_files, signature_of
 from mdistill.reporting.records import Record, read_record
-from mdistill.reporting.table_runs import claim_key
+from mdistill.reporting.table_plan import claim_key
 
 State = Literal["running", "waiting", "failed", "stopped", "complete"]
 STATES: tuple[State, ...] = ("running", "waiting", "failed", "stopped", "complete")

@@ -16,6 +16,7 @@ from mdistill.cli import table as table_cli
 from mdistill.engine.claims import Claims, read_claims
 from mdistill.engine.run_folder import read_metrics, read_sessions
 from mdistill.errors import UserError
+from mdistill.files import IN_USE
 from mdistill.reporting import ray_runs, table_runs
 from mdistill.reporting.ray_runs import HandedOut, Share
 
@@ -221,7 +222,7 @@ def test_a_process_claims_its_run(
     monkeypatch.setattr(sys, "argv", ["-c", str(tmp_path), "run", "--cfg", "x"])
     with pytest.raises(SystemExit) as ended:
         table_runs.claiming_child()
-    assert refused_line(capsys, ended.value.code) == f"error: run {table_runs.IN_USE}, {others.owner}"
+    assert refused_line(capsys, ended.value.code) == f"error: run {IN_USE}, {others.owner}"
     assert held == [True, True]
     assert "claim" not in {thread.name for thread in threading.enumerate()}  # which would end this process
     others.close()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from mdistill.files import lock_folder
 from mdistill.reporting import table_runs
 from mdistill.reporting.published import Figure, disagreeing, figure_of, read_published
 from mdistill.reporting.table_files import Table, cell_of, find_table, read_table, runs_of, short
-from mdistill.reporting.table_runs import Outcome, Run, Speeds, WorkerLost, plan, train
+from mdistill.reporting.table_plan import Run, plan
+from mdistill.reporting.table_runs import Outcome, WorkerLost, train
+from mdistill.reporting.table_speeds import Speeds
 
 from ..tables import write_configs
 
@@ -591,7 +594,7 @@ def test_a_claim_of_a_dead_host_is_one_line(
     monkeypatch.setattr(
         Claims,
         "last",
-        lambda claims, key: (found := real(claims, key)) and table_runs.replace(found, silent=next(silent, 310.0)),
+        lambda claims, key: (found := real(claims, key)) and replace(found, silent=next(silent, 310.0)),
     )
     told: list[str] = []
     assert len(work(runs, told=told).complete) == 1

@@ -26,7 +26,7 @@ from mdistill.reporting.records import find_records
 from mdistill.reporting.searching import Journal, Trial, member, size, suggest
 from mdistill.reporting.table_cells import layout
 from mdistill.reporting.table_files import read_table
-from mdistill.reporting.table_runs import plan
+from mdistill.reporting.table_plan import plan
 from mdistill.reporting.table_show import build
 
 from .. import runs

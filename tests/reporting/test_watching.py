@@ -15,7 +15,7 @@ from mdistill.engine.claims import STALE, Claims
 from mdistill.errors import UserError
 from mdistill.files import is_locked, lock_folder, locked_files
 from mdistill.reporting import html_page, watching
-from mdistill.reporting.table_runs import claim_key
+from mdistill.reporting.table_plan import claim_key
 from mdistill.reporting.watch_page import SCRIPT, STYLE, Parts, _ticks, content_policy
 from mdistill.reporting.watching import Run, View, Watch
 
