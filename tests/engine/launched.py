@@ -1,11 +1,11 @@
-"""``mdistill train`` for a launcher, with the data of the tests; ``KILL=rank:step`` ends one process by SIGKILL."""
+"""``mdistill`` for a launcher, with the data of the tests; ``KILL=rank:step`` ends one process by SIGKILL."""
 
 import os
 import signal
 import sys
 from unittest import mock
 
-from mdistill.cli.train import main
+from mdistill.cli.main import main
 from mdistill.data.loader import BatchLoader
 
 from .. import runs

@@ -427,19 +427,21 @@ def test_gradients_are_aligned_once_they_are_those_of_the_whole_batch(results: l
 
 def launch(folder: Path, method: str, *arguments: str, kill: str = "") -> tuple[int, list[str]]:
     """``torchrun`` two processes that train ``<method>.yaml``: its exit code, and what they printed."""
+    given = ["--cfg", str(folder / f"{method}.yaml"), "--no-cache", "--output", str(folder / "launched"), *arguments]
+    code, lines = launch_command(folder, "train", *given, kill=kill)
+    return code, [line for line in lines if line.startswith(("error: ", "note: ", "epoch ", "resuming "))]
+
+
+def launch_command(folder: Path, *arguments: str, kill: str = "") -> tuple[int, list[str]]:
+    """``torchrun`` two processes of a command that looks for teachers in ``folder``."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "tests.engine.launched", "--cfg", str(folder / f"{method}.yaml"), "--device=cpu", "--no-cache"]
-    command += ["--checkpoint-root", str(folder), "--output", str(folder / "launched"), *arguments]
+    command += ["-m", "tests.engine.launched", *arguments, "--device=cpu", "--checkpoint-root", str(folder)]
     environment = {**ENVIRONMENT, "KILL": kill}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
-    return done.returncode, [line for line in (*done.stdout.splitlines(), *done.stderr.splitlines()) if ours(line)]
+    return done.returncode, [*done.stdout.splitlines(), *done.stderr.splitlines()]
 
 
-def ours(line: str) -> bool:
-    return line.startswith(("error: ", "note: ", "epoch ", "resuming "))
-
-
-def test_a_lost_process_ends_the_run_and_it_is_resumed_bit_for_bit(folder: Path) -> None:
+def test_a_lost_process_ends_the_run_and_it_is_resumed_and_audited_bit_for_bit(folder: Path) -> None:
     saving = "run.checkpoint_minutes=1e-9"
     code, lines = launch(folder, "gathered_queue", saving, kill="1:8")
     path = next((folder / "launched").glob("**/last.pt"))
@@ -449,6 +451,9 @@ def test_a_lost_process_ends_the_run_and_it_is_resumed_bit_for_bit(folder: Path)
     assert launch(folder, "gathered_queue", saving, "--resume")[0] == 0
     path.parent.rename(folder / "launched" / "seed0")
     runs.assert_same_runs(folder / "rank0" / "gathered_queue", folder / "launched")
+    code, lines = launch_command(folder, "audit", str(folder / "launched" / "seed0"))
+    assert code == 0
+    assert [line for line in lines if line in {"bit-equal", "close", "different"}] == ["bit-equal"]  # told once
 
 
 def test_a_mistake_is_told_once(folder: Path) -> None:
