@@ -23,9 +23,9 @@ DESCRIPTION = """Search the settings of those rows of a table that have a search
 
 Every search has the same number of trials, the first with the table's own settings. A trial is a run with one seed,
 scored by the last epoch's top-1 on training images that are held out; the test split is never evaluated. What is chosen
-is written to TABLE.tuned.yaml beside the table file, which uses it where it says `tuned: TABLE.tuned.yaml`; all trials
-to OUTPUT/searches/TABLE.json. Any number of processes and machines may share the work over a shared --output; what was
-stopped goes on with the same command."""
+is written to TABLE.tuned.yaml (with --epochs N TABLE-epochsN.tuned.yaml) beside the table file, which uses it where it
+says `tuned: TABLE.tuned.yaml`; all trials to OUTPUT/searches/TABLE.json. Any number of processes and machines may share
+the work over a shared --output; what was stopped goes on with the same command."""
 
 EXAMPLES = f"""  mdistill tune my_table.yaml --budget 20 --dry-run        what there is to do, and how long it takes
   mdistill tune my_table.yaml --budget 20 --jobs 2
@@ -157,7 +157,7 @@ def _write(
         done, others = findings(found, tuning)
         record = args.output / SEARCHES / f"{found[0].folder.name}.json"
         write_record(record, table, journal, args.epochs)
-        file = write_chosen(table, done) if done else None
+        file = write_chosen(table, done, args.epochs) if done else None
     for each in done:
         print(each.line)
     print(f"all trials: {record}")

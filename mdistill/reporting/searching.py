@@ -135,7 +135,9 @@ def _decoded(spaces: Spaces, parameters: Mapping[str, Any]) -> dict[str, Any]:
 def sampler_name() -> str:
     """What draws settings, for the record."""
     optuna = _optuna()
-    return f"TPESampler of optuna {optuna.__version__}, {RANDOM} trials at random first"
+    return (
+        f"TPESampler of optuna {optuna.__version__}, the first {RANDOM} trials the table's own settings and random ones"
+    )
 
 
 def suggest(spaces: Spaces, history: Sequence[Trial], *, seed: int, label: str, number: int) -> dict[str, Any]:
@@ -284,8 +286,7 @@ class Journal:
         except Exception as error:
             why = printable(f"{type(error).__name__}: {' '.join(str(error).split())}", 200)
             raise UserError(
-                f"{self.path} is damaged ({why}); put it back, or move it away: trials whose runs are there are then"
-                " found again"
+                f"{self.path} is damaged ({why}); put it back, or move {self.path.parent} away to begin anew"
             ) from None
 
 

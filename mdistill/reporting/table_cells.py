@@ -108,6 +108,7 @@ class Layout:
     shortened: int | None = None  # epochs that every schedule was shortened to
     transfer: dict[str, Any] = field(default_factory=dict)  # settings of metrics on targets
     tuned: dict[str, dict[str, str]] = field(default_factory=dict)  # rows and their pairs: how, or that they are not
+    rivals: tuple[Wanted, ...] = ()  # cells of the whole table that this part of it leaves out
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -130,7 +131,7 @@ class Layout:
             return why
         rivals = [
             other
-            for other in self.cells
+            for other in (*self.cells, *self.rivals)
             if (other.variant, other.checkpoints) != (cell.variant, cell.checkpoints)
             and other.key == cell.key
             and other.settings == cell.settings
@@ -181,13 +182,15 @@ class Layout:
         chosen_rows = self.rows if rows is None else tuple(rows)
         chosen_pairs = self.pairs if pairs is None else tuple(pairs)
         wanted = {(cell.row, cell.pair): cell for cell in self.cells}
+        cells = tuple(wanted[row, pair] for row in chosen_rows for pair in chosen_pairs if (row, pair) in wanted)
         return replace(
             self,
             rows=chosen_rows,
             pairs=chosen_pairs,
             seeds=self.seeds if seeds is None else tuple(seeds),
             notes=tuple(note for note in self.notes if self._is_shown(note, {*chosen_rows, *chosen_pairs})),
-            cells=tuple(wanted[row, pair] for row in chosen_rows for pair in chosen_pairs if (row, pair) in wanted),
+            cells=cells,
+            rivals=(*self.rivals, *(cell for cell in self.cells if cell not in cells)),
         )
 
     def _is_shown(self, note: str, chosen: Set[str]) -> bool:
@@ -328,7 +331,7 @@ def _read(content: dict[str, Any]) -> Layout:
     cells = tuple(
         Wanted(**{**cell, "key": tuple(cell["key"]), "chosen": tuple(cell["chosen"])}) for cell in content["cells"]
     )
-    lists = {key: tuple(content[key]) for key in ("rows", "pairs", "seeds", "metrics", "notes")}
+    lists = {key: tuple(content[key]) for key in ("rows", "pairs", "seeds", "metrics", "notes", "rivals")}
     return Layout(**{**content, **lists, "cells": cells})
 
 

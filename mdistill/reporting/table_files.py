@@ -154,6 +154,10 @@ def read_table(
             f"{path}: methods: {files[0].method} is a file, which is of one pair, and the table has {len(given.pairs)};"
             " name a folder with _method.yaml"
         )
+    if (epochs or given.epochs) and any(each.startswith("solver.epochs=") for each in overrides):
+        raise UserError(
+            f"solver.epochs: schedules are shortened to {epochs or given.epochs} here; give --epochs N instead"
+        )
     wanted = given.pairs
     if pairs is not None:
         asked = [known_to_table(name, pair_names, "--pairs") for name in dict.fromkeys(pairs)]
@@ -211,14 +215,18 @@ def cell_of(
     imports: Sequence[str] = (),
     tuned: bool = True,
 ) -> Cell:
-    """One cell of the table of ``path``, as ``read_table`` has it; ``pair`` may be left out where there is one alone.
+    """One cell of the table of ``path``, with the schedule that the file shortens its own to.
+
+    Args:
+        pair: may be left out where there is one alone.
+        overrides: stay as they are, also where they are counted in epochs.
 
     Raises:
         UserError: there is no such row or pair, or the file is none of a table.
     """
     pairs = None if pair is None else [pair]
     try:
-        table = read_table(path, configs, methods=[row], pairs=pairs, overrides=overrides, imports=imports, tuned=tuned)
+        table = read_table(path, configs, methods=[row], pairs=pairs, imports=imports, tuned=tuned)
     except UserError as error:
         raise UserError(str(error).replace("--methods", "--row").replace("--pairs", "--pair")) from None
     if not table.cells:
@@ -227,7 +235,8 @@ def cell_of(
     if len(table.cells) > 1:
         raise UserError(f"--pair: {path} has {len(table.cells)} pairs; name one of {', '.join(table.pairs)}")
     (cell,) = table.cells
-    return cell if table.epochs is None else short(cell, table.epochs)
+    shortened = cell if table.epochs is None else short(cell, table.epochs)
+    return replace(shortened, overrides=(*shortened.overrides, *overrides))
 
 
 def runs_of(table: Table) -> Iterator[tuple[Cell, int]]:
@@ -341,9 +350,13 @@ def _chosen(
     return found
 
 
-def tuned_file(path: Path) -> Path:
-    """Where the settings that are chosen for the table of ``path`` are written."""
-    return path.with_name(f"{path.stem}.tuned.yaml")
+def tuned_file(path: Path, epochs: int | None = None) -> Path:
+    """Where the settings that are chosen for the table of ``path`` are written.
+
+    Args:
+        epochs: what the schedules of their search were shortened to.
+    """
+    return path.with_name(f"{path.stem}{f'-epochs{epochs}' if epochs else ''}.tuned.yaml")
 
 
 def read_tuned(file: Path) -> "list[ChosenSettings]":

@@ -211,14 +211,14 @@ def _result(cell: Wanted, layout: Layout, records: Sequence[Record], figures: Se
     of_pair = [record for record in records if record.key == cell.key]
     own: list[Record] = []
     strange: dict[str, list[Record]] = {}
-    others = [other for other in layout.cells if other is not cell and other.key == cell.key]
+    others = [other for other in (*layout.cells, *layout.rivals) if other is not cell and other.key == cell.key]
     for record in of_pair:
         why = layout.difference(cell, record)
         if why is None:
             own.append(record)
         elif all(layout.difference(other, record) is not None for other in others):
             strange.setdefault(why, []).append(record)
-    own, foreign = _one_copy(own)
+    own, foreign = _one_copy(own, layout.seeds)
     left_out = [f"{_runs(group)} of other settings ({why})" for why, group in strange.items()]
     left_out += [f"{_runs(group)} with {why}" for why, group in foreign]
     by_seed: dict[int, list[Record]] = {}
@@ -236,6 +236,8 @@ def _result(cell: Wanted, layout: Layout, records: Sequence[Record], figures: Se
                 value = done[0].accuracy(cell.metric) if epoch == "last" else done[0].best_accuracy(cell.metric)
                 if value is not None:
                     trials.append(Trial(seed, value, done[0]))
+                else:
+                    unfinished[seed] = f"records no {metric_name(cell.metric)} of the {epoch} epoch"
             other = [record for record in done[1:] if record.top1 != done[0].top1]
             left_out += [f"{_runs([record])}, a second run of this seed, in {record.folder}" for record in other]
         elif seed in by_seed:
@@ -297,14 +299,24 @@ def _transferred(
     return copies.get(largest, {})
 
 
-def _one_copy(records: Sequence[Record]) -> tuple[list[Record], list[tuple[str, list[Record]]]]:
-    """The runs on the same data and teacher of which there are most, and the others with what sets them apart."""
+def _one_copy(records: Sequence[Record], seeds: Sequence[int]) -> tuple[list[Record], list[tuple[str, list[Record]]]]:
+    """The runs on the same data and teacher of which there are most, and the others with what sets them apart.
+
+    Args:
+        seeds: of the table; their complete runs count first.
+    """
     groups: dict[tuple[tuple[str, str], ...], list[Record]] = {}
     for record in records:
         groups.setdefault(tuple(record.copies.items()), []).append(record)
     if len(groups) < 2:
         return list(records), []
-    largest = max(groups, key=lambda copies: (len(copies) > 0, len({record.seed for record in groups[copies]})))
+
+    def rank(copies: tuple[tuple[str, str], ...]) -> tuple[bool, int, int]:
+        group = groups[copies]
+        complete = {record.seed for record in group if record.complete and record.seed in seeds}
+        return len(copies) > 0, len(complete), len({record.seed for record in group})
+
+    largest = max(groups, key=rank)
     apart = []
     for copies, group in groups.items():
         if copies == largest:

@@ -259,9 +259,8 @@ def enter(found: Sequence[Search], journal: Journal) -> None:
     for search in found:
         notes = search.notes()
         before = journal.notes(search.label) if search.label in known else {}
-        changed = {
-            key: values for key, values in differences(before, notes).items() if values[0] is not None and before
-        }
+        noted = {".".join(key) for key, _ in leaves(before)}  # an earlier version noted fewer settings
+        changed = {key: values for key, values in differences(before, notes).items() if key in noted}
         changed.pop("budget", None)
         if changed:
             key = next(reversed(changed))  # ``of`` comes before what it is of
@@ -447,15 +446,16 @@ def write_record(path: Path, table: Table, journal: Journal, epochs: int | None)
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def write_chosen(table: Table, done: Sequence[Finding]) -> Path:
+def write_chosen(table: Table, done: Sequence[Finding], epochs: int | None) -> Path:
     """The settings of ``done``, in a file beside the table's; what that has of other searches stays. Its path.
 
     Args:
         table: all of it.
+        epochs: what schedules were shortened to, of which there is a file of its own.
     """
     import yaml  # slow to import
 
-    file, sampler = tuned_file(table.path), searching.sampler_name()
+    file, sampler = tuned_file(table.path, epochs), searching.sampler_name()
     entries = {(each.row, each.pair): each for each in read_tuned(file)} if file.is_file() else {}
     entries |= {(each.search.cell.row.name, each.search.cell.pair): _chosen(each, sampler) for each in done}
     order = [(row.name, pair) for row in table.rows for pair in table.pairs]

@@ -185,6 +185,37 @@ def test_rows_that_differ_in_the_teacher_alone_have_runs_of_their_own(tmp_path: 
         layout(str(path), CONFIGS, tmp_path)
 
 
+def test_a_part_of_a_table_has_the_runs_that_the_whole_table_has(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    rows = "methods:\n  - {name: A, method: kd}\n  - {name: B, method: kd, set: [variant=again]}\n"
+    path.write_text(f"title: mine\npairs: [res56_res20]\n{rows}")
+    write(tmp_path, config("kd", 0), 70.0)
+    for seed in (0, 1):
+        session = {"started": f"2026-01-02T00:00:0{seed}+0000"}
+        write(tmp_path, config("kd", seed, "variant=again"), 60.0, session=session)
+    whole = layout(str(path), CONFIGS, tmp_path)
+    for part in (whole, whole.part(["A"], None, None), whole.part(["B", "A"], None, None).part(["A"], None, None)):
+        table = shown(part, tmp_path)
+        assert table.results["A", "res56_res20"].values == [70.0]
+        assert not [note for note in table.notes if note.startswith("left out")]
+    assert sum(map(whole.part(["A"], None, None).holds, find_records([tmp_path]).records)) == 1
+
+
+def test_complete_runs_of_the_table_s_seeds_decide_which_copy_it_shows(whole: Layout, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write(tmp_path, config("kd", seed), 70.0)
+    for seed in (2, 7, 8):
+        write_record(tmp_path, config("kd", seed), [10.0], data="e" * 64)
+    assert shown(whole, tmp_path).results["KD", "res56_res20"].values == [70.0, 70.0]
+
+
+def test_a_run_without_the_figure_that_is_asked_for_is_told(whole: Layout, tmp_path: Path) -> None:
+    path = write(tmp_path, config("kd", 0), 70.0) / "metrics.jsonl"
+    path.write_text(path.read_text().replace("test/top5", "test/top9"))
+    table = build(whole, find_records([tmp_path]), [], metrics=["top5"])
+    assert "unfinished: KD res56_res20 seed 0: records no top-5 of the last epoch" in table.notes
+
+
 def test_a_renamed_setting_is_no_other_one(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("title: mine\npairs: [res56_res20]\nmethods: [mlkd]\n")

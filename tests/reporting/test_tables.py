@@ -125,14 +125,25 @@ def test_a_pair_of_the_table_file(file: Path, configs: Path) -> None:
     assert (teacher.arguments["width"], by_row["mine"].seed) == (32, 3)
 
 
+@pytest.mark.parametrize("epochs", [None, 10, 4])
 def test_what_the_table_file_holds_is_trained_from_it(
-    file: Path, configs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    epochs: int | None, file: Path, configs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The arguments that a run is begun with say the same as the cell."""
+    """The arguments that a run is begun with say the same as the cell, in a table that shortens its schedules too."""
+    file.write_text(TABLE + ("" if epochs is None else "epochs: 10\n"))
     monkeypatch.setattr("mdistill.cli.common.project_root", lambda: configs.parent)
     for cell, seed in runs_of(read_table(file, configs, seeds=[1], overrides=["solver.lr=0.1"])):
+        cell = cell if epochs is None else short(cell, epochs)
         assert train_main([*cell.arguments(seed), "--print-config"]) == 0
         assert capsys.readouterr().out == cell.config(seed).to_yaml()
+
+
+def test_epochs_of_a_shortened_table_are_changed_by_its_flag(file: Path, configs: Path) -> None:
+    with pytest.raises(UserError, match=r"^solver.epochs: schedules are shortened to 4 here; give --epochs N instead$"):
+        read_table(file, configs, overrides=["solver.epochs=3"], epochs=4)
+    file.write_text(TABLE + "epochs: 10\n")
+    config = cell_of(file, configs, "mine", "wide_narrow", overrides=["solver.epochs=6"]).config(0)
+    assert (config.epochs, config.solver.milestones) == (6, (5, 8))  # of one run alone they are as asked for
 
 
 def test_one_cell(file: Path, configs: Path) -> None:

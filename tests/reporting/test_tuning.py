@@ -239,7 +239,9 @@ def test_a_damaged_journal_is_one_line(how: str, tmp_path: Path) -> None:
     }[how]
     assert broken != text
     path.write_text(broken)
-    with pytest.raises(UserError, match=r"journal\.log is damaged \(.*move it away") as caught:
+    with pytest.raises(
+        UserError, match=r"journal\.log is damaged \(.*\); put it back, or move .* away to begin anew$"
+    ) as caught:
         Journal(path).trials("s", spaces)
     assert "\n" not in str(caught.value)
 
@@ -417,8 +419,9 @@ def test_a_shortened_search_is_one_of_its_own(tune: Tune, file: Path, tmp_path: 
     started: list[Any] = []
     assert tune("--epochs", "1", budget=1, started=started) == 0
     assert [(config.epochs, config.data.holdout) for config in started] == [(1, 20)] * 2
-    (kd, _) = yaml.safe_load((tmp_path / "table.tuned.yaml").read_text())["chosen"]
+    (kd, _) = yaml.safe_load((tmp_path / "table-epochs1.tuned.yaml").read_text())["chosen"]
     assert (kd["epochs"], kd["own_epochs"], kd["trial"]) == (1, 2, 0)
+    assert not (tmp_path / "table.tuned.yaml").exists()
     assert (tmp_path / "runs/searches/table-epochs1.json").is_file()
     assert tune(budget=1, started=started) == 0
     assert [config.epochs for config in started[2:]] == [2, 2]
@@ -510,6 +513,10 @@ def test_a_table_without_a_space_a_smaller_budget_and_another_search_are_told(
     line = refused(capsys, tune(budget=2))
     assert line == "error: --budget: KD wide_narrow has one of 3 already, found 2; give 3 or more"
     work = tmp_path / "runs/.tune/table"
+    recipe = tmp_path / "configs/small/_recipe.yaml"
+    recipe.write_text(RECIPE.replace("lr: 0.05", "lr: 0.05, ema_decay: 0.9"))
+    assert "its search was begun with solver.ema_decay None, and it is 0.9 now" in refused(capsys, tune(budget=3))
+    recipe.write_text(RECIPE)
     file.write_text(TABLE.replace("high: 8", "high: 9"))
     line = refused(capsys, tune(budget=3))
     assert line == (
