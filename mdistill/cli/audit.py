@@ -61,7 +61,7 @@ def audit(args: argparse.Namespace) -> int:
         threads = session.get("threads") if args.threads is None else args.threads
         aside = redirect_stdout(sys.stderr) if args.json else nullcontext()  # what is told on the way
         with computing_with(threads if device.type == "cpu" else None), aside:
-            result = examine(args, config, device, {**session, "cell": cell}, line)
+            result = examine(args, config, device, {**session, **({} if cell is None else {"cell": cell})}, line)
         result = distributed.of_rank_0(result)  # whose network's BatchNorm statistics are the recorded ones
         print_line(json.dumps({"run": str(args.run), **result}) if args.json else "\n".join(lines_of(args.run, result)))
     return 0 if result["verdict"] in {"bit-equal", "close"} else 1

@@ -76,6 +76,8 @@ def _read(folder: Path, split: str, notes: list[str]) -> Split:
         content = _torchvision_reader()(folder.resolve(), split)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise UserError(f"{folder / 'class_names.txt'}: is no text; delete it, and fetch it again") from None
     found = np.asarray(content.labels).astype(np.int64)  # from 0; what was 0 is 255
     if found.max() >= CLASSES:
         raise UserError(f"{labels}: classes should be from 1 to {CLASSES}, found {(int(found.max()) + 1) % 256}")

@@ -182,14 +182,14 @@ def restore(
     *,
     terms: Sequence[str],
     epochs_before: int = 0,
-    first_steps: FirstSteps | None = None,
+    first_steps: FirstSteps,
 ) -> None:
     """Put a state from ``read`` back where it was; all of it is compared with where it goes before any is loaded.
 
     Args:
         terms: names of the loss terms.
         epochs_before: in the phases before the one that ``solver`` is of.
-        first_steps: the record of them, where it goes on.
+        first_steps: where the record of them goes on, if there is one.
 
     Raises:
         UserError: names, shapes or types are not those of this method, network and solver; or a value is not finite.
@@ -202,8 +202,8 @@ def restore(
         or solver.misfit(saved.solver, stepped=(saved.progress.epoch, saved.progress.step) > (epochs_before + 1, 0))
         or metrics.misfit(vars(saved.metrics), terms)
     )
-    record = None if saved.first_steps is None or first_steps is None else vars(saved.first_steps)
-    if record is not None and first_steps is not None:
+    record = None if saved.first_steps is None else vars(saved.first_steps)
+    if record is not None:
         problem = problem or first_steps.misfit(record, saved.progress, len(saved.metrics.names))
     if problem:
         raise UserError(f"{path} does not fit this run, or is damaged: {problem}")
@@ -218,7 +218,7 @@ def restore(
         average.load_state_dict(saved.averages[name])
     solver.load_state_dict(saved.solver)
     metrics.load_state_dict(vars(saved.metrics))
-    if record is not None and first_steps is not None:
+    if record is not None:
         first_steps.load_state_dict(record)
 
 

@@ -116,10 +116,20 @@ def sums_of(logits: Tensor, target: Tensor) -> Tensor:
         logits: (B, C).
         target: (B,) int64.
     """
-    true = logits.gather(1, target.unsqueeze(1))
-    place = (~(logits < true)).sum(dim=1)  # 1 when the true class is alone at the top; NaN never is
+    place = true_place(logits, target)
     loss = F.cross_entropy(logits, target, reduction="sum")
     return torch.stack([(place <= 1).sum().double(), (place <= 5).sum().double(), loss.double()])
+
+
+def true_place(logits: Tensor, target: Tensor) -> Tensor:
+    """Place of the true class among the logits, (B,): 1 when it is alone at the top; NaN never is, a tie is behind.
+
+    Args:
+        logits: (B, C).
+        target: (B,) int64.
+    """
+    true = logits.gather(1, target.unsqueeze(1))
+    return (~(logits < true)).sum(dim=1)
 
 
 def evaluate(

@@ -3,6 +3,7 @@
 Each function is of one batch and of sums, so that batches add up. Letters: B batch, C classes, K bins of confidence.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from mdistill.engine.evaluate import true_place
+from mdistill.errors import RunFailed
 
 BINS = 15
 """Bins of confidence, as in the paper of ``calibration_error``."""
@@ -22,8 +26,7 @@ def is_top1(logits: Tensor, target: Tensor) -> Tensor:
         logits: (B, C).
         target: (B,) int64.
     """
-    true = logits.gather(1, target.unsqueeze(1))
-    return (~(logits < true)).sum(dim=1) == 1
+    return true_place(logits, target) == 1
 
 
 def calibration_sums(logits: Tensor, target: Tensor, bins: int = BINS) -> Tensor:
@@ -99,7 +102,7 @@ class TeacherFidelity:
 
 
 class Observer:
-    """Sums what is asked for of each batch of an evaluation; the host reads nothing before ``read``.
+    """Sums what is asked for of each batch of an evaluation; the host reads no sum before it is asked for.
 
     Args:
         classes: C.
@@ -132,11 +135,17 @@ class Observer:
                 self._kept.setdefault(name, []).append(values.cpu())
 
     def against_teacher(self) -> TeacherFidelity | None:
-        """Of all images so far; None without a teacher."""
+        """Of all images so far; None without a teacher.
+
+        Raises:
+            RunFailed: a logit of the teacher is not finite.
+        """
         if self._teacher is None:
             return None
         images = float(self.classes[0].sum())
         same, divergence_sum, right = self._against.tolist()
+        if not math.isfinite(divergence_sum):
+            raise RunFailed("the teacher's logits are not finite, so there is nothing to compare with")
         return TeacherFidelity(100.0 * same / images, divergence_sum / images, 100.0 * right / images)
 
     def arrays(self) -> dict[str, Any]:

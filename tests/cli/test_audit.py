@@ -218,12 +218,12 @@ def test_an_earlier_versions_run_tells_its_fields_and_on_request_its_first_epoch
 ) -> None:
     change_line(kd_run, lambda line: line.pop("first_steps"))
     environment = json.loads((kd_run / "env.json").read_text())
-    for key in ("code", "kernels"):
+    for key in ("code", "kernels", "cell"):
         del environment["sessions"][0][key]
     (kd_run / "env.json").write_text(json.dumps(environment))
     assert audit(kd_run, tmp_path) == 1
     *_, fields, last = capsys.readouterr().out.splitlines()
-    assert fields == "fields that the run did not record: code.mdistill, kernels"
+    assert fields == "fields that the run did not record: code.mdistill, kernels, cell"
     assert last.startswith("unknown: an earlier version, which recorded no first steps, began the run, so fields alone")
     assert audit(kd_run, tmp_path, "--first-epoch") == 0
     assert capsys.readouterr().out.endswith("metrics of the first epoch that differ: none\nbit-equal\n")

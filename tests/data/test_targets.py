@@ -66,6 +66,9 @@ def test_a_file_that_is_not_the_published_one_is_told(tmp_path: Path, monkeypatc
     notes: list[str] = []
     read_stl10(tmp_path, False, notes)
     assert notes == ["stl10: test_y.bin is not the published file"]
+    (tmp_path / "stl10_binary" / "class_names.txt").write_bytes(b"\xff\n")
+    with pytest.raises(UserError, match=r"class_names.txt: is no text; delete it, and fetch it again$"):
+        read_stl10(tmp_path, False, notes)
 
 
 @pytest.mark.parametrize(

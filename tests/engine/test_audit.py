@@ -83,6 +83,12 @@ def test_epochs_are_compared_by_their_loss_terms_and_told_by_all() -> None:
     verdict, apart = compare_epochs(line(), line(**{"train/loss_kd": 1.05, "test/top1": 19.0, "best/top1": 19.0}))
     assert (verdict, apart) == ("close", {"train/loss_kd": (1.0, 1.05), "test/top1": (20.0, 19.0)})
     assert compare_epochs(line(), line(**{"train/loss_kd": 1.07}))[0] == "different"
+    for changed, expected in (
+        ({"test/top1": 20.5, "test/loss": 4.05}, "close"),
+        ({"test/top1": 95.0}, "different"),
+        ({"test/loss": 4.5}, "different"),
+    ):
+        assert compare_epochs(line(), line(**changed))[0] == expected
     other = line()
     del other["train/loss_kd"]
     assert compare_epochs(line(), other) == ("different", {"train/loss_kd": (1.0, None)})

@@ -15,6 +15,7 @@ from mdistill.data.loader import BatchLoader
 from mdistill.engine import checkpoint
 from mdistill.engine.build import Experiment, Trial
 from mdistill.engine.checkpoint import Snapshot, Writer
+from mdistill.engine.first_steps import FirstSteps
 from mdistill.engine.metrics import RunningMetrics
 from mdistill.engine.run_folder import RunFolder, read_metrics
 from mdistill.errors import RunFailed, UserError
@@ -152,7 +153,8 @@ def test_a_state_read_back_is_the_one_written(cfg: Path, tmp_path: Path) -> None
     path = tmp_path / "seed0" / "last.pt"
     saved = checkpoint.read(path, trial.config, built.fingerprints, steps=runs.STEPS)
     (phase,) = trial.phases
-    checkpoint.restore(saved, path, trial.distiller, trial.averages, phase.solver, metrics, terms=phase.terms)
+    more = {"terms": phase.terms, "first_steps": FirstSteps(torch.device("cpu"), 3)}
+    checkpoint.restore(saved, path, trial.distiller, trial.averages, phase.solver, metrics, **more)
     assert saved.progress.model_dump() == before["progress"]
     after = checkpoint.state_of(
         trial.distiller,
@@ -374,7 +376,8 @@ def restored(built: Experiment, change: Callable[[dict[str, Any]], object]) -> N
     saved = checked(Checkpoint, state, path)
     metrics = RunningMetrics(built.device)
     (phase,) = trial.phases
-    checkpoint.restore(saved, path, trial.distiller, trial.averages, phase.solver, metrics, terms=phase.terms)
+    more = {"terms": phase.terms, "first_steps": FirstSteps(torch.device("cpu"), 3)}
+    checkpoint.restore(saved, path, trial.distiller, trial.averages, phase.solver, metrics, **more)
 
 
 def momentum(value: Any) -> Callable[[dict[str, Any]], object]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mdistill.engine import fidelity
 from mdistill.engine.fidelity import BINS, Observer
+from mdistill.errors import RunFailed
 
 IMAGES, CLASSES = 200, 7
 
@@ -110,6 +111,10 @@ def test_batches_add_up() -> None:
     assert arrays.keys() == {"logits", "labels", "teacher_logits"}
     assert torch.equal(torch.from_numpy(arrays["logits"]), logits)
     assert arrays["labels"].tolist() == target.tolist()
+    teacher_logits[3, 0] = math.nan
+    observer(images, logits, target)
+    with pytest.raises(RunFailed, match="the teacher's logits are not finite"):
+        observer.against_teacher()
 
 
 def test_nothing_is_kept_or_compared_unless_it_is_asked_for() -> None:

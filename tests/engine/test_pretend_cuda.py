@@ -513,10 +513,7 @@ def eager(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if number % 12 == 0 else pytest.mark.slow) for number, name in enumerate(FAULTS)],
-)
+@pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(
     name: str, eager: Callable[[str], tuple[Path, Path]], tmp_path: Path, monkeypatch: Patch
 ) -> None:
