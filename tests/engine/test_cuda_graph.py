@@ -201,7 +201,7 @@ RECIPES = {
 }
 KINDS = ("kd", "mcld", "crd", "ctkd", "ft", "tekap", "mlkd", "rkd", "wkd_l", "drawing_method", "pooled_method")
 """One method of each kind of state: none, a queue, memories, a module, phases, draws, views. Steps of all are captured
-on the pretended device, and eager runs of all are stopped and resumed in test_runs.py."""
+on the pretended device, and every restored method continues bit for bit in the tests of the contract."""
 
 
 @pytest.mark.usefixtures("rate_in_a_tensor")
