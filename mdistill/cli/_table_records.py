@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mdistill.cli import common
-from mdistill.errors import UserError, suggestion
+from mdistill.errors import RunFailed, UserError, printable, suggestion
 
 if TYPE_CHECKING:
-    from mdistill.reporting.records import Found
+    from mdistill.reporting.records import Found, Record
     from mdistill.reporting.table_cells import Layout
     from mdistill.reporting.table_show import Table
 
@@ -46,7 +46,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument("table", help="a name in configs/tables, or a table file")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run, after the table's own")
     common.add_part(parser)
-    parser.add_argument("--epochs", type=int, metavar="N", help="of runs whose schedules were shortened to N epochs")
+    common.add_imports(parser)
+    parser.add_argument(
+        "--epochs", type=common.count, metavar="N", help="of runs whose schedules were shortened to N epochs"
+    )
     parser.add_argument("--output", type=common.path, default=Path("runs"), help="folder of all runs (%(default)s)")
     results = common.project_root() / "results"
     parser.add_argument("--results", type=common.path, default=results, help="folder of published records (results)")
@@ -56,7 +59,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if action == "compare":
         parser.add_argument("--baseline", required=True, metavar="METHOD", help="the row that others are compared with")
     if action != "publish":
-        forms = ("text", "markdown", "latex", "csv", "html") if action == "show" else ("text", "markdown")
+        from mdistill.reporting.table_formats import FORMATS
+
+        forms = FORMATS if action == "show" else ("text", "markdown")
         parser.add_argument("--format", choices=forms, default="text", help="(%(default)s)")
         parser.add_argument("--metric", help="top1, top5 or one of the table's (default: those that it is about)")
         parser.add_argument("--best", action="store_true", help="the best epoch's accuracy instead of the last one's")
@@ -66,8 +71,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def act(args: argparse.Namespace) -> None:
-    if args.epochs is not None and args.epochs < 1:
-        raise UserError(f"--epochs: should be at least 1, found {args.epochs}")
     if args.action == "publish":
         return _publish(args)
     table = _table(args)
@@ -108,7 +111,7 @@ def _layout(args: argparse.Namespace, table: str, methods: "Sequence[str] | None
 
     overrides = () if args.action == "publish" else tuple(args.overrides)
     configs = common.project_root() / "configs"
-    whole = layout(table, configs, args.output, overrides=overrides, epochs=args.epochs)
+    whole = layout(table, configs, args.output, overrides=overrides, imports=args.imports, epochs=args.epochs)
     return whole.part(methods, args.pairs, args.seeds)
 
 
@@ -122,27 +125,58 @@ def _found(args: argparse.Namespace) -> "Found":
 
 
 def _publish(args: argparse.Namespace) -> None:
-    from mdistill.reporting.publishing import destination, publish, publish_searches
-    from mdistill.reporting.records import find_records, read_record
+    """Copy all that is named; what is refused does not keep the others.
 
-    for name in args.names:
-        if Path(name).is_dir():
-            records = [read_record(Path(name))]
-        else:
-            layout = _layout(args, name, args.methods)
-            found = find_records([args.output] if args.output.is_dir() else [])
-            records = [record for record in found.records if layout.holds(record)]
-            ended = [record for record in records if record.complete or record.failure]
-            print(f"{name}: {len(ended)} runs have ended, {len(records) - len(ended)} have not, below {args.output}")
-            for problem in found.problems:
-                print(f"left out: {problem}")
-            records = ended
-            for target in publish_searches(Path(name).stem, args.output, args.results):
-                print(target)
-        for record in records:
-            target = args.results / destination(record, args.output)
-            changed = publish(record, target, (args.checkpoint_root, args.output))
-            print(f"{target}{'' if changed else ', as it was'}")
+    Raises:
+        UserError: a name is none of a table's, or the only record was refused.
+        RunFailed: some of several were.
+    """
+    todo = [each for name in args.names for each in _named(args, name)]
+    refused = [each for each in todo if not _copy(args, each, only=len(todo) == 1)]
+    if refused:
+        raise RunFailed(f"{len(todo) - len(refused)} of {len(todo)} records are published, the others were refused")
+
+
+def _named(args: argparse.Namespace, name: str) -> "Sequence[Path | Record]":
+    """What there is to publish under a name: a run folder, or searches and runs of a table."""
+    from mdistill.reporting.publishing import searches_of
+    from mdistill.reporting.records import find_records
+
+    if Path(name).is_dir():
+        return [Path(name)]
+    layout = _layout(args, name, args.methods)
+    found = find_records([args.output] if args.output.is_dir() else [])
+    records = [record for record in found.records if layout.holds(record)]
+    ended = [record for record in records if record.complete or record.failure]
+    print(f"{name}: {len(ended)} runs have ended, {len(records) - len(ended)} have not, below {args.output}")
+    for problem in found.problems:
+        print(f"left out: {problem}")
+    return [*searches_of(Path(name).stem, args.output), *ended]
+
+
+def _copy(args: argparse.Namespace, each: "Path | Record", *, only: bool) -> bool:
+    """Copy a run's record, the one in a run folder or that of a search; whether that could be done.
+
+    Raises:
+        UserError: it is the ``only`` one and was refused.
+    """
+    from mdistill.reporting.publishing import destination, publish, publish_search
+    from mdistill.reporting.records import read_record
+
+    try:
+        if isinstance(each, Path) and each.is_file():
+            print(publish_search(each, args.results))
+            return True
+        record = read_record(each) if isinstance(each, Path) else each
+        target = args.results / destination(record, args.output)
+        changed = publish(record, target, (args.checkpoint_root, args.output))
+        print(f"{target}{'' if changed else ', as it was'}")
+    except UserError as error:
+        if only:
+            raise
+        print(f"not published: {printable(str(error).splitlines()[0], 900)}", file=sys.stderr)
+        return False
+    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -46,28 +46,33 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def take(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     from mdistill.files import write_text
     from mdistill.reporting.external import FILE, read_external, told
 
     for run in args.runs:
         external, students = _read(args, run)
-        if args.evaluate:
-            external = _evaluated(args, external, students, run)
-        if external.accuracy("last") is None and external.accuracy("best") is None:
-            raise UserError(f"{run}: it tells no accuracy; --evaluate measures its students")
         pair = f"{external.teacher}_{external.student}" if external.teacher else external.student
         place = [external.dataset, external.method, pair, external.source, external.settings, external.trial]
         folder = args.results.joinpath("external", *(_folder_name(part) for part in place if part))
-        if (folder / FILE).is_file() and dict(read_external(folder).files) != dict(external.files):
+        there = read_external(folder) if (folder / FILE).is_file() else None
+        if there is not None and not there.files.items() <= external.files.items():
             raise UserError(f"{folder} holds another run: tell them apart with --trial")
+        if args.evaluate:
+            external = _evaluated(args, external, students, run)
+        elif there is not None:
+            external = replace(external, measured=there.measured)
+        if external.accuracy("last") is None and external.accuracy("best") is None:
+            raise UserError(f"{run}: it tells no accuracy; --evaluate measures its students")
         write_text(folder / FILE, external.to_json())
         print(told(external, folder))
 
 
 def _read(args: argparse.Namespace, run: Path) -> "tuple[External, dict[str, Path]]":
     from mdistill.distillers import DISTILLERS
+    from mdistill.files import sha256_of
     from mdistill.models import MODELS
-    from mdistill.models.torch_files import file_record
     from mdistill.reporting.external import External, best_of, names_of, network_name, read_folder, settings_of
 
     found = read_folder(run)
@@ -90,9 +95,6 @@ def _read(args: argparse.Namespace, run: Path) -> "tuple[External, dict[str, Pat
             raise UserError(f"{run}: its name does not tell its student: give --student")
         own = given is None or given.casefold() == "none"
         networks[role] = "" if own else MODELS.canonical(network_name(str(given)), f"--{role} of {run}")
-    files = (
-        [run] if run.is_file() else [path for path in (run / "worklog.txt", *found.students.values()) if path.is_file()]
-    )
     last = found.epochs[-1] if found.epochs else found.last
     best = best_of(found.epochs) or found.best
     ends = [each.epoch for each in (last, best) if each is not None]
@@ -107,7 +109,7 @@ def _read(args: argparse.Namespace, run: Path) -> "tuple[External, dict[str, Pat
         max(ends, default=0),
         last,
         best,
-        {path.name: file_record(path).sha256 for path in files},
+        {path.name: sha256_of(path) for path in found.files},
         args.label or "",
         settings=printable(names.get("settings", ""), 200),
     )

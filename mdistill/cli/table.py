@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from mdistill.reporting.table_runs import Outcome, Process, Start
     from mdistill.reporting.table_speeds import Speeds
 
+    State = Callable[[Sequence[Run], Outcome], tuple[int, str, str]]
+
 DESCRIPTION = """A table is pairs x methods x seeds, as a table file says: one of configs/tables, or your own.
 
 run    trains what is missing, resumes what was stopped and leaves alone what is complete. A run that fails does not
@@ -129,6 +131,7 @@ def _tell_transfers(args: argparse.Namespace, found: "Table", runs: "Sequence[Ru
     if lacking:
         place = "" if args.output == Path("runs") else f" --output {args.output}"
         place += f" --epochs {args.epochs}" if args.epochs else ""
+        place += "".join(f" --import {module}" for module in args.imports)
         print(
             f"{len(lacking)} of them are still to be transferred to {' or '.join(targets)}:"
             f" mdistill transfer --table {args.table}{place}"
@@ -187,10 +190,11 @@ def _train(args: argparse.Namespace, runs: "Sequence[Run]", output: Path, config
     from mdistill.reporting.table_speeds import Speeds
 
     threads = None if args.ray else threads_of(args.jobs or 1)
+    state = _state_of(runs, Speeds(runs, _recorded(args, output), threads))
     with (
         _workers(args, output) as (claims, start, device),
         StopRequest() as stop,
-        _progress(runs, Speeds(runs, _recorded(args, output), threads)) as progress,
+        progress_of(sum(run.epochs for run in runs), state) as progress,
     ):
         outcome = train(
             runs,
@@ -212,7 +216,9 @@ def _train(args: argparse.Namespace, runs: "Sequence[Run]", output: Path, config
     if outcome.failed:
         raise RunFailed(f"{done}, {len(outcome.failed)} failed; what they printed is in {output / '.logs'}")
     with suppress(UserError):  # of a row or pair that was not asked for; `show` tells of it
-        layout(args.table, configs, args.output, overrides=args.overrides, epochs=args.epochs)  # so that it is quick
+        layout(  # so that it is quick
+            args.table, configs, args.output, overrides=args.overrides, imports=args.imports, epochs=args.epochs
+        )
     print(done)
 
 
@@ -253,29 +259,24 @@ def _workers(args: argparse.Namespace, output: Path) -> "Iterator[tuple[Claims, 
         yield claims, start, args.device or ("cuda" if gpus else "cpu")
 
 
-class _Progress:
+class Progress:
     """One bar over the epochs of all runs, those that others train too; lines instead where there is no terminal."""
 
-    def __init__(self, runs: "Sequence[Run]", speeds: "Speeds", bar: Any, clock: Callable[[], float]) -> None:
-        self._runs, self._speeds, self._bar, self._clock = runs, speeds, bar, clock
-        self._looked, self._printed, self._measured = -LOOK, clock(), clock()
+    def __init__(self, bar: Any, state: "State") -> None:
+        self._bar, self._state = bar, state
+        self._looked, self._printed = -LOOK, time.monotonic()
 
     def report(self, active: "Sequence[Run]", outcome: "Outcome") -> None:
-        """How far the table is."""
-        now = self._clock()
+        """How far they are."""
+        now = time.monotonic()
         if now - self._looked < LOOK:
             return
         self._looked = now
-        if now - self._measured >= MEASURE:
-            self._measured = now
-            self._speeds.read()
-        open_runs = [run for run in self._runs if run.key not in outcome.failed]
-        seconds, unknown = self._speeds.left(open_runs)
-        left = f"about {timedelta(seconds=round(seconds / max(1, len(active))))} left" if seconds else ""
-        words = [f"{len(outcome.complete)} of {len(self._runs)} complete", f"{len(active)} running"]
+        epochs, done, left = self._state(active, outcome)
+        words = [done, f"{len(active)} running"]
         words += [f"{len(outcome.failed)} failed"] if outcome.failed else []
-        words += [f"{left}{' and more' if unknown else ''}"] if left else []
-        self._bar.n = min(self._bar.total, sum(run.epochs_done for run in self._runs))
+        words += [left] if left else []
+        self._bar.n = min(self._bar.total, epochs)
         self._bar.set_postfix_str(", ".join(words), refresh=False)
         if not self._bar.disable:
             self._bar.refresh()
@@ -290,14 +291,36 @@ class _Progress:
 
 
 @contextmanager
-def _progress(runs: "Sequence[Run]", speeds: "Speeds") -> "Iterator[_Progress]":
+def progress_of(total: int, state: "State") -> Iterator[Progress]:
+    """The progress of ``total`` epochs.
+
+    Args:
+        state: of the runs that are training and of what became of the others: how many epochs are done, and in words
+            what is done and what is left, "" where that is not told.
+    """
     from tqdm import tqdm
 
-    total = sum(run.epochs for run in runs)
     form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}{postfix}]"
     with tqdm(total=total, bar_format=form, dynamic_ncols=True, disable=None) as bar:
-        bar.total = total
-        yield _Progress(runs, speeds, bar, time.monotonic)
+        bar.total = total  # which a bar that is not shown leaves out
+        yield Progress(bar, state)
+
+
+def _state_of(runs: "Sequence[Run]", speeds: "Speeds") -> "State":
+    """How far a table is."""
+    measured = time.monotonic()
+
+    def state(active: "Sequence[Run]", outcome: "Outcome") -> tuple[int, str, str]:
+        nonlocal measured
+        if time.monotonic() - measured >= MEASURE:
+            measured = time.monotonic()
+            speeds.read()
+        seconds, unknown = speeds.left([run for run in runs if run.key not in outcome.failed])
+        left = f"about {timedelta(seconds=round(seconds / max(1, len(active))))} left" if seconds else ""
+        done = f"{len(outcome.complete)} of {len(runs)} complete"
+        return sum(run.epochs_done for run in runs), done, f"{left} and more" if left and unknown else left
+
+    return state
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

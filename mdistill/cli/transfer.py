@@ -204,7 +204,8 @@ def _of_table(args: argparse.Namespace) -> None:
     from mdistill.reporting.records import find_records
     from mdistill.reporting.table_cells import layout
 
-    whole = layout(args.table, common.project_root() / "configs", args.output, epochs=args.epochs)
+    configs = common.project_root() / "configs"
+    whole = layout(args.table, configs, args.output, imports=args.imports, epochs=args.epochs)
     wanted = whole.part(args.methods, args.pairs, args.seeds)
     if not whole.targets:
         raise UserError(f"{args.table}: no metric on a target, such as stl10/top1, among its metrics: nothing to do")

@@ -2,17 +2,16 @@
 
 import argparse
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mdistill.cli import common
-from mdistill.cli.table import EVERY, LOOK, add_jobs, run_flags, time_left
+from mdistill.cli.table import add_jobs, progress_of, run_flags, time_left
 from mdistill.errors import RunFailed, Stopped
 
 if TYPE_CHECKING:
+    from mdistill.cli.table import State
     from mdistill.reporting.searching import Journal
     from mdistill.reporting.table_files import Table
     from mdistill.reporting.table_plan import Run
@@ -90,8 +89,7 @@ def _print_plan(args: argparse.Namespace, table: "Table", found: "Sequence[Searc
             ended = {each.number for each in Tuning([search], journal).trials(search) if each.state != "running"}
         left += [search.slot(number) for number in range(search.count) if number not in ended]
         space = "; ".join(f"{key} {described(each)}" for key, each in search.spaces.items())
-        holdout = "a tenth" if search.holdout is None else f"{search.holdout:,}"
-        assert SHARE == 10
+        holdout = f"one in {SHARE}" if search.holdout is None else f"{search.holdout:,}"
         print(
             f"{search.label}: {len(ended)} of {search.count} trials done, of {search.slot(0).epochs} epochs with"
             f" {holdout} of the training images held out; {space}"
@@ -118,8 +116,9 @@ def _search(
     enter(found, journal)
     runs, tuning = agenda_of(found, journal)
     claims = Claims(folder / ".claims")
+    total = sum(search.count * search.slot(0).epochs for search in found)
     try:
-        with StopRequest() as stop, _progress(found, tuning) as progress:
+        with StopRequest() as stop, progress_of(total, _state_of(found, tuning, total)) as progress:
             outcome = train(
                 runs,
                 claims,
@@ -168,46 +167,16 @@ def _write(
     return others
 
 
-class _Progress:
-    """One bar over the epochs of all trials; lines instead where there is no terminal."""
+def _state_of(found: "Sequence[Search]", tuning: "Tuning", total: int) -> "State":
+    """How far the searches are, of ``total`` epochs."""
+    trials = sum(search.count for search in found)
 
-    def __init__(self, found: "Sequence[Search]", tuning: "Tuning", bar: Any) -> None:
-        self._tuning, self._bar = tuning, bar
-        self._trials = sum(search.count for search in found)
-        self._each = bar.total / max(1, self._trials)
-        self._looked, self._printed = -LOOK, time.monotonic()
+    def state(active: "Sequence[Run]", outcome: "Outcome") -> tuple[int, str, str]:
+        ended = tuning.ended()
+        epochs = round(ended * total / max(1, trials)) + sum(run.epochs_done for run in active)
+        return epochs, f"{ended} of {trials} trials done", ""
 
-    def report(self, active: "Sequence[Run]", outcome: "Outcome") -> None:
-        """How far the searches are."""
-        now = time.monotonic()
-        if now - self._looked < LOOK:
-            return
-        self._looked, ended = now, self._tuning.ended()
-        self._bar.n = min(self._bar.total, round(ended * self._each) + sum(run.epochs_done for run in active))
-        words = f"{ended} of {self._trials} trials done, {len(active)} running"
-        words += f", {len(outcome.failed)} failed" if outcome.failed else ""
-        self._bar.set_postfix_str(words, refresh=False)
-        if not self._bar.disable:
-            self._bar.refresh()
-        elif now - self._printed >= EVERY:
-            self._printed = now
-            print(words, flush=True)
-
-    def tell(self, line: str) -> None:
-        """Print ``line`` above the bar."""
-        self._bar.write(line)
-        sys.stdout.flush()
-
-
-@contextmanager
-def _progress(found: "Sequence[Search]", tuning: "Tuning") -> "Iterator[_Progress]":
-    from tqdm import tqdm
-
-    total = sum(search.count * search.slot(0).epochs for search in found)
-    form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}{postfix}]"
-    with tqdm(total=total, bar_format=form, dynamic_ncols=True, disable=None) as bar:
-        bar.total = total
-        yield _Progress(found, tuning, bar)
+    return state
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

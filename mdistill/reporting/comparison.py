@@ -117,13 +117,15 @@ def text(compared: Compared, *, markdown: bool = False) -> str:
         for line in compared.lines
     ]
     notes = [
-        f"{metric_name(compared.metric)} of the {compared.epoch} epoch, percentage points; n differences, each of two"
-        " runs with the same seed and pair; Student's t",
-        "p, Holm: adjusted for the number of comparisons of its kind (single pairs; over pairs) in this table",
+        f"{metric_name(compared.metric)} of the {compared.epoch} epoch, percentage points; n counts differences, each"
+        " of two runs with the same seed and pair, and for other pairs like these it counts pairs; Student's t",
+        "p, Holm: adjusted for the number of comparisons of its kind in this table (single pairs; over pairs, further"
+        " seeds; over pairs, other pairs)",
     ]
     if any(line.comparison.count < 5 for line in compared.lines):
         notes.append(
-            "of so few seeds an interval that holds 0 does not say that methods are equal, only that this does not tell"
+            "where n is below 5 an interval that holds 0 does not say that methods are equal, only that this does not"
+            " tell"
         )
     if any(line.comparison.p is None for line in compared.lines):
         notes.append(
@@ -131,6 +133,7 @@ def text(compared: Compared, *, markdown: bool = False) -> str:
         )
     notes += compared.notes
     if markdown:
+        header, *rows = [[escaped(text) for text in line] for line in (header, *rows)]
         lines = markdown_table(header, rows, ["---", "---", *["---:"] * 5])
         return "\n".join([*lines, "", *(f"- {escaped(note)}" for note in notes)])
     return "\n".join([text_table(header, rows), "", *notes])

@@ -27,7 +27,6 @@ FILE = "external.json"
 Project = Literal["mdistiller", "RepDistiller"]
 
 _LINE = re.compile(r"\s*([a-zA-Z_0-9]+):\s*([-+.\deE]+|nan|inf)\s*")
-_ENDED = re.compile(r"best_acc\s+([\d.]+)")
 _REP_NAME = re.compile(
     r"S:(?P<student>.+?)_T:(?P<teacher>.+?)_(?P<dataset>cifar100|imagenet)_(?P<method>[^_:]+)_(?P<settings>r:.*)"
     r"_(?P<trial>\w+)"
@@ -115,27 +114,30 @@ def read_external(folder: Path) -> External:
 def parse_worklog(text: str) -> list[EpochFigures]:
     """The epochs of a ``worklog.txt``; of an epoch that was run again after a stop, the last one."""
     epochs: dict[int, EpochFigures] = {}
-    block: dict[str, float] = {}
+    block: dict[str, str] = {}
     for line in [*text.splitlines(), "---"]:
         match = _LINE.fullmatch(line)
         if match and match[1] != "epoch":
-            block[match[1]] = _number(match[2])
+            block[match[1]] = match[2]
             continue
-        _close(block, epochs)
-        block = {"epoch": _number(match[2])} if match else {}
+        figures = _figures(block.get("epoch"), block.get("test_acc"), block.get("test_acc_top5"))
+        if figures is not None:
+            epochs[figures.epoch] = figures
+        block = {"epoch": match[2]} if match else {}
     return [epochs[epoch] for epoch in sorted(epochs)]
 
 
 def parse_printed(text: str) -> list[EpochFigures]:
     """The epochs of what RepDistiller printed: of each, the second accuracy, that of the test."""
     epochs: list[EpochFigures] = []
-    epoch: int | None = None
+    epoch: str | None = None
     for line in text.splitlines():
         begun, accuracy = _REP_EPOCH.search(line), _REP_ACCURACY.search(line)
         if begun:
-            epoch = int(begun[1])
-        elif accuracy and epoch is not None:  # the line before "epoch n" is of training
-            epochs.append(EpochFigures(epoch=epoch, top1=float(accuracy[1]), top5=float(accuracy[2])))
+            epoch = begun[1]
+        elif accuracy:  # the line before "epoch n" is of training
+            figures = _figures(epoch, accuracy[1], accuracy[2])
+            epochs += [figures] if figures is not None else []
             epoch = None
     return epochs
 
@@ -191,6 +193,7 @@ class Run:
 
     project: Project
     epochs: list[EpochFigures]  # of its log
+    files: tuple[Path, ...]  # that this is from
     last: EpochFigures | None = None  # as its checkpoints tell
     best: EpochFigures | None = None
     students: dict[str, Path] = field(default_factory=dict)  # files of weights, by "last" and "best"
@@ -209,7 +212,8 @@ def read_folder(path: Path) -> Run:
     if (path / "worklog.txt").is_file():
         students = {"last": path / "student_latest", "best": path / "student_best"}
         there = {what: file for what, file in students.items() if file.is_file()}
-        return replace(_log(path / "worklog.txt"), students=there)
+        log = _log(path / "worklog.txt")
+        return replace(log, files=(*log.files, *there.values()), students=there)
     if not any(path.glob("*.pth")):
         raise UserError(
             f"{path}: neither worklog.txt, as mdistiller and RLD write it, nor *.pth, as RepDistiller does; name the"
@@ -222,38 +226,44 @@ def _log(path: Path) -> Run:
     text = read_text(path)
     worklog = parse_worklog(text)
     if worklog:
-        return Run("mdistiller", worklog)
+        return Run("mdistiller", worklog, (path,))
     printed = parse_printed(text)
     if not printed:
         raise UserError(f"{path}: no epoch in it, neither as worklog.txt of mdistiller nor as RepDistiller prints them")
-    return Run("RepDistiller", printed)
+    return Run("RepDistiller", printed, (path,))
 
 
 def _of_checkpoints(path: Path) -> Run:
-    from mdistill.models.torch_files import read_file
-
     numbered = {int(match[1]): file for file in path.glob("*.pth") if (match := _CHECKPOINT.fullmatch(file.name))}
     newest = numbered[max(numbered)] if numbered else None
     best = next(iter(sorted(path.glob("*_best.pth"))), None)
-    students = {"last": next(iter(sorted(path.glob("*_last.pth"))), newest), "best": best}
-    return Run(
-        "RepDistiller",
-        [],
-        None if newest is None else _figures(read_file(newest), "accuracy"),
-        None if best is None else _figures(read_file(best), "best_acc"),
-        {what: file for what, file in students.items() if file is not None},
-    )
+    found = {"last": next(iter(sorted(path.glob("*_last.pth"))), newest), "best": best}
+    students = {what: file for what, file in found.items() if file is not None}
+    files = tuple(dict.fromkeys(file for file in (newest, *students.values()) if file is not None))
+    return Run("RepDistiller", [], files, _beside(newest, "accuracy"), _beside(best, "best_acc"), students)
 
 
-def _figures(content: Any, key: str) -> EpochFigures | None:
-    """Epoch and accuracy that a checkpoint holds beside the weights, as numbers or as tensors of one value."""
-    if not isinstance(content, Mapping) or not {"epoch", key} <= content.keys():
+def _beside(file: Path | None, key: str) -> EpochFigures | None:
+    """Epoch and accuracy that a checkpoint holds beside the weights."""
+    from mdistill.models.torch_files import read_file
+
+    content = None if file is None else read_file(file)
+    return _figures(content.get("epoch"), content.get(key)) if isinstance(content, Mapping) else None
+
+
+def _figures(epoch: Any, top1: Any, top5: Any = None) -> EpochFigures | None:
+    """An epoch and its accuracies, each a text, a number or a tensor of one value; None where they can be none."""
+    number, first, second = (_number(each) for each in (epoch, top1, top5))
+    if not (1 <= number < 2**31 and 0 <= first <= 100):
         return None
+    return EpochFigures(int(number), first, second if 0 <= second <= 100 else None)
+
+
+def _number(value: Any) -> float:
     try:
-        epoch, top1 = int(content["epoch"]), float(content[key])
+        return float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        return None
-    return EpochFigures(epoch, top1) if epoch >= 1 and 0 <= top1 <= 100 else None
+        return float("nan")
 
 
 def network_name(name: str) -> str:
@@ -262,23 +272,6 @@ def network_name(name: str) -> str:
 
     long = {short: full for full, short in SHORT_NAMES.items()}
     return _NETWORKS.get(name, long.get(name, name))
-
-
-def _close(block: Mapping[str, float], epochs: dict[int, EpochFigures]) -> None:
-    if not {"epoch", "test_acc"} <= block.keys() or not block["epoch"] >= 1 or not 0 <= block["test_acc"] <= 100:
-        return
-    top5 = block.get("test_acc_top5")
-    epoch = int(block["epoch"])
-    epochs[epoch] = EpochFigures(
-        epoch=epoch, top1=block["test_acc"], top5=top5 if top5 is not None and 0 <= top5 <= 100 else None
-    )
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
 
 
 def told(external: External, folder: Path) -> str:

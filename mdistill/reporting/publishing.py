@@ -89,20 +89,23 @@ def _text(content: Any, path: Path) -> str:
         raise UserError(f"{path} is damaged: it holds a number that is not finite") from None
 
 
-def publish_searches(table: str, output: Path, results: Path) -> list[Path]:
-    """Copy the records of searches for the table called ``table``; where they are then.
+def searches_of(table: str, output: Path) -> list[Path]:
+    """The records of searches for the table called ``table``."""
+    folder = output / SEARCHES
+    paths = [folder / f"{table}.json", *sorted(folder.glob(f"{table}-epochs[0-9]*.json"))]
+    return [path for path in paths if path.is_file()]
+
+
+def publish_search(path: Path, results: Path) -> Path:
+    """Copy the record of a search; where it is then.
 
     Raises:
-        UserError: one is too large.
+        UserError: it is too large.
     """
-    published = []
-    for path in [output / SEARCHES / f"{table}.json", *sorted((output / SEARCHES).glob(f"{table}-epochs[0-9]*.json"))]:
-        if path.is_file():
-            _check_size(path, text := read_text(path))
-            target = results / SEARCHES / path.name
-            write_text(target, text)
-            published.append(target)
-    return published
+    _check_size(path, text := read_text(path))
+    target = results / SEARCHES / path.name
+    write_text(target, text)
+    return target
 
 
 def _check_size(path: Path, text: str) -> None:

@@ -21,7 +21,7 @@ class Comparison:
     """How far one method is above another."""
 
     difference: float  # mean
-    low: float | None  # of the confidence interval; None where no difference varies, so that there is none
+    low: float | None  # of the 95 % interval; None where no difference varies, so that there is none
     high: float | None
     p: float | None  # two-sided, of no difference; None as above
     freedom: int  # degrees of freedom
@@ -48,17 +48,17 @@ def mean_std_text(values: Sequence[float]) -> str:
     return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
 
 
-def paired(differences: Sequence[float], confidence: float = 0.95) -> Comparison | None:
-    """Student's paired t test: the mean of ``differences`` and its confidence interval; None of fewer than two.
+def paired(differences: Sequence[float]) -> Comparison | None:
+    """Student's paired t test: the mean of ``differences`` and its 95 % interval; None of fewer than two.
 
     Where all differences are equal there is neither an interval nor a p: accuracies are counts of images, so that two
     differences are equal by chance in one or two of a hundred comparisons.
     """
-    return stratified([differences], confidence)
+    return stratified([differences])
 
 
-def stratified(groups: Sequence[Sequence[float]], confidence: float = 0.95) -> Comparison | None:
-    """The mean over ``groups`` of their mean differences, each group weighing the same, and its confidence interval.
+def stratified(groups: Sequence[Sequence[float]]) -> Comparison | None:
+    """The mean over ``groups`` of their mean differences, each group weighing the same, and its 95 % interval.
 
     A group is a pair of teacher and student, its differences are those of the seeds. The variance is that of the
     differences about the means of their groups, pooled over all groups and taken to be the same in each:
@@ -81,11 +81,8 @@ def stratified(groups: Sequence[Sequence[float]], confidence: float = 0.95) -> C
         return Comparison(fmean(means), None, None, None, freedom, count)
     squares = math.fsum((each - mean) ** 2 for group, mean in zip(groups, means, strict=True) for each in group)
     variance = squares / freedom / len(groups) ** 2 * math.fsum(1 / len(group) for group in groups)
-    return _comparison(fmean(means), math.sqrt(variance), freedom, count, confidence)
-
-
-def _comparison(difference: float, error: float, freedom: int, count: int, confidence: float) -> Comparison:
-    half = t_quantile(0.5 + confidence / 2, freedom) * error
+    difference, error = fmean(means), math.sqrt(variance)
+    half = t_quantile(0.975, freedom) * error
     p = t_two_sided(difference / error, freedom)
     return Comparison(difference, difference - half, difference + half, p, freedom, count)
 

@@ -215,25 +215,32 @@ class _Stamp:
 
 
 def layout(
-    name: str, configs: Path, output: Path, *, overrides: Sequence[str] = (), epochs: int | None = None
+    name: str,
+    configs: Path,
+    output: Path,
+    *,
+    overrides: Sequence[str] = (),
+    imports: Sequence[str] = (),
+    epochs: int | None = None,
 ) -> Layout:
     """The whole table called ``name``, from what was written down below ``output`` where that is up to date.
 
     Args:
         configs: the folder of all configurations.
         overrides: ``key=value`` for every run.
+        imports: user modules beside the table's own.
         epochs: what every schedule is shortened to; None for what the table says.
 
     Raises:
         UserError: there is no such table, or it cannot be built.
     """
-    memory = _memory(name, configs, output, overrides, epochs)
+    memory = _memory(name, configs, output, overrides, imports, epochs)
     if memory is not None:
         with suppress(UserError, ValueError, TypeError, KeyError):
             return _read(json.loads(read_text(memory)))
     from mdistill.reporting.table_files import find_table, read_table
 
-    table = read_table(find_table(name, configs), configs, overrides=overrides, epochs=epochs)
+    table = read_table(find_table(name, configs), configs, overrides=overrides, imports=imports, epochs=epochs)
     found, lasting = _resolved(table, configs)
     if memory is not None and lasting and output.is_dir():
         with suppress(RunFailed, OSError):  # nothing but time depends on it
@@ -315,7 +322,9 @@ def wanted(cell: "Cell", published: "Config", config: "Config") -> Wanted:
     )
 
 
-def _memory(name: str, configs: Path, output: Path, overrides: Sequence[str], epochs: int | None) -> Path | None:
+def _memory(
+    name: str, configs: Path, output: Path, overrides: Sequence[str], imports: Sequence[str], epochs: int | None
+) -> Path | None:
     """The file that the table is written down in, named after all that it depends on; None where there is no table."""
     path = next((path for path in (Path(name), configs / "tables" / f"{name}.yaml") if path.is_file()), None)
     if path is None:
@@ -323,7 +332,7 @@ def _memory(name: str, configs: Path, output: Path, overrides: Sequence[str], ep
     code = Path(__file__).resolve().parents[1]
     beside = path.parent.glob("*.yaml")  # among them the one with tuned settings
     stamp = _Stamp().add([path, *beside, *configs.rglob("*.yaml"), *code.rglob("*.py")]).digest
-    stamp.update(json.dumps([list(overrides), epochs, sys.version]).encode())
+    stamp.update(json.dumps([list(overrides), list(imports), epochs, sys.version]).encode())
     return output / MEMORY / f"{path.stem}-{stamp.hexdigest()[:16]}.json"
 
 

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from mdistill.reporting.statistics import mean_std
 from mdistill.reporting.table_page import page
 from mdistill.reporting.table_show import NAMES, Table, metric_name
-from mdistill.reporting.tables import escaped, text_table
+from mdistill.reporting.tables import escaped, markdown_table, text_table
 
 Format = Literal["text", "markdown", "latex", "csv", "html"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -83,7 +83,7 @@ def _markdown(table: Table) -> str:
         for name, *cells in _rows(table)
     ]
     header = [escaped(name) for name in (table.headline, *table.layout.pairs)]
-    lines = ["| " + " | ".join(line) + " |" for line in (header, ["---", *["---:"] * len(table.layout.pairs)], *rows)]
+    lines = markdown_table(header, rows, ["---", *["---:"] * len(table.layout.pairs)])
     notes = ["best of a column bold, second underlined", *table.notes]
     return "\n".join([f"**{escaped(table.title)}**", "", *lines, "", *(f"- {escaped(note)}" for note in notes)])
 

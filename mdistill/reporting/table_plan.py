@@ -60,10 +60,6 @@ class Run:
         state: State = self._seen["state"]
         return state
 
-    def is_complete(self) -> bool:
-        """Whether it is by now."""
-        return self.state == "complete"
-
     @property
     def difference(self) -> str:
         """In what a run of other settings is another one."""

@@ -258,7 +258,7 @@ class _Training:
         run = self.agenda.settled(claimed)
         if run is None:
             self.outcome.complete.append(claimed)
-        elif run.is_complete():  # by another process, a moment ago
+        elif run.state == "complete":  # by another process, a moment ago
             self._complete(run)
         elif run.difference:
             settings = f"a run of other settings ({run.difference})"

@@ -15,9 +15,8 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: Sequence[str]) -> list[str]:
-    """The lines of a table; ``align`` is ``---`` or ``---:`` for each column, and every text is escaped."""
-    lines = [[escaped(text) for text in header], list(align), *([escaped(text) for text in row] for row in rows)]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+    """The lines of a table whose texts are Markdown; ``align`` is ``---`` or ``---:`` for each column."""
+    return ["| " + " | ".join(line) + " |" for line in (header, align, *rows)]
 
 
 def escaped(text: str) -> str:

@@ -12,6 +12,7 @@ from ..conftest import refused
 from ..reporting.written_records import write_record
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "cifar100"
+KD = "runs/cifar100/kd/resnet56_resnet20"
 TABLE = """title: Mine
 pairs: [res56_res20]
 methods: [{name: alone, method: vanilla}, {name: KD, method: kd}]
@@ -47,6 +48,14 @@ def test_show_compare_and_publish(given: list[str], capsys: pytest.CaptureFixtur
     assert main(["table", "show", *given, "--output", "nowhere", "--format", "csv"]) == 0
     rows = {row["method"]: row["runs"] for row in csv.DictReader(capsys.readouterr().out.splitlines())}
     assert rows == {"alone": "0", "KD": "2"}  # those that were published
+    there = Path(published[0], "env.json")
+    there.write_text(there.read_text().replace("2026-01-01", "2025-01-01"))
+    assert main(["table", "publish", *given]) == 1
+    result = capsys.readouterr()
+    assert len(result.out.splitlines()) == 4  # how many there are, and where three of them are
+    refused, ended = result.err.splitlines()
+    assert refused.startswith(f"not published: {published[0]} holds another run, begun 2025-01-01")
+    assert ended == "error: 3 of 4 records are published, the others were refused"
 
 
 def test_what_cannot_be_published_is_told(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,16 +67,32 @@ def test_what_cannot_be_published_is_told(given: list[str], capsys: pytest.Captu
     assert capsys.readouterr().out.splitlines()[:2] == [told, line]
 
 
+def test_a_run_folder_that_is_refused_does_not_keep_the_others(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Path(KD) / "seed0" / "env.json").unlink()
+    assert main(["table", "publish", "runs", f"{KD}/seed0", f"{KD}/seed1", *given[1:]]) == 1
+    told = capsys.readouterr()
+    assert told.out == f"{KD.replace('runs', 'results')}/seed1\n"
+    assert [line.partition(", ")[0] for line in told.err.splitlines()] == [
+        "not published: runs holds no config.yaml",
+        f"not published: {KD}/seed0 has no env.json",
+        "error: 1 of 3 records are published",
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
+        (["show", "--import", "no_parts"], "imports: no module 'no_parts' in "),
+        (["compare", "--import", "no_parts", "--baseline", "KD"], "imports: no module 'no_parts' in "),
+        (["publish", "mine.yaml", "--import", "no_parts"], "imports: no module 'no_parts' in "),
         (["show", "--methods", "KDD"], "--methods: unknown 'KDD'; did you mean 'KD'? (in this table: alone, KD)"),
         (
             ["show", "--pairs", "res56_res2"],
             "--pairs: unknown 'res56_res2'; did you mean 'res56_res20'? (in this table",
         ),
         (["show", "--output", "nowhere"], "no run records: neither --output nowhere nor --results results is a folder"),
-        (["show", "--epochs", "0"], "--epochs: should be at least 1, found 0"),
         (["compare", "--baseline", "al"], "--baseline: unknown 'al'"),
         (["publish", "empty"], "empty holds no config.yaml, so it is no record of a run"),
     ],

@@ -149,6 +149,7 @@ def test_a_run_that_fails_does_not_keep_the_others(place: Path, capsys: pytest.C
         (["run", "--target", "stl10", "--batch-size", "0"], "--batch-size: should be at least 1, found 0"),
         (["run", "--target", "stl10", "--target", "folder:x", "--record", "o"], "--record is one file"),
         (["--table", "mcld_table8", "epochs=3"], "epochs=3 does not go with --table: settings of a table stand in its"),
+        (["--table", "mcld_table8", "--import", "no_parts"], "imports: no module 'no_parts' in "),
         (["--table", "mcld_table7"], "mcld_table7: no metric on a target, such as stl10/top1, among its metrics"),
         (["nowhere", "--target", "stl10"], "no run folder or checkpoint at nowhere"),
         (["--model", "tiny_net", "--weights", "w.pt", "--data", "tiny", "--target", "folder:x"], "there is no folder"),

@@ -97,5 +97,9 @@ def test_as_text_and_markdown() -> None:
     lines = text(compare(table(), "base", ["better"])).splitlines()
     assert lines[0].split() == ["above", "base", "n", "difference", "95", "%", "interval", "p", "p,", "Holm"]
     assert lines[2].split() == ["better", "one", "3", "+2.00", "-0.48", "to", "+4.48", "0.074", "0.141"]
+    notes = " ".join(lines[7:])
+    assert "each of two runs with the same seed and pair, and for other pairs like these it counts pairs;" in notes
+    assert "in this table (single pairs; over pairs, further seeds; over pairs, other pairs)" in notes
+    assert "where n is below 5 an interval that holds 0" in notes
     row = text(compare(table(), "base", ["better"]), markdown=True).splitlines()[2]
     assert row == "| better | one | 3 | +2.00 | -0.48 to +4.48 | 0.074 | 0.141 |"

@@ -1,6 +1,7 @@
 """Runs of other projects: their logs and checkpoints, in the formats that their code writes."""
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from mdistill.cli.import_ import main
 from mdistill.models import MODELS
 from mdistill.reporting.external import (
     EpochFigures,
+    Measured,
     best_of,
     names_of,
     parse_printed,
@@ -43,6 +45,30 @@ def test_a_worklog() -> None:
     assert [(each.epoch, each.top1) for each in resumed] == [(1, 17.2), (2, 30.0), (3, 31.0), (4, 32.0)]
     assert len(parse_worklog(text.replace("test_acc: 30.00", "test_acc: nan"))) == 2
     assert parse_worklog("no log") == []
+
+
+@pytest.mark.parametrize(
+    ("epoch", "top1", "top5"),
+    [
+        ("inf", "50", "80"),
+        ("-1", "50", "80"),
+        ("1e30", "50", "80"),
+        pytest.param("9" * 5000, "50", "80", id="digits"),
+        ("0", "50", "80"),
+        ("7", "170.0", "80"),
+        ("7", "1.2.3", "4"),
+        ("7", "nan", "80"),
+    ],
+)
+def test_a_figure_that_can_be_none_is_left_out(epoch: str, top1: str, top5: str) -> None:
+    assert parse_worklog(f"epoch: {epoch}\ntest_acc: {top1}\ntest_acc_top5: {top5}\n") == []
+    assert parse_printed(f"epoch {epoch}, total time 3\n * Acc@1 {top1} Acc@5 {top5}\n") == []
+
+
+def test_a_top_5_that_can_be_none_leaves_the_top_1() -> None:
+    for top5 in ("800.0", "1.2.3"):
+        assert parse_worklog(f"epoch: 7\ntest_acc: 50.0\ntest_acc_top5: {top5}\n") == [EpochFigures(7, 50.0)]
+        assert parse_printed(f"epoch 7, total time 3\n * Acc@1 50.0 Acc@5 {top5}\n") == [EpochFigures(7, 50.0)]
 
 
 def test_what_repdistiller_prints() -> None:
@@ -145,7 +171,7 @@ def rep_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_folder_of_repdistiller(tmp_path: Path) -> None:
+def test_a_folder_of_repdistiller(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = rep_folder(tmp_path)
     run = read_folder(folder)
     assert (run.last, run.best) == (EpochFigures(240, 60.25), EpochFigures(233, 60.5))
@@ -157,6 +183,25 @@ def test_a_folder_of_repdistiller(tmp_path: Path) -> None:
     (file,) = (tmp_path / "results").rglob("external.json")
     external = read_external(file.parent)
     assert (external.teacher, external.student, external.trial) == ("resnet14", "resnet8", "2")
+    assert set(external.files) == {"ckpt_epoch_240.pth", "resnet8_last.pth", "resnet8_best.pth"}
+    other = torch.load(folder / "ckpt_epoch_240.pth") | {"accuracy": torch.tensor(61.0)}
+    torch.save(other, folder / "ckpt_epoch_240.pth")
+    code = main([str(folder), "--results", str(tmp_path / "results")])
+    assert refused(capsys, code).endswith("holds another run: tell them apart with --trial")
+    assert read_external(file.parent) == external
+
+
+def test_what_was_measured_stays_where_the_same_run_is_imported_again(tmp_path: Path) -> None:
+    log = tmp_path / "kd,resnet56,resnet20"
+    log.mkdir()
+    (log / "worklog.txt").write_text(worklog({240: 70.5}))
+    given = [str(log), "--results", str(tmp_path / "results")]
+    assert main(given) == 0
+    (file,) = (tmp_path / "results").rglob("external.json")
+    measured = {"last": Measured("student_latest", "a" * 64, 71.23)}
+    file.write_text(replace(read_external(file.parent), measured=measured).to_json())
+    assert main(given) == 0
+    assert read_external(file.parent).accuracy("last") == 71.23
 
 
 @pytest.mark.slow
@@ -182,6 +227,7 @@ def test_students_are_measured_on_request(tmp_path: Path) -> None:
             ["--method", "rl", "--student", "resnet8"],
             "'rl' is none of our methods; did you mean 'rld'? (--method says",
         ),
+        ("infinite", [], "no epoch in it, neither as worklog.txt of mdistiller nor as RepDistiller prints them"),
         ("log", ["--method", "kd"], "its name does not tell its student: give --student"),
         ("log", ["--method", "kd", "--student", "resnet9"], "unknown model 'resnet9' in --student of "),
         ("log", ["--method", "kd", "--student", "resnet8", "--evaluate"], "--evaluate: there are no students in it"),
@@ -192,6 +238,7 @@ def test_a_mistake_is_one_line(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.txt").write_text("nothing")
+    (tmp_path / "infinite").write_text("epoch: inf\ntest_acc: 50.0\n * Acc@1 1.2.3 Acc@5 4\n")
     (tmp_path / "log").write_text(worklog({1: 2.0}))
     assert line in refused(capsys, main([str(tmp_path / name), *flags, "--results", str(tmp_path / "results")]))
     assert not (tmp_path / "results").exists()

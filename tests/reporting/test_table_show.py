@@ -491,8 +491,11 @@ def test_a_table_is_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr(table_files, "read_table", again)
         assert layout(str(path), CONFIGS, runs) == first
-        with pytest.raises(AssertionError):
-            layout(str(path), CONFIGS, runs, epochs=5)
+        for other in ({"epochs": 5}, {"imports": ["string"]}):
+            with pytest.raises(AssertionError):
+                layout(str(path), CONFIGS, runs, **other)
+    with_module = layout(str(path), CONFIGS, runs, imports=["string"])  # what it imports is not watched
+    assert (with_module.cells, len([*(runs / table_cells.MEMORY).iterdir()])) == (first.cells, 1)
     path.write_text(TABLE.replace("  - {name: alone, method: vanilla}\n", ""))
     assert layout(str(path), CONFIGS, runs).rows == ("KD", "KD bf16")
     for memory in (runs / table_cells.MEMORY).iterdir():

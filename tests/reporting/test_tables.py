@@ -738,6 +738,36 @@ def test_a_plan_is_printed_and_nothing_is_written(
     assert not (tmp_path / "runs").exists()
 
 
+def test_how_far_a_table_is_told_in_lines_where_there_is_no_terminal(
+    file: Path, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the end it is worked out for ``show``, with the modules that the command names."""
+
+    def trained(runs: Sequence[Run], *_: Any, report: Callable[..., None], **__: Any) -> Outcome:
+        write_run(runs[0])
+        write_run(runs[1], epochs=10)
+        outcome = Outcome([runs[0]])
+        report(runs[1:2], outcome)
+        outcome.failed["mine"] = (runs[-1], "why")
+        report(runs[1:2], outcome)
+        return Outcome([*runs])
+
+    layouts: list[Any] = []
+    monkeypatch.setattr(table_cli, "LOOK", 0.0)
+    monkeypatch.setattr(table_cli, "EVERY", 0.0)
+    monkeypatch.setattr("mdistill.cli.common.project_root", lambda: configs.parent)
+    monkeypatch.setattr(table_runs, "train", trained)
+    monkeypatch.setattr("mdistill.reporting.table_cells.layout", lambda *_, **given: layouts.append(given))
+    part = ["--pairs", "wide_narrow", "--methods", "alone,kd", "--seeds", "0", "--import", "string"]
+    assert table_cli.main(["run", str(file), *part, "--output", str(tmp_path / "runs")]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "50 of 80 epochs, 1 of 2 complete, 1 running",
+        "50 of 80 epochs, 1 of 2 complete, 1 running, 1 failed",
+        "2 of 2 runs are complete",
+    ]
+    assert layouts == [{"overrides": [], "imports": ["string"], "epochs": None}]
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

@@ -400,9 +400,9 @@ def test_the_plan_is_printed_and_nothing_is_written(
     assert tune("--dry-run") == 0
     assert sorted(tmp_path.rglob("*")) == before
     assert capsys.readouterr().out.splitlines() == [
-        "KD wide_narrow: 0 of 4 trials done, of 2 epochs with a tenth of the training images held out;"
+        "KD wide_narrow: 0 of 4 trials done, of 2 epochs with one in 10 of the training images held out;"
         " distiller.temperature whole numbers 1 to 8; distiller.kd_weight 0.1 to 10 (log)",
-        "mine wide_narrow: 0 of 2 trials done, of 2 epochs with a tenth of the training images held out;"
+        "mine wide_narrow: 0 of 2 trials done, of 2 epochs with one in 10 of the training images held out;"
         " solver.lr 0.05, 0.1",
         "not tuned, it has no search space: alone",
         "6 trials, 0 done; 12 epochs to do, of pairs that nobody has timed",
