@@ -1,5 +1,6 @@
 """``mdistill plot`` and ``mdistill report``: pictures and pages of tiny runs, and one line for each mistake."""
 
+import json
 import re
 import shutil
 import sys
@@ -7,11 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
+from mdistill import config
 from mdistill.cli.plot import main as plot_main
 from mdistill.cli.report import main as report_main
+from mdistill.errors import UserError
 from mdistill.reporting import html_page
 from mdistill.reporting.drawing import COLOURS, INK
+from mdistill.reporting.outputs import Networks
 from mdistill.reporting.plots import KINDS
 
 from .. import runs
@@ -28,6 +34,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     runs.train(runs.write_config(folder, "kd", solver={"epochs": 1}), folder, seeds=(0, 1))
     return folder
+
+
+def networks_below(root: Path) -> Networks:
+    return Networks(
+        device=torch.device("cpu"),
+        data_root=root,
+        checkpoint_root=root,
+        configuration=lambda folder: config.load(folder / "config.yaml"),
+    )
 
 
 def draw(kind: str, folders: Sequence[Path], output: Path, *flags: str) -> int:
@@ -194,6 +209,31 @@ def test_a_run_without_a_teacher_has_nothing_to_agree_with(tmp_path: Path, capsy
     runs.train(cfg, tmp_path)
     for kind in ("agreement", "correlation"):
         assert "a run without a teacher" in refused(capsys, draw(kind, [tmp_path / "seed0"], tmp_path / "x.png"))
+
+
+def test_what_is_kept_of_a_teacher_is_of_runs_that_had_its_weights(trained: Path, tmp_path: Path) -> None:
+    other = tmp_path / "seed0"
+    shutil.copytree(trained / "seed0", other)
+    environment = json.loads((other / "env.json").read_text())
+    environment["sessions"][0]["teacher"]["fingerprint"] = "0" * 64
+    (other / "env.json").write_text(json.dumps(environment))
+    networks = networks_below(trained)
+    networks.teacher(trained / "seed0")
+    with pytest.raises(UserError, match=r"is not the teacher that the run in .* had: its fingerprint was 000000000000"):
+        networks.teacher(other)
+    assert networks.teacher(trained / "seed1") is networks.teacher(trained / "seed0")
+
+
+def test_what_is_kept_of_a_data_set_has_the_splits_of_the_run(trained: Path, tmp_path: Path) -> None:
+    for name, test in (("both", True), ("held", False)):
+        shutil.copytree(trained / "seed0", tmp_path / name)
+        settings = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+        settings["data"]["holdout"], settings["run"]["evaluate_test"] = 10, test
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(settings))
+    networks = networks_below(trained)
+    networks.student(tmp_path / "both")
+    with pytest.raises(UserError, match=r"--split: no split 'test' here \(there is: val\)"):
+        networks.student(tmp_path / "held")
 
 
 def test_too_many_panels_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
