@@ -7,8 +7,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mdistill.errors import plural
 from mdistill.reporting.drawing import COLOURS
-from mdistill.reporting.html_page import head, plural, text
+from mdistill.reporting.html_page import head, text
 from mdistill.reporting.watching import STATES, Cell, Run, View, Worker
 
 EVERY = 3.0  # seconds between two looks of the page
