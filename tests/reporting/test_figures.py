@@ -259,3 +259,16 @@ def test_a_folder_half_replaced_is_no_run(tmp_path: Path) -> None:
     folder = write(tmp_path, "m")
     write(folder / ".replaced.x", "m")
     assert [record.folder for record in find_named([tmp_path, folder]).records] == [folder]
+
+
+def test_links_are_followed_and_lead_nowhere_twice(tmp_path: Path) -> None:
+    far = write(tmp_path / "far", "m")
+    near = write(tmp_path / "runs", "n")
+    (tmp_path / "runs" / "linked").symlink_to(tmp_path / "far")
+    (tmp_path / "runs" / "zz").symlink_to(far)
+    (tmp_path / "far" / "back").symlink_to(tmp_path / "runs")
+    (tmp_path / "runs" / "tiny" / "up").symlink_to(tmp_path)
+    write(tmp_path / "beside", "o")  # above the folder that is named, so that it is none of its runs
+    linked = tmp_path / "runs" / "linked" / far.relative_to(tmp_path / "far")
+    assert [record.folder for record in find_named([tmp_path / "runs"]).records] == [linked, near]
+    assert len(find_named([tmp_path / "runs", tmp_path]).records) == 3
