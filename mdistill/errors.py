@@ -39,6 +39,11 @@ def printable(text: object, limit: int = 100) -> str:
     return safe if len(text) <= limit else f"{safe[: limit - 4]} ..."
 
 
+def plural(count: int, word: str) -> str:
+    """``"2 runs"``."""
+    return f"{count} {word}{'s' if count != 1 else ''}"
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'mcld'?"`` when something known is near ``name``, else nothing."""
     near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)

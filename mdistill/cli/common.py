@@ -152,6 +152,17 @@ def count(text: str) -> int:
     return int(text)
 
 
+def positive(text: str) -> float:
+    """A number above 0, and below infinity."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"should be a number above 0, found {text!r}")
+    return value
+
+
 def load_configs(args: argparse.Namespace, seeds: Sequence[int | None]) -> "list[Config]":
     """The configuration that ``add_configuration``'s arguments name, once for each seed; None keeps the file's seed.
 

@@ -1,6 +1,7 @@
 """``mdistill plot``: a picture of runs, as papers print them."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -45,39 +46,33 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     chosen.add_argument("--metric", default=HEADLINE, help="curves: a key of metrics.jsonl (%(default)s)")
     chosen.add_argument("--classes", type=common.names, default=[], help="tsne, classes: names or numbers, by commas")
     chosen.add_argument("--image", type=int, help="classes: number of an image of the split, in a panel of its own")
-    chosen.add_argument("--top", type=_count, default=10, help="classes: how many of the highest logits (%(default)s)")
+    chosen.add_argument(
+        "--top", type=common.count, default=10, help="classes: how many of the highest logits (%(default)s)"
+    )
     chosen.add_argument(
         "--matrix",
         choices=["correlation", "means"],
         default="correlation",
         help="correlation: of the classes' logits over images, or the mean logits of each class (%(default)s)",
     )
-    chosen.add_argument("--scale", type=_positive, help="correlation, logits: the end of the scale of colours")
-    chosen.add_argument("--bins", type=_count, default=15, help="reliability: of confidence (%(default)s)")
+    chosen.add_argument("--scale", type=common.positive, help="correlation, logits: the end of the scale of colours")
+    chosen.add_argument("--bins", type=_bins, default=15, help="reliability: of confidence (%(default)s)")
     chosen.add_argument(
         "--role", choices=["student", "teacher"], default="student", help="reliability, classes: whose (%(default)s)"
     )
-    chosen.add_argument("--temperature", type=_positive, default=1.0, help="agreement: of both networks (%(default)s)")
-    chosen.add_argument("--perplexity", type=_positive, default=30.0, help="tsne (%(default)s)")
+    chosen.add_argument(
+        "--temperature", type=common.positive, default=1.0, help="agreement: of both networks (%(default)s)"
+    )
+    chosen.add_argument("--perplexity", type=common.positive, default=30.0, help="tsne (%(default)s)")
     chosen.add_argument("--seed", type=int, default=0, help="tsne: of the optimisation (%(default)s)")
     common.add_recorded_code(parser)
     return parser.parse_intermixed_args(arguments)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) <= 10_000:
-        raise argparse.ArgumentTypeError(f"should be a whole number from 1 on, found {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"should be a number above 0, found {text!r}")
-    return value
+def _bins(text: str) -> int:
+    if (bins := common.count(text)) > 10_000:
+        raise argparse.ArgumentTypeError(f"should be a number from 1 to 10000, found {text!r}")
+    return bins
 
 
 def networks_of(args: argparse.Namespace) -> "Networks":
@@ -107,6 +102,8 @@ def plot(args: argparse.Namespace) -> None:
     save(picture.figure, path)
     for line in picture.lines:
         print(line)
+    for line in picture.left_out:
+        print(f"left out: {line}", file=sys.stderr)
     print(f"picture: {path}")
 
 

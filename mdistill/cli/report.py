@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mdistill.cli import common
 from mdistill.cli.plot import networks_of
-from mdistill.errors import UserError
+from mdistill.errors import UserError, plural
 from mdistill.files import write_text
 from mdistill.reporting.records import find_named
 from mdistill.reporting.report import report as page
@@ -42,7 +42,7 @@ def report(args: argparse.Namespace) -> None:
     write_text(args.output, page(found.records, title=args.title, problems=found.problems, networks=networks))
     for problem in found.problems:
         print(f"left out: {problem}", file=sys.stderr)
-    print(f"{len(found.records)} run{'s' if len(found.records) != 1 else ''}: {args.output}")
+    print(f"{plural(len(found.records), 'run')}: {args.output}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -36,16 +36,6 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _hours(text: str) -> float:
-    try:
-        hours = float(text)
-    except ValueError:
-        hours = -1.0
-    if not 0 < hours < 1e6:
-        raise argparse.ArgumentTypeError(f"should be a number above 0, found {text!r}")
-    return hours
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = common.plain_parser("watch", DESCRIPTION, EXAMPLES)
     parser.add_argument(
@@ -53,7 +43,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--port", type=_port, default=0, help="of the page's address (default: a free one)")
     parser.add_argument(
-        "--hours", type=_hours, default=24.0, help="how long a run that has ended is shown (default: %(default)g)"
+        "--hours", type=common.positive, default=24.0, help="how long a run that has ended is shown (%(default)g)"
     )
     return parser.parse_args(arguments)
 

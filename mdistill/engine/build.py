@@ -36,6 +36,7 @@ from mdistill.engine.teacher import FrozenTeacher, count_entries, open_cache
 from mdistill.errors import UserError, printable, shown
 from mdistill.file_schemas import EXPORT_NAME, TAKEN
 from mdistill.models import MODELS, feature_shapes
+from mdistill.models.base import why_no_features
 from mdistill.models.ensemble import Ensemble
 from mdistill.models.memory_format import move
 from mdistill.models.preprocessing import Preprocessing, bare, preprocessed
@@ -248,8 +249,7 @@ def build_distiller(
         ("student", student, needs.student_features),
         ("teacher", teacher, needs.teacher_features or compares_maps),
     ):
-        why = getattr(network, "no_features", None) if hasattr(network, "forward_features") else "no forward_features"
-        if features and network is not None and why:
+        if features and network is not None and (why := why_no_features(network)):
             name = getattr(config, section).name
             has = f"has {why}" if why.startswith("no ") else f"gives none: {why}"
             raise UserError(f"{section}.name: {method!r} reads features and {name!r} {has}")

@@ -20,7 +20,7 @@ from mdistill.data.sampling import random_words
 from mdistill.engine.evaluate import BATCH, sums_of
 from mdistill.errors import RunFailed, UserError
 from mdistill.file_schemas import TransferSettings
-from mdistill.models.base import Features
+from mdistill.models.base import Features, why_no_features
 from mdistill.models.memory_format import to_layout
 from mdistill.precision import Precision, computing
 
@@ -119,8 +119,7 @@ def pooled_features(
     Raises:
         UserError: the network gives no features.
     """
-    why = getattr(network, "no_features", None) if hasattr(network, "forward_features") else "no forward_features"
-    if why:
+    if why := why_no_features(network):
         raise UserError(f"{name!r} gives no features before its classifier: {why}")
     was_training, found = network.training, tuple[list[Tensor], ...]([] for _ in range(2 if mirror else 1))
     network.eval()

@@ -74,6 +74,11 @@ class Network(nn.Module, ABC):
         raise UserError(f"{type(self).__name__} has no BatchNorm over all the channels before its stages' last ReLU")
 
 
+def why_no_features(network: nn.Module | None) -> str | None:
+    """Why ``network`` gives no ``Features``, for a message; None where it does."""
+    return getattr(network, "no_features", None) if hasattr(network, "forward_features") else "no forward_features"
+
+
 # --- shapes without data ---
 
 Shape = tuple[int, ...]

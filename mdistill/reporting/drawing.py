@@ -366,9 +366,17 @@ def _metadata(kind: str) -> dict[str, Any]:
     return {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
 
 
+def library() -> Any:
+    """matplotlib.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    return extra("matplotlib", "matplotlib", "a picture")
+
+
 def _style(**more: Any) -> AbstractContextManager[Any]:
-    matplotlib = extra("matplotlib", "matplotlib", "a picture")
-    return matplotlib.rc_context(STYLE | more)  # type: ignore[no-any-return]
+    return library().rc_context(STYLE | more)  # type: ignore[no-any-return]
 
 
 def _figure(panels: int, *, height: float, title: str, width: float = WIDTH) -> "tuple[Figure, list[Axes]]":

@@ -1,16 +1,20 @@
 """What pictures of runs show, as plain numbers. Nothing here draws; ``drawing`` does."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from mdistill.errors import UserError, shown, suggestion
+from mdistill.reporting.records import Record
 from mdistill.reporting.series import Series
 from mdistill.reporting.statistics import mean_std, mean_std_text
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+POINTS = 120  # of a curve, about: more than a phone has room for
+Point = TypeVar("Point")
 
 
 @dataclass(frozen=True)
@@ -30,30 +34,40 @@ class Band:
         return f"{self.mean[-1]:.2f}{deviation}"
 
 
-def band(each: Series, metric: str, most: int | None = None) -> Band:
+def band(each: Series, metric: str, most: int | None = None) -> Band | None:
     """``metric`` of the finished runs of a series, or where none is of all, at the epochs that they have in common.
 
-    Args:
-        most: about how many epochs, equally far from each other, the last one among them; None for all.
+    Runs without it do not count.
 
-    Raises:
-        UserError: no epoch is common to all; names the metrics that there are.
+    Args:
+        most: about how many epochs, as ``thinned``; None for all.
+
+    Returns:
+        None where no run has it, or where those that have it have no epoch in common.
     """
-    runs = each.finished or each.runs
-    curves = [{int(line["epoch"]): float(line[metric]) for line in run.metrics if metric in line} for run in runs]
-    epochs = sorted(set(curves[0]).intersection(*curves[1:]))
+    found = [
+        {int(line["epoch"]): float(line[metric]) for line in run.metrics if _is_number(line.get(metric))}
+        for run in each.finished or each.runs
+    ]
+    curves = [curve for curve in found if curve]
+    epochs: Sequence[int] = sorted(set(curves[0]).intersection(*curves[1:])) if curves else []
     if not epochs:
-        known = sorted({key for run in each.runs for line in run.metrics for key in line} - {"epoch"})
-        raise UserError(
-            f"--metric: {shown(metric)} is at no epoch of all runs of {each.label} in {each.first.folder.parent}"
-            f"{suggestion(metric, known)} (there is: {', '.join(known)})"
-        )
+        return None
     if most is not None:
-        stride = -(-len(epochs) // most)
-        epochs = epochs[(len(epochs) - 1) % stride :: stride]
+        epochs = thinned(epochs, most)
     spreads = [mean_deviation([curve[epoch] for curve in curves]) for epoch in epochs]
     means, deviations = zip(*spreads, strict=True)
-    return Band(each.label, len(curves), epochs, list(means), list(deviations))
+    return Band(each.label, len(curves), list(epochs), list(means), list(deviations))
+
+
+def thinned(points: Sequence[Point], most: int) -> Sequence[Point]:
+    """About ``most`` of ``points``, equally far from each other, the last one among them."""
+    stride = max(1, -(-len(points) // most))
+    return points[(len(points) - 1) % stride :: stride]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
 
 
 def mean_deviation(values: Sequence[float]) -> tuple[float, float]:
@@ -102,17 +116,37 @@ class Taught:
 def by_teacher(groups: Sequence[Series]) -> dict[str, list[Taught]]:
     """Students by method, and where there are several students or data sets by these too, weakest teacher first.
 
-    Series without a teacher of known accuracy, or without a finished run, are left out.
+    Series without a teacher of known accuracy, or without a finished run, are left out. Where a teacher would be twice
+    in a line, there is a line for each choice of the other settings.
     """
     taught = [each for each in groups if each.values and each.first.teacher and each.first.teacher_top1 is not None]
     several = len({(each.first.dataset, each.first.student) for each in taught}) > 1
-    lines: dict[str, list[Taught]] = {}
+    methods: dict[str, list[Series]] = {}
     for each in taught:
-        first, (mean, deviation) = each.first, mean_deviation(each.sound)
-        assert first.teacher_top1 is not None
-        label = f"{first.name} → {first.student}" if several else first.name
-        lines.setdefault(label, []).append(Taught(first.teacher, first.teacher_top1, mean, deviation, each.left_out))
-    return {label: sorted(line, key=lambda each: each.teacher_top1) for label, line in lines.items()}
+        label = f"{each.first.name} → {each.first.student}" if several else each.first.name
+        methods.setdefault(label, []).append(each)
+    lines = {}
+    for label, members in methods.items():
+        parts: dict[str, list[Series]] = {}
+        twice = len({each.first.teacher for each in members}) < len(members)
+        for each in members:
+            parts.setdefault(_beside_teacher(each.first) if twice else "", []).append(each)
+        for part in parts.values():
+            apart = f"{label} [{part[0].first.identity[:6]}]" if len(parts) > 1 else label
+            lines[apart] = sorted(map(_taught, part), key=lambda each: each.teacher_top1)
+    return lines
+
+
+def _taught(each: Series) -> Taught:
+    mean, deviation = mean_deviation(each.sound)
+    assert each.first.teacher_top1 is not None
+    return Taught(each.first.teacher, each.first.teacher_top1, mean, deviation, each.left_out)
+
+
+def _beside_teacher(run: Record) -> str:
+    """What tells cells of one method and student apart, but for the teacher."""
+    found = {**run.settings, **run.copies}
+    return json.dumps({key: found[key] for key in sorted(found) if not key.startswith("teacher")}, default=str)
 
 
 @dataclass(frozen=True)
@@ -191,6 +225,12 @@ def _fits(box: Box, others: Sequence[Box], frame: Box) -> bool:
 
 
 def learning(groups: Sequence[Series], metric: str, most: int | None = None) -> list[Band]:
-    """The bands of ``groups``, highest end first where the metric is an accuracy, else lowest."""
-    bands = (band(each, metric, most) for each in groups)
+    """The bands of ``groups`` that have one, highest end first where the metric is an accuracy, else lowest."""
+    bands = [found for each in groups if (found := band(each, metric, most)) is not None]
     return sorted(bands, key=lambda each: each.mean[-1], reverse="top" in metric)
+
+
+def metrics_of(groups: Sequence[Series]) -> list[str]:
+    """What ``learning`` can show of some of the runs."""
+    lines = [line for each in groups for run in each.runs for line in run.metrics]
+    return sorted({key for line in lines for key, value in line.items() if _is_number(value)} - {"epoch"})

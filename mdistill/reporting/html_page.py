@@ -29,27 +29,21 @@ code { font-size: .9em; overflow-wrap: anywhere; }
 """
 
 
-def head(title: str, style: str, more: str = "") -> str:
+def head(title: str, style: str) -> str:
     """The beginning of a page up to its body.
 
     Args:
         title: of the page, as text.
         style: further rules, after ``STYLE``.
-        more: further HTML of the head.
     """
     colours = "".join(f" --{name}: {colour};" for name, colour in PALETTE.items())
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{text(title)}</title>\n{more}<style>:root {{{colours} }}{STYLE}{style}</style>\n</head>"
+        f"<title>{text(title)}</title>\n<style>:root {{{colours} }}{STYLE}{style}</style>\n</head>"
     )
 
 
 def text(value: object) -> str:
     """``value`` as HTML."""
     return html.escape(str(value))
-
-
-def plural(count: int, word: str) -> str:
-    """``"2 runs"``."""
-    return f"{count} {word}{'s' if count != 1 else ''}"

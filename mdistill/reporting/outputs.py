@@ -39,20 +39,26 @@ def teacher_of_run(config: "Config", folder: Path, info: "DataInfo", checkpoint_
         UserError: it had none; the weights are not there, or others than the run had.
     """
     from mdistill.engine.build import trained_teacher
-    from mdistill.engine.run_folder import read_sessions
 
     if config.teacher is None:
         raise UserError(f"{folder}: a run without a teacher, so there is none to compare with")
     network, found = trained_teacher(config, info, checkpoint_root)
-    for session in read_sessions(folder):
-        recorded = session.get("teacher")
-        had = recorded.get("fingerprint") if isinstance(recorded, dict) else None
-        if isinstance(had, str) and had != found:
+    for had in _teachers_recorded(folder):
+        if had != found:
             raise UserError(
                 f"{config.teacher.checkpoint} under {checkpoint_root} is not the teacher that the run in {folder} had:"
                 f" its fingerprint was {printable(had)[:12]}, it is now {found[:12]}"
             )
     return network
+
+
+def _teachers_recorded(folder: Path) -> list[str]:
+    """Fingerprints of the teacher's weights that the run in ``folder`` had, by its sessions."""
+    from mdistill.engine.run_folder import read_sessions
+
+    told = [session.get("teacher") for session in read_sessions(folder)]
+    found = [each.get("fingerprint") for each in told if isinstance(each, dict)]
+    return sorted({each for each in found if isinstance(each, str)})
 
 
 class Networks:
@@ -105,7 +111,7 @@ class Networks:
         """
         config = self._config(folder)
         told = None if config.teacher is None else config.teacher.model_dump(mode="json")
-        key = json.dumps([told, config.data.model_dump(mode="json")])
+        key = json.dumps([told, _data_key(config), _teachers_recorded(folder)])
         if told is None or key not in self._teachers:
             dataset = self._dataset(config)
             info = dataset.info(config.data.batch_size)
@@ -124,7 +130,7 @@ class Networks:
     def _dataset(self, config: "Config") -> "Dataset":
         from mdistill.engine.build import build_dataset
 
-        key = json.dumps(config.data.model_dump(mode="json"))
+        key = _data_key(config)
         if key not in self._datasets:
             built = build_dataset(config, data_root=self._data_root, download=self._download)
             self._datasets[key] = built.to(self._device)
@@ -139,11 +145,11 @@ class Networks:
 
         from mdistill.engine.evaluate import evaluate
         from mdistill.engine.fidelity import Observer
+        from mdistill.models.base import why_no_features
         from mdistill.models.memory_format import move, to_layout
         from mdistill.precision import set_numerics
 
-        why = getattr(network, "no_features", None) if hasattr(network, "forward_features") else "no forward_features"
-        if pooled and why:
+        if pooled and (why := why_no_features(network)):
             raise UserError(f"{folder}: {name!r} gives no features before its classifier: {why}")
         set_numerics("fp32", deterministic=False)
         move(network, self._device, "fp32")
@@ -161,6 +167,11 @@ class Networks:
         if not bool(kept["logits"].isfinite().all()):
             raise UserError(f"{folder}: {name!r} has logits that are not finite")
         return Outputs(kept["logits"], kept["labels"], torch.cat(before) if pooled else None, dataset.class_names)
+
+
+def _data_key(config: "Config") -> str:
+    """The same where the data set and its splits are."""
+    return json.dumps([config.data.model_dump(mode="json"), config.run.evaluate_test])
 
 
 def embed(features: Sequence["Tensor"], *, seed: int, perplexity: float = 30.0) -> list[Any]:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from mdistill.errors import UserError, suggestion
+from mdistill.errors import UserError, plural, shown, suggestion
 from mdistill.reporting import class_logits, drawing, figures
 from mdistill.reporting.records import HEADLINE, Record
-from mdistill.reporting.series import Series, by_pair, series
+from mdistill.reporting.series import by_pair, series
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,28 +44,47 @@ class Picture:
 
     figure: "Figure"
     lines: Sequence[str]  # what it shows, for a terminal and for those who cannot see it
+    left_out: Sequence[str] = ()  # what it does not show, and why
 
 
 def curves(records: Sequence[Record], options: Options, networks: "Networks | None") -> Picture:
-    """Learning curves."""
+    """Learning curves; series without the metric are left out."""
     groups_of = by_pair(records)
-    panels = {title: figures.learning(groups, options.metric, options.epochs) for title, groups in groups_of.items()}
+    found = {title: figures.learning(groups, options.metric, options.epochs) for title, groups in groups_of.items()}
+    panels = {title: bands for title, bands in found.items() if bands}
+    if not panels:
+        known = figures.metrics_of([each for groups in groups_of.values() for each in groups])
+        raise UserError(
+            f"{records[0].folder}: {shown(options.metric)} is at no epoch here{suggestion(options.metric, known)}"
+            f" (there is: {', '.join(known) or 'nothing yet'})"
+        )
     ylabel = {"test/top1": "test top-1 (%)", "test/top5": "test top-5 (%)"}.get(options.metric, options.metric)
     lines = [
-        f"{title}: {each.label}: {each.last} after epoch {each.epochs[-1]}, {_seeds(each.seeds)}"
+        f"{title}: {each.label}: {each.last} after epoch {each.epochs[-1]}, {plural(each.seeds, 'seed')}"
         for title, bands in panels.items()
         for each in bands
     ]
-    return Picture(drawing.curves(panels, title=options.title, ylabel=ylabel), lines)
+    left_out = [
+        f"{title}: {each.label}: {shown(options.metric)} is at no common epoch of its runs"
+        for title, groups in groups_of.items()
+        for each in groups
+        if each.label not in {band.label for band in found[title]}
+    ]
+    return Picture(drawing.curves(panels, title=options.title, ylabel=ylabel), lines, left_out)
 
 
 def time(records: Sequence[Record], options: Options, networks: "Networks | None") -> Picture:
-    """Time against accuracy; extra parameters that no record tells are counted by building the run again."""
+    """Time against accuracy; extra parameters that no record tells are counted by building the run again, if it can."""
+    left_out: list[str] = []
     if networks is not None:
-        counts: dict[str, int] = {}
+        counts: dict[str, int | None] = {}
         for record in records:
             if record.extra_parameters is None and record.identity not in counts:
-                counts[record.identity] = networks.extra_parameters(record.folder)
+                try:
+                    counts[record.identity] = networks.extra_parameters(record.folder)
+                except UserError as error:
+                    counts[record.identity] = None
+                    left_out.append(f"extra parameters of {record.folder}: {error}")
         records = [
             each.noting("parameters", {"extra": counts[each.identity]}) if each.identity in counts else each
             for each in records
@@ -73,7 +92,7 @@ def time(records: Sequence[Record], options: Options, networks: "Networks | None
     points = figures.costs(series(records))
     if not points:
         raise UserError(f"{records[0].folder}: no finished run here whose record tells images per second")
-    return Picture(drawing.cost(points, title=options.title), [each.text for each in points])
+    return Picture(drawing.cost(points, title=options.title), [each.text for each in points], left_out)
 
 
 def teachers(records: Sequence[Record], options: Options, networks: "Networks | None") -> Picture:
@@ -180,21 +199,29 @@ def agreement(records: Sequence[Record], options: Options, networks: "Networks |
 
     assert networks is not None
     panels: dict[str, dict[str, tuple[float, float]]] = {}
-    lines = []
+    lines, left_out = [], list[str]()
     for each in series(records):
         if not each.first.teacher:
             continue
-        both = [(networks.student(run.folder), networks.teacher(run.folder)) for run in each.runs]
+        try:
+            both = [(networks.student(run.folder), networks.teacher(run.folder)) for run in each.runs]
+        except UserError as error:
+            left_out.append(f"{each.label}: {error}")
+            continue
         pairs = [(student.logits, teacher.logits) for student, teacher in both]
         same = [100.0 * float(fidelity.agreement(*pair).double().mean()) for pair in pairs]
         kl = [float(fidelity.divergence(*pair, options.temperature).mean()) for pair in pairs]
         at = "" if options.temperature == 1 else f", T = {options.temperature:g}"
         for quantity, values in (("top-1 agreement (%)", same), (f"mean KL (nats{at})", kl)):
             panels.setdefault(quantity, {})[each.label] = figures.mean_deviation(values)
-        lines.append(f"{each.label}: agreement {fmean(same):.2f} %, KL {fmean(kl):.4f} nats{at}, {_seeds(len(same))}")
+        lines.append(
+            f"{each.label}: agreement {fmean(same):.2f} %, KL {fmean(kl):.4f} nats{at}, {plural(len(same), 'seed')}"
+        )
+    if not panels and left_out:
+        raise UserError(left_out[0])
     if not panels:
         raise UserError(f"{records[0].folder}: a run without a teacher; this picture compares a student with one")
-    return Picture(drawing.bars(panels, title=options.title), lines)
+    return Picture(drawing.bars(panels, title=options.title), lines, left_out)
 
 
 def classes(records: Sequence[Record], options: Options, networks: "Networks | None") -> Picture:
@@ -263,8 +290,13 @@ def _panels(records: Sequence[Record]) -> dict[str, Record]:
     """
     if len(records) > MOST_PANELS:
         raise UserError(f"this picture has a panel for each run and at most {MOST_PANELS}, found {len(records)} runs")
-    titled: list[tuple[Series, Record]] = [(each, run) for each in series(records) for run in each.runs]
-    return {each.label if len(each.runs) == 1 else f"{each.label}, seed {run.seed}": run for each, run in titled}
+    titled = [
+        (each.label if len(each.runs) == 1 else f"{each.label}, seed {run.seed}", run)
+        for each in series(records)
+        for run in each.runs
+    ]
+    titles = [title for title, _ in titled]
+    return {f"{title}, {run.folder}" if titles.count(title) > 1 else title: run for title, run in titled}
 
 
 def _numbers(chosen: Sequence[str], outputs: "Outputs") -> list[int]:
@@ -287,10 +319,6 @@ def _numbers(chosen: Sequence[str], outputs: "Outputs") -> list[int]:
 
 def _class_name(number: int, outputs: "Outputs") -> str:
     return str(outputs.class_names[number]) if outputs.class_names else str(number)
-
-
-def _seeds(count: int) -> str:
-    return f"{count} seed{'s' if count != 1 else ''}"
 
 
 def draw(name: str, records: Sequence[Record], options: Options, networks: "Networks | None" = None) -> Picture:

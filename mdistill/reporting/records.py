@@ -278,20 +278,15 @@ class Found:
 
 def find_records(roots: Sequence[Path]) -> Found:
     """All run records below ``roots``, in the order of their paths; a run of which there are copies once."""
-    found, seen = Found(), set[Path]()
-    for root in roots:
-        for folder, external in _run_folders(root):
-            resolved = folder.resolve()
-            if resolved in seen:
-                continue
-            seen.add(resolved)
-            if external:
-                found.external.append(folder)
-                continue
-            try:
-                found.records.append(read_record(folder))
-            except UserError as error:
-                found.problems.append(printable(str(error).splitlines()[0], 300))
+    found = Found()
+    for folder, external in _run_folders(roots):
+        if external:
+            found.external.append(folder)
+            continue
+        try:
+            found.records.append(read_record(folder))
+        except UserError as error:
+            found.problems.append(printable(str(error).splitlines()[0], 300))
     found.records = _once(found.records)
     return found
 
@@ -308,7 +303,7 @@ def find_named(paths: Sequence[Path]) -> Found:
             near = suggestion(path.name, [entry.name for entry in beside])
             what = "is a file, not a folder of runs" if path.exists() else f"does not exist{near}"
             raise UserError(f"{path} {what}")
-        if all(external for _, external in _run_folders(path)):
+        if all(external for _, external in _run_folders([path])):
             raise UserError(f"{path}: no run in it or below (config.yaml and metrics.jsonl would be in its folder)")
     found = find_records(paths)
     if not found.records:
@@ -381,14 +376,32 @@ def key_of(config: Mapping[str, Any]) -> tuple[str, str, str, str]:
     return config["data"]["name"], config["distiller"]["name"], names, config["student"]["name"]
 
 
-def _run_folders(root: Path) -> Iterator[tuple[Path, bool]]:
-    """Folders that hold a run, and whether it was imported; a hidden one holds a run half replaced."""
-    for folder, below, names in os.walk(root):
-        below[:] = sorted(name for name in below if name not in SKIPPED and not name.startswith("."))
+def folders_below(roots: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:
+    """Folders at or below ``roots`` in which runs may be, each once, and the names of all that is in it.
+
+    A hidden folder holds a run half replaced. Symbolic links are followed, but for one to a folder that its root is in.
+    """
+    seen = set[Path]()
+    for root in roots:
+        above = root.resolve().parents
+        for place, below, names in os.walk(root, followlinks=True):
+            folder = Path(place)
+            resolved = folder.resolve()
+            if resolved in seen or resolved in above:
+                below.clear()
+                continue
+            seen.add(resolved)
+            yield folder, {*below, *names}
+            below[:] = sorted(name for name in below if name not in SKIPPED and not name.startswith("."))
+
+
+def _run_folders(roots: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
+    """Folders that hold a run, and whether it was imported."""
+    for folder, names in folders_below(roots):
         if "external.json" in names:
-            yield Path(folder), True
-        elif "metrics.jsonl" in names or ("config.yaml" in names and "env.json" in names):
-            yield Path(folder), False
+            yield folder, True
+        elif "metrics.jsonl" in names or {"config.yaml", "env.json"} <= names:
+            yield folder, False
 
 
 def _once(records: Sequence[Record]) -> list[Record]:

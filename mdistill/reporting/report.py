@@ -7,15 +7,16 @@ import base64
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING
 
 from mdistill import __version__
-from mdistill.errors import UserError, printable
+from mdistill.errors import UserError, plural, printable
 from mdistill.reporting import drawing, plots
+from mdistill.reporting.figures import POINTS
 from mdistill.reporting.html_page import head as _head
-from mdistill.reporting.html_page import plural as _plural
 from mdistill.reporting.html_page import text as _text
 from mdistill.reporting.records import Record, State, knowing_teachers
 from mdistill.reporting.series import Series, by_pair
@@ -33,7 +34,6 @@ STATES: Mapping[State, str] = {
     "empty": "without an epoch",
 }
 SIGNS: Mapping[str, State] = {COLLAPSED: "collapsed", FAILED: "failed"}
-EPOCHS = 120  # of a curve, about: more than a phone has room for
 
 STYLE = """
 nav ul { columns: 16rem; padding-left: 1.2rem; }
@@ -79,11 +79,13 @@ def report(
         networks: what runs the networks for further pictures; None for pictures from the records alone.
 
     Raises:
-        UserError: there are no records.
+        UserError: there are no records, or what draws is not installed.
     """
     if not records:
         raise UserError("a report needs a run at least, found none")
     begun = knowing_teachers([record for record in records if record.done])
+    if begun:
+        drawing.library()
     sections = [
         _section(number, name, groups, networks)
         for number, (name, groups) in enumerate(by_pair(begun).items(), start=1)
@@ -125,8 +127,12 @@ def _of_networks(title: str, groups: Sequence[Series], networks: "Networks") -> 
     for label, run in first.items():
         drawn.append(_picture("reliability", f"Calibration: {label}", title, [run], networks))
     for kind, caption in (("correlation", "Correlations of logits"), ("logits", "Logits of each class")):
-        found = plots.differences(kind, list(taught.values()), plots.Options(), networks) if taught else {}
-        scale = max((float(each.max()) for each in found.values()), default=None)
+        largest = []
+        for run in taught.values():
+            with suppress(UserError):  # the picture of this run says why
+                (found,) = plots.differences(kind, [run], plots.Options(), networks).values()
+                largest.append(float(found.max()))
+        scale = max(largest, default=None)
         for label, run in taught.items():
             drawn.append(_picture(kind, f"{caption}: {label}", title, [run], networks, scale))
     return drawn
@@ -156,21 +162,27 @@ def _picture(
     networks: "Networks | None" = None,
     scale: float | None = None,
 ) -> str:
-    picture = plots.draw(kind, records, plots.Options(epochs=EPOCHS, scale=scale), networks)
+    """A picture as HTML; where it cannot be made, a line that says why."""
+    try:
+        picture = plots.draw(kind, records, plots.Options(epochs=POINTS, scale=scale), networks)
+    except UserError as error:
+        return f'<p class="warn">{_text(caption)} left out: {_text(printable(str(error).splitlines()[0], 300))}</p>'
     svg = drawing.as_svg(picture.figure)
     width, height = (round(72 * inches) for inches in picture.figure.get_size_inches())
     words = f"{caption}, {subject}: {plots.describe(picture.lines)}"
+    notes = "".join(f"<li>{_text(printable(line, 300))}</li>" for line in picture.left_out)
+    left_out = f'<p class="faint">Left out:</p><ul class="runs">{notes}</ul>' if notes else ""
     return (
         f"<figure><figcaption>{_text(caption)}</figcaption>"
         f'<img alt="{_text(words)}" width="{width}" height="{height}" decoding="async"'
-        f' src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"></figure>'
+        f' src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}">{left_out}</figure>'
     )
 
 
 def _summary(records: Sequence[Record]) -> str:
     count = Counter(record.state for record in records)
     methods = len({record.method for record in records})
-    lines = [f"{_plural(len(records), 'run')} of {_plural(methods, 'method')}: {count['complete']} complete"]
+    lines = [f"{plural(len(records), 'run')} of {plural(methods, 'method')}: {count['complete']} complete"]
     lines += [f'<span class="warn">{count[state]} {words}</span>' for state, words in STATES.items() if count[state]]
     made = f"Made by mdistill {_text(__version__)} on {time.strftime('%Y-%m-%d')}."
     return f'<p>{", ".join(lines)}.</p><p class="faint">{made}</p>'
@@ -180,7 +192,7 @@ def _section_html(section: Section) -> str:
     pictures = f'<div class="pictures">{"".join(section.pictures)}</div>'
     runs = [run for each in section.groups for run in each.runs]
     details = (
-        f"<details><summary>The {_plural(len(runs), 'run')} behind these numbers</summary>{_run_list(runs)}</details>"
+        f"<details><summary>The {plural(len(runs), 'run')} behind these numbers</summary>{_run_list(runs)}</details>"
     )
     return f'<h2 id="{section.key}">{_text(section.title)}</h2>{_table(section.groups)}{pictures}{details}'
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from mdistill.errors import plural
 from mdistill.reporting.records import Record
 
 
@@ -38,7 +39,7 @@ class Series:
     def left_out(self) -> str:
         """How many values are not in ``sound``, for people."""
         count = len(self.values) - len(self.sound)
-        return f", without {count} collapsed run{'s' if count > 1 else ''}" if count else ""
+        return f", without {plural(count, 'collapsed run')}" if count else ""
 
 
 def series(records: Sequence[Record]) -> list[Series]:

@@ -7,8 +7,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mdistill.errors import plural
 from mdistill.reporting.drawing import COLOURS
-from mdistill.reporting.html_page import head, plural, text
+from mdistill.reporting.html_page import head, text
 from mdistill.reporting.watching import STATES, Cell, Run, View, Worker
 
 EVERY = 3.0  # seconds between two looks of the page
@@ -16,6 +17,7 @@ TITLE = "Runs"
 DASHES = ("", "7 3", "2 3", "9 3 2 3")  # of lines whose colours repeat, and beside them for who sees no colours
 WIDTH, HEIGHT = 340, 150  # of a chart; its text is then read at its size on a phone
 LEFT, RIGHT, TOP, BOTTOM = 44, 8, 22, 20  # around what is drawn
+FARTHEST = 1e300  # from 0, of what is drawn: twice as much is a number still
 
 STYLE = """
 h2 { grid-column: 1 / -1; margin: 1rem 0 0; }
@@ -116,6 +118,7 @@ class Parts:
     def update(self, view: View) -> None:
         """Take in what there is now."""
         fresh = dict(self._parts(view))
+        self._cells = {key: cell for key, cell in self._cells.items() if key in fresh}
         if fresh == self._html and [*fresh] == [*self._html]:
             return
         self.version += 1
@@ -261,7 +264,7 @@ def _charts(cell: Cell) -> str:
 
 def _points(run: Run, which: int) -> Points:
     found = [(point[0], point[which]) for point in run.points]
-    return [(epoch, value) for epoch, value in found if value is not None]
+    return [(epoch, value) for epoch, value in found if value is not None and abs(value) <= FARTHEST]
 
 
 def _chart(title: str, lines: Mapping[int, Points]) -> str:
@@ -314,8 +317,10 @@ def _line(number: int, width: float = 2) -> str:
 
 def _ticks(low: float, high: float, most: int = 4) -> list[float]:
     """Round numbers from ``low`` to ``high``, ``most`` of them at most and two at least."""
-    if not low < high:
-        low, high = low - 0.5, high + 0.5
+    size = max(abs(low), abs(high))
+    if high - low <= 1e-9 * max(1.0, size):  # the same to the eye
+        wide = max(0.5, 1e-3 * size)
+        low, high = low - wide, high + wide
     step = _round_up((high - low) / most)
     first = math.floor(low / step)
     return [round(step * number, 10) for number in range(first, math.ceil(high / step) + 1)]

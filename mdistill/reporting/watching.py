@@ -5,7 +5,7 @@ A record is read again when its files have changed, so that hundreds of runs can
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,15 +16,16 @@ from mdistill.engine.claims import Claim, is_dead, is_here, read_claims
 from mdistill.engine.run_folder import read_metrics
 from mdistill.errors import UserError, printable
 from mdistill.files import Locked, is_locked, locked_files, signature_of
-from mdistill.reporting.records import Record, read_record
+from mdistill.reporting.figures import POINTS, thinned
+from mdistill.reporting.records import Record, folders_below, read_record
 from mdistill.reporting.table_plan import claim_key
 
 State = Literal["running", "waiting", "failed", "stopped", "complete"]
 STATES: tuple[State, ...] = ("running", "waiting", "failed", "stopped", "complete")
 
-FILES = ("metrics.jsonl", "config.yaml", "env.json")
+WRITTEN = ("metrics.jsonl", "env.json")  # while a run goes on
+FILES = (*WRITTEN, "config.yaml")
 SEARCH = 10.0  # seconds between two searches for new runs
-POINTS = 120  # of a curve, about: more than a phone has room for
 LAST = 5  # epochs by whose time the rest is estimated
 LATE = 120.0  # seconds beyond twice an epoch's time, after which a run that cannot be asked is taken to have ended
 NETWORK = ("9p", "afs", "beegfs", "ceph", "cifs", "fuse.", "gfs", "gpfs", "lustre", "nfs", "panfs", "smb")
@@ -157,12 +158,11 @@ class Watch:
     def _search(self) -> None:
         found: dict[Path, _Known] = {}
         self._claims = []
-        for root in self._roots:
-            for folder, is_run in _folders(root):
-                if is_run:
-                    found[folder] = self._known.get(folder) or _Known()
-                elif folder not in self._claims:
-                    self._claims.append(folder)
+        for folder, names in folders_below(self._roots):
+            if ".claims" in names:
+                self._claims.append(folder / ".claims")
+            if {"config.yaml", "metrics.jsonl"} <= names:
+                found[folder] = self._known.get(folder) or _Known()
         devices = _network_devices()
         for folder, known in found.items():
             with suppress(OSError):
@@ -171,7 +171,7 @@ class Watch:
 
     def _refresh(self, folder: Path, known: _Known) -> None:
         """When the record was written last."""
-        for name in FILES[::2]:
+        for name in WRITTEN:
             with suppress(OSError):
                 known.changed = max(known.changed, (folder / name).stat().st_mtime)
 
@@ -218,18 +218,6 @@ class Watch:
         ]
 
 
-def _folders(root: Path) -> Iterator[tuple[Path, bool]]:
-    """Run folders (True) and folders of claims (False); below a run folder is no other."""
-    for place, below, names in os.walk(root):
-        folder = Path(place)
-        if ".claims" in below:
-            yield folder / ".claims", False
-        if "config.yaml" in names and "metrics.jsonl" in names:
-            below.clear()
-            yield folder, True
-        below[:] = sorted(name for name in below if not name.startswith("."))
-
-
 def _cell(record: Record, lines: Sequence[Mapping[str, Any]], changed: float) -> Cell:
     dataset, method, teacher, student = record.key
     split = "val" if any("val/top1" in line for line in lines) else "test"
@@ -237,10 +225,11 @@ def _cell(record: Record, lines: Sequence[Mapping[str, Any]], changed: float) ->
     last = lines[-1] if lines else {}
     points = [(int(line["epoch"]), _number(line, f"{split}/top1"), _number(line, "train/loss")) for line in lines]
     evaluated = [line for line in lines if f"{split}/top1" in line]
+    complete = record.complete or (record.done >= record.epochs and f"{split}/top1" in last)
     run = Run(
         folder=record.folder,
         seed=record.seed,
-        state="complete" if record.complete else "failed" if record.failure else "stopped",
+        state="complete" if complete else "failed" if record.failure else "stopped",
         failure=printable(record.failure, 400),
         epoch=record.done,
         epochs=record.epochs,
@@ -252,7 +241,7 @@ def _cell(record: Record, lines: Sequence[Mapping[str, Any]], changed: float) ->
         ends=None,
         device=printable(record.session.get("device") or "", 60),
         changed=changed,
-        points=_thinned(points),
+        points=thinned(points, POINTS),
     )
     name = f"{method}, {record.variant}" if record.variant else method
     pair = f"{teacher} → {student}" if teacher else student
@@ -263,11 +252,6 @@ def _cell(record: Record, lines: Sequence[Mapping[str, Any]], changed: float) ->
 def _number(line: Mapping[str, Any], key: str) -> float | None:
     value = line.get(key)
     return None if value is None else float(value)
-
-
-def _thinned(points: Sequence[tuple[int, float | None, float | None]]) -> list[tuple[int, float | None, float | None]]:
-    step = -(-len(points) // POINTS)
-    return [point for number, point in enumerate(points, start=1) if number % step == 0 or number == len(points)]
 
 
 def _epoch_seconds(lines: Sequence[Mapping[str, Any]]) -> float | None:
@@ -297,10 +281,20 @@ def _state(folder: Path, known: _Known, claim: Claim | None, locked: Locked | No
 def _in_state(known: _Known, state: State) -> Cell:
     assert known.cell is not None
     (run,) = known.cell.runs
-    left = run.epochs - run.epoch
-    ends = known.changed + left * known.seconds if state == "running" and known.seconds is not None else None
+    ends = _end(known.changed, run.epochs - run.epoch, known.seconds) if state == "running" else None
     failure = run.failure if state == "failed" else ""
     return replace(known.cell, runs=[replace(run, state=state, ends=ends, failure=failure, changed=known.changed)])
+
+
+def _end(changed: float, epochs: int, seconds: float | None) -> float | None:
+    """When so many further epochs are done; None where that is not known, or beyond all calendars."""
+    if seconds is None:
+        return None
+    with suppress(OverflowError, ValueError, OSError):
+        ends = changed + epochs * seconds
+        time.localtime(ends)
+        return ends
+    return None
 
 
 def _network_devices() -> set[int]:

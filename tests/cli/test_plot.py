@@ -1,18 +1,27 @@
 """``mdistill plot`` and ``mdistill report``: pictures and pages of tiny runs, and one line for each mistake."""
 
+import json
 import re
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+import torch
+import yaml
 
+from mdistill import config
 from mdistill.cli.plot import main as plot_main
 from mdistill.cli.report import main as report_main
-from mdistill.reporting import html_page
+from mdistill.errors import UserError
+from mdistill.reporting import html_page, plots
 from mdistill.reporting.drawing import COLOURS, INK
+from mdistill.reporting.outputs import Networks
 from mdistill.reporting.plots import KINDS
+from mdistill.reporting.records import read_records
+from mdistill.reporting.report import report
 
 from .. import runs
 from ..conftest import refused
@@ -28,6 +37,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     runs.train(runs.write_config(folder, "kd", solver={"epochs": 1}), folder, seeds=(0, 1))
     return folder
+
+
+def networks_below(root: Path) -> Networks:
+    return Networks(
+        device=torch.device("cpu"),
+        data_root=root,
+        checkpoint_root=root,
+        configuration=lambda folder: config.load(folder / "config.yaml"),
+    )
 
 
 def draw(kind: str, folders: Sequence[Path], output: Path, *flags: str) -> int:
@@ -121,6 +139,30 @@ def test_a_page_with_what_networks_compute(trained: Path, tmp_path: Path) -> Non
     assert 'alt="Agreement with the teacher, tiny_net → tiny_net: kd: agreement ' in text
 
 
+def test_a_page_without_a_picture_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = {"first": '{"epoch": 1, "phase": "first", "test/top1": 9.0}', "held": '{"epoch": 3, "val/top1": 50.0}'}
+    for name, line in lines.items():
+        folder = write(tmp_path / "runs", name, teacher="big", student=name)
+        (folder / "metrics.jsonl").write_text(f"{line}\n")
+    for name in ("m", "n"):
+        (write(tmp_path / "runs", name, teacher="big") / "metrics.jsonl").write_text('{"epoch": 3, "test/top1": 30}\n')
+    write(tmp_path / "runs", "later", teacher="big", top1=[]).joinpath("metrics.jsonl").write_text('{"epoch": 1}\n')
+    page = tmp_path / "report.html"
+    assert report_main([str(tmp_path / "runs"), "-o", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert problems(text) == []
+    for words in (
+        "Learning curves left out: ",
+        "is at no epoch here (there is: nothing yet)",
+        "is at no epoch here (there is: val/top1)",
+        "big → small: later: &#x27;test/top1&#x27; is at no common epoch of its runs",
+        "Time of a batch and accuracy left out: ",
+    ):
+        assert words in text, words
+    assert plot_main(["curves", str(tmp_path / "runs"), "-o", str(tmp_path / "x.svg")]) == 0
+    assert "left out: big → small: later: 'test/top1' is at no common epoch" in capsys.readouterr().err
+
+
 def test_the_check_of_pages_finds_what_is_wrong() -> None:
     page = '<html><head></head><body><h1>a</h1><h3>b</h3><img src="http://x/y"><table></table><a href="#z">c</a></html>'
     found = " ".join(problems(page))
@@ -148,7 +190,8 @@ def test_colours_stand_out() -> None:
     ("kind", "flags", "message"),
     [
         ("curve", [], r"unknown kind of picture 'curve'; did you mean 'curves'\? \(kinds: curves, time, "),
-        ("curves", ["--metric", "test/tp1"], r"did you mean 'test/top1'"),
+        ("curves", ["--metric", "test/tp1"], r"'test/tp1' is at no epoch here; did you mean 'test/top1'"),
+        ("curves", ["--metric", "first_steps"], r"'first_steps' is at no epoch here \(there is: "),
         ("classes", [], r"name the classes to show"),
         ("classes", ["--classes", "leopard"], r"no class 'leopard' .*a number from 0 to 9"),
         ("classes", ["--classes", "1", "--image", "99"], r"--image: found 99, the images are 0 to 59"),
@@ -194,6 +237,81 @@ def test_a_run_without_a_teacher_has_nothing_to_agree_with(tmp_path: Path, capsy
     runs.train(cfg, tmp_path)
     for kind in ("agreement", "correlation"):
         assert "a run without a teacher" in refused(capsys, draw(kind, [tmp_path / "seed0"], tmp_path / "x.png"))
+
+
+def test_a_method_without_its_network_is_left_out(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "seed0"
+    shutil.copytree(trained / "seed1", other)
+    (other / "student.pt").unlink()
+    settings = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(re.sub("(?m)^variant: .*", "variant: other", settings))
+    assert draw("agreement", [trained / "seed0", other], tmp_path / "x.svg") == 0
+    told = capsys.readouterr()
+    assert "kd: agreement " in told.out
+    assert re.fullmatch(r"left out: kd, other: .*student.pt.*\n", told.err)
+    assert "kd, other: " in refused(capsys, draw("agreement", [other], tmp_path / "y.svg"))
+
+
+def test_what_is_kept_of_a_teacher_is_of_runs_that_had_its_weights(trained: Path, tmp_path: Path) -> None:
+    other = tmp_path / "seed0"
+    shutil.copytree(trained / "seed0", other)
+    environment = json.loads((other / "env.json").read_text())
+    environment["sessions"][0]["teacher"]["fingerprint"] = "0" * 64
+    (other / "env.json").write_text(json.dumps(environment))
+    networks = networks_below(trained)
+    networks.teacher(trained / "seed0")
+    with pytest.raises(UserError, match=r"is not the teacher that the run in .* had: its fingerprint was 000000000000"):
+        networks.teacher(other)
+    assert networks.teacher(trained / "seed1") is networks.teacher(trained / "seed0")
+
+
+def test_what_is_kept_of_a_data_set_has_the_splits_of_the_run(trained: Path, tmp_path: Path) -> None:
+    for name, test in (("both", True), ("held", False)):
+        shutil.copytree(trained / "seed0", tmp_path / name)
+        settings = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+        settings["data"]["holdout"], settings["run"]["evaluate_test"] = 10, test
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(settings))
+    networks = networks_below(trained)
+    networks.student(tmp_path / "both")
+    with pytest.raises(UserError, match=r"--split: no split 'test' here \(there is: val\)"):
+        networks.student(tmp_path / "held")
+
+
+def test_a_page_whose_networks_are_gone_says_so(tmp_path: Path) -> None:
+    class Gone(Networks):
+        def __init__(self) -> None: ...
+
+        def student(self, folder: Path, *, pooled: bool = False) -> NoReturn:
+            raise UserError(f"{folder} holds no student.pt")
+
+    records = read_records([write(tmp_path, "m", teacher="big")])
+    text = report(records, title="a", networks=Gone())
+    assert problems(text) == []
+    assert "<figcaption>Learning curves" in text
+    for caption in (
+        "Agreement with the teacher",
+        "Calibration: m",
+        "Correlations of logits: m",
+        "Logits of each class",
+    ):
+        assert re.search(f'<p class="warn">{caption}[^<]* left out: [^<]* holds no student.pt</p>', text)
+
+
+def test_time_needs_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert draw("time", [write(tmp_path, "m", teacher="big")], tmp_path / "x.svg") == 0
+    told = capsys.readouterr()
+    assert "m: 25.0 ms a batch, 30.00 %, extra parameters not recorded" in told.out
+    assert told.err.startswith(f"left out: extra parameters of {tmp_path}")
+
+
+def test_panels_of_runs_that_only_their_folders_tell_apart(tmp_path: Path) -> None:
+    folders = [write(tmp_path / place, "m") for place in ("a", "b")]
+    panels = plots._panels(read_records([tmp_path]))
+    assert {title: run.folder for title, run in panels.items()} == {
+        f"m (small), seed 0, {folder}": folder for folder in folders
+    }
 
 
 def test_too_many_panels_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from mdistill.errors import UserError
-from mdistill.reporting.figures import band, bins, by_teacher, costs, folded, learning, place_labels
+from mdistill.reporting.figures import (
+    band,
+    bins,
+    by_teacher,
+    costs,
+    folded,
+    learning,
+    metrics_of,
+    place_labels,
+    thinned,
+)
 from mdistill.reporting.records import find_named, read_record, read_records
 from mdistill.reporting.series import by_pair, series
 
@@ -90,6 +100,21 @@ def test_thin_curves_keep_their_end(tmp_path: Path) -> None:
     assert band(each, "test/top1", 4).epochs == [1, 4, 7, 10]
     assert band(each, "test/top1", 5).mean == [2.0, 4.0, 6.0, 8.0, 10.0]
     assert band(each, "test/top1", 99) == band(each, "test/top1")
+    points = thinned(range(1, 1001), 120)
+    assert (len(points), points[-1]) == (112, 1000)
+    assert thinned([], 120) == []
+
+
+def test_runs_without_a_metric_are_no_part_of_its_curve(tmp_path: Path) -> None:
+    write(tmp_path, "m", 0, top1=[10.0, 20.0], epochs=9)
+    first = {"epoch": 1, "first_steps": {"terms": {"ce": [1.0]}, "weights": "0" * 16}}
+    (write(tmp_path, "m", 1, epochs=9) / "metrics.jsonl").write_text(json.dumps(first) + "\n")
+    (write(tmp_path, "n", 0, epochs=1) / "metrics.jsonl").write_text('{"epoch": 1, "val/top1": 50.0}\n')
+    groups = series(read_records([tmp_path]))
+    (found,) = learning(groups, "test/top1")
+    assert (found.label, found.seeds, found.mean) == ("m (small)", 1, [10.0, 20.0])
+    assert learning(groups, "first_steps") == []
+    assert metrics_of(groups) == ["best/epoch", "best/top1", "images_per_second", "test/top1", "val/top1"]
 
 
 def test_runs_of_other_cells_are_told_apart(tmp_path: Path) -> None:
@@ -130,6 +155,27 @@ def test_cost_and_teachers(tmp_path: Path) -> None:
         ("huge", 50.0, 33.0),
         ("big", 60.0, 35.0),
     ]
+
+
+def test_a_line_over_teachers_is_of_one_choice_of_settings(tmp_path: Path) -> None:
+    for epochs in (3, 4):
+        for teacher, known in (("big", 60.0), ("huge", 70.0)):
+            told = {"teacher": {"top1": known, "fingerprint": teacher}}
+            top1 = [1.0, 2.0, 30.0 + epochs, 30.0 + epochs][:epochs]
+            write(
+                tmp_path / str(epochs),
+                "m",
+                teacher=teacher,
+                top1=top1,
+                epochs=epochs,
+                cell=f"{epochs}{teacher}",
+                session=told,
+            )
+    lines = by_teacher(series(read_records([tmp_path])))
+    assert {label: [(each.teacher, each.top1) for each in line] for label, line in lines.items()} == {
+        "m [3big]": [("big", 33.0), ("huge", 33.0)],
+        "m [4big]": [("big", 34.0), ("huge", 34.0)],
+    }
 
 
 def test_collapsed_runs_do_not_set_the_scale(tmp_path: Path) -> None:
@@ -209,13 +255,20 @@ def test_a_mistake_is_one_line(tmp_path: Path, damage: str, message: str) -> Non
     assert "\n" not in str(raised.value)
 
 
-def test_an_unknown_metric_names_the_nearest(tmp_path: Path) -> None:
-    write(tmp_path, "m")
-    with pytest.raises(UserError, match=r"--metric: 'test/top2' is at no epoch .*; did you mean 'test/top1'"):
-        learning(series(read_records([tmp_path])), "test/top2")
-
-
 def test_a_folder_half_replaced_is_no_run(tmp_path: Path) -> None:
     folder = write(tmp_path, "m")
     write(folder / ".replaced.x", "m")
     assert [record.folder for record in find_named([tmp_path, folder]).records] == [folder]
+
+
+def test_links_are_followed_and_lead_nowhere_twice(tmp_path: Path) -> None:
+    far = write(tmp_path / "far", "m")
+    near = write(tmp_path / "runs", "n")
+    (tmp_path / "runs" / "linked").symlink_to(tmp_path / "far")
+    (tmp_path / "runs" / "zz").symlink_to(far)
+    (tmp_path / "far" / "back").symlink_to(tmp_path / "runs")
+    (tmp_path / "runs" / "tiny" / "up").symlink_to(tmp_path)
+    write(tmp_path / "beside", "o")  # above the folder that is named, so that it is none of its runs
+    linked = tmp_path / "runs" / "linked" / far.relative_to(tmp_path / "far")
+    assert [record.folder for record in find_named([tmp_path / "runs"]).records] == [linked, near]
+    assert len(find_named([tmp_path / "runs", tmp_path]).records) == 3

@@ -114,11 +114,14 @@ def test_how_runs_ended(runs: Path, write: Write) -> None:
     write(0, [float(epoch) for epoch in range(20)])
     write(1, session={"failed": "loss term 'kd' is not finite"})
     write(2)
+    held = write(3, [float(epoch) for epoch in range(20)]) / "metrics.jsonl"
+    held.write_text(held.read_text().replace("test/", "val/"))  # evaluated on held-out images alone
     (cell,) = Watch([runs]).view().cells
     assert [(run.seed, run.state, run.failure) for run in cell.runs] == [
         (0, "complete", ""),
         (1, "failed", "loss term 'kd' is not finite"),
         (2, "stopped", ""),
+        (3, "complete", ""),
     ]
     assert (cell.name, cell.place, cell.running) == ("kd, milestones=15", "cifar100, resnet56 → resnet20", False)
 
@@ -212,11 +215,11 @@ def test_new_runs_are_found_and_nothing_is_written(runs: Path, write: Write) -> 
     assert sorted(runs.rglob("*")) == before
 
 
-def test_a_curve_has_not_more_points_than_can_be_seen() -> None:
-    points: list[tuple[int, float | None, float | None]] = [(epoch, None, None) for epoch in range(1, 1001)]
-    thinned = watching._thinned(points)
-    assert (len(thinned), thinned[-1][0]) == (112, 1000)
-    assert watching._thinned(points[:3]) == points[:3]
+def test_runs_below_a_link_are_seen(runs: Path, write: Write, tmp_path: Path) -> None:
+    write()
+    (runs / "cifar100").rename(tmp_path / "big")
+    (runs / "cifar100").symlink_to(tmp_path / "big")
+    assert only(Watch([runs, tmp_path]).view()).folder.is_relative_to(runs)
 
 
 def test_folders_that_are_none_are_told(tmp_path: Path) -> None:
@@ -288,6 +291,27 @@ def test_only_what_has_changed_is_sent(runs: Path, write: Write) -> None:
     assert len(parts.since(begun)["order"]) == 4
 
 
+def test_no_finite_number_takes_the_page_down(runs: Path, write: Write) -> None:
+    folder, parts = write(0), Parts()
+    watch = Watch([runs])
+    for values in ({"train/loss": 3e16}, {"train/loss": -1.7e308, "test/top1": 1.7e308}, {"seconds/train": 1e300}):
+        line = {"epoch": 1, **values}
+        (folder / "metrics.jsonl").write_text(f"{json.dumps(line)}\n")
+        lock = lock_folder(folder, "run folder")
+        parts.update(watch.view())
+        lock.release()
+        assert "epoch 1 of 20" in parts.page()
+
+
+def test_cells_that_are_gone_are_forgotten(runs: Path, write: Write) -> None:
+    write(0)
+    parts = Parts()
+    parts.update(Watch([runs]).view())
+    assert len(parts._cells) == 1
+    parts.update(View([], [], [], 0))
+    assert not parts._cells
+
+
 @pytest.mark.parametrize(
     ("low", "high", "ticks"),
     [
@@ -295,6 +319,8 @@ def test_only_what_has_changed_is_sent(runs: Path, write: Write) -> None:
         (11.23, 11.23, [10.5, 11, 11.5, 12]),
         (3.1, 3.94, [3, 3.5, 4]),
         (-1e-7, 1e-7, [-1e-07, -5e-08, 0, 5e-08, 1e-07]),
+        (3e16, 3e16, [2.996e16, 2.998e16, 3e16, 3.002e16, 3.004e16]),
+        (0, 5e-324, [-0.5, 0, 0.5]),
     ],
 )
 def test_ticks_are_round(low: float, high: float, ticks: list[float]) -> None:
