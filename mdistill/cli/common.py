@@ -80,6 +80,7 @@ def add_configuration(parser: argparse.ArgumentParser, what: str) -> None:
         "--pair", help="the method of --cfg (or of that folder) with another teacher and student: res56_res20"
     )
     parser.add_argument("--row", help="where --cfg is a table file: the name of one of its methods")
+    parser.add_argument("--row-digest", help=argparse.SUPPRESS)  # of what a table's run was planned by
     parser.add_argument("--untuned", action="store_true", help="and its own settings, not those that it names as tuned")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
     add_imports(parser)
@@ -176,6 +177,10 @@ def load_configs(args: argparse.Namespace, seeds: Sequence[int | None]) -> "list
 
         given = {"overrides": args.overrides, "imports": args.imports, "tuned": not args.untuned}
         cell = cell_of(args.cfg, project_root() / "configs", args.row, args.pair, **given)
+        if args.row_digest not in (None, cell.of):
+            raise UserError(
+                f"{args.cfg}: {args.row} {cell.pair} was changed while its table ran; start the table again"
+            )
         return [cell.config(seed) for seed in seeds]
     source = args.cfg
     if args.pair is not None:

@@ -58,7 +58,8 @@ class Cell:
 
     def arguments(self, seed: int) -> list[str]:
         """Of ``mdistill train`` for that run."""
-        return [*self.train, "--seed", str(seed), *(() if self.inline else self.own), *self.overrides]
+        held = ("--row-digest", self.of) if self.inline else self.own  # what of it the table file has
+        return [*self.train, "--seed", str(seed), *held, *self.overrides]
 
 
 @dataclass(frozen=True)

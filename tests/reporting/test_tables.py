@@ -138,6 +138,17 @@ def test_what_the_table_file_holds_is_trained_from_it(
         assert capsys.readouterr().out == cell.config(seed).to_yaml()
 
 
+def test_a_row_that_was_changed_while_its_table_runs_is_not_trained(
+    file: Path, configs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mdistill.cli.common.project_root", lambda: configs.parent)
+    (cell,) = read_table(file, configs, methods=["mine"], pairs=["wide_narrow"]).cells
+    file.write_text(TABLE.replace("temperature: 2.0", "temperature: 3.0"))
+    assert train_main([*cell.arguments(0), "--print-config"]) == 2
+    line = f"error: {file}: mine wide_narrow was changed while its table ran; start the table again\n"
+    assert capsys.readouterr().err == line
+
+
 def test_epochs_of_a_shortened_table_are_changed_by_its_flag(file: Path, configs: Path) -> None:
     with pytest.raises(UserError, match=r"^solver.epochs: schedules are shortened to 4 here; give --epochs N instead$"):
         read_table(file, configs, overrides=["solver.epochs=3"], epochs=4)
