@@ -92,21 +92,22 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def lock_folder(folder: Path, what: str) -> "BaseFileLock":
-    """Make ``folder`` if it is not there and lock its ``.lock`` for this process, without waiting.
+def lock_folder(folder: Path, what: str, *, wait: float = 0.0) -> "BaseFileLock":
+    """Make ``folder`` if it is not there and lock its ``.lock`` for this process.
 
     The lock ends with ``release()``, and with the process however that ends. A ``.lock`` that is a symbolic link is
     refused.
 
     Args:
         what: what the folder is, for messages.
+        wait: seconds for which another process may have it.
 
     Raises:
         UserError: another process has it, or it cannot be written.
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(folder / ".lock", blocking=False, thread_local=False)
+    lock = FileLock(folder / ".lock", timeout=wait, thread_local=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()

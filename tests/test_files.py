@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,16 @@ def test_a_locked_folder_is_refused_until_it_is_released(tmp_path: Path) -> None
         lock_folder(tmp_path / "run", "output folder")
     lock.release()
     lock_folder(tmp_path / "run", "output folder").release()
+
+
+def test_a_locked_folder_may_be_waited_for(tmp_path: Path) -> None:
+    lock = lock_folder(tmp_path, "folder")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lock_folder, tmp_path, "folder", wait=60.0)
+        assert lock.is_locked
+        assert not waiting.done()
+        lock.release()
+        waiting.result().release()
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:

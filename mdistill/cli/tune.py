@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mdistill.reporting.table_runs import Outcome
     from mdistill.reporting.tuning import Search, Tuning
 
+WRITING = 60.0  # seconds that other processes may take to write what they have chosen
 DESCRIPTION = """Search the settings of those rows of a table that have a search: key, for each pair.
 
 Every search has the same number of trials, the first with the table's own settings. A trial is a run with one seed,
@@ -147,16 +148,21 @@ def _write(
     args: argparse.Namespace, table: "Table", found: "Sequence[Search]", tuning: "Tuning", journal: "Journal"
 ) -> list[str]:
     """Write the record and what is chosen, and print it; a line for each search that is not done."""
+    from mdistill.files import lock_folder
     from mdistill.reporting.publishing import SEARCHES
     from mdistill.reporting.tuning import findings, write_chosen, write_record
 
-    ended = -1
-    while ended != tuning.ended():  # another process may have ended a trial while this one wrote
-        ended = tuning.ended()
-        done, others = findings(found, tuning)
-        record = args.output / SEARCHES / f"{found[0].folder.name}.json"
-        write_record(record, table, journal, args.epochs)
-        file = write_chosen(table, done, args.epochs) if done else None
+    folder, ended = found[0].folder, -1
+    lock = lock_folder(folder, "folder of searches", wait=WRITING)  # what is chosen for other pairs is read and stays
+    try:
+        while ended != tuning.ended():  # another process may have ended a trial while this one wrote
+            ended = tuning.ended()
+            done, others = findings(found, tuning)
+            record = args.output / SEARCHES / f"{folder.name}.json"
+            write_record(record, table, journal, args.epochs)
+            file = write_chosen(table, done, args.epochs) if done else None
+    finally:
+        lock.release()
     for each in done:
         print(each.line)
     print(f"all trials: {record}")

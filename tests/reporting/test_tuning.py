@@ -21,6 +21,7 @@ from mdistill.data import InMemoryDataset
 from mdistill.engine.run_folder import read_metrics
 from mdistill.errors import RunFailed, UserError
 from mdistill.file_schemas import SearchSpace
+from mdistill.files import lock_folder, write_text
 from mdistill.reporting import searching, table_runs
 from mdistill.reporting.records import find_records
 from mdistill.reporting.searching import Journal, Trial, member, size, suggest
@@ -346,6 +347,23 @@ def test_pairs_may_be_tuned_one_after_the_other(tune: Tune, file: Path, tmp_path
     assert [(each["row"], each["pair"]) for each in listed] == places
     recorded = json.loads((tmp_path / "runs/searches/table.json").read_text())["searches"]
     assert sorted((each["row"], each["pair"]) for each in recorded) == places
+
+
+def test_what_is_chosen_for_other_pairs_is_not_read_while_another_process_writes(
+    tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, written = tmp_path / "runs/.tune/table", list[str]()
+
+    def write_locked(path: Path, text: str) -> None:
+        with pytest.raises(UserError, match=r"folder of searches .* is in use by another running process"):
+            lock_folder(folder, "folder of searches")
+        written.append(path.name)
+        write_text(path, text)
+
+    monkeypatch.setattr("mdistill.reporting.tuning.write_text", write_locked)
+    assert tune(budget=1) == 0
+    assert written == ["table.json", "table.tuned.yaml"]
+    lock_folder(folder, "folder of searches").release()
 
 
 @pytest.mark.slow
