@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mdistill.cli import common
 from mdistill.errors import UserError
-from mdistill.reporting.drawing import curves, save
+from mdistill.reporting.drawing import curves, save, styles_of
 from mdistill.reporting.figures import learning
 from mdistill.reporting.records import HEADLINE, Record, read_record
 from mdistill.reporting.series import Series
@@ -103,8 +103,9 @@ def quickstart(args: argparse.Namespace) -> None:
         print(f"[{number}/{len(runs)}] {path.relative_to(root)}", flush=True)
         groups.append(train_one(config, args))
     picture = args.output / "curves.png"
-    bands = {"": learning(groups, HEADLINE)}
-    save(curves(bands, title="one student, alone and distilled (embedded data)", ylabel="test top-1 (%)"), picture)
+    looks = styles_of([each.label for each in groups])
+    title = "one student, alone and distilled (embedded data)"
+    save(curves({"": learning(groups, HEADLINE)}, looks, title=title, ylabel="test top-1 (%)"), picture)
     teacher, *_ = groups
     print(f"\n{table(groups)}\n")
     print(f"{teacher.label} is the teacher; top-1 and top-5 are of the last epoch, in percent, on the test split")

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 COLOURS = ("#0b62a4", "#c1440e", "#1b7837", "#7b3294", "#8c510a", "#b5177a", "#4d4d4d", "#017a7a")
 """Of lines and bars: each has a contrast of at least 4.5 with white."""
 
+Looks = Mapping[str, tuple[str, str]]
+"""Colour and style of line of each label."""
+
 INK, FAINT = "#222222", "#6b6b6b"
 PALE = "#86b4d8"  # the first of ``COLOURS``, lighter
 STYLES = ("-", "--", ":", "-.")
@@ -57,17 +60,17 @@ STYLE = {
 }
 
 
-def curves(panels: Mapping[str, Sequence[Band]], *, title: str, ylabel: str) -> "Figure":
+def curves(panels: Mapping[str, Sequence[Band]], looks: Looks, *, title: str, ylabel: str) -> "Figure":
     """Lines over epochs, each with a band of one standard deviation over its seeds; the legend tells the last epoch.
 
     Args:
         panels: by title, of networks that compare; a single panel has no title of its own.
+        looks: of every label in them.
         ylabel: what the lines show.
     """
     columns = min(3, math.ceil(len(panels) ** 0.5))
     rows = [list(panels)[start : start + columns] for start in range(0, len(panels), columns)]
     lines = [max(_legend_rows([_line_label(each) for each in panels[name]]) for name in row) for row in rows]
-    looks = styles_of([each.label for bands in panels.values() for each in bands])
     with _style():
         figure = _blank(WIDTH * columns, sum(3.2 + 0.19 * line for line in lines), title)
         grid = list(figure.subplots(len(rows), columns, squeeze=False).flat)
@@ -82,8 +85,11 @@ def curves(panels: Mapping[str, Sequence[Band]], *, title: str, ylabel: str) -> 
     return figure
 
 
-def styles_of(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a style of line for each label, told apart as far as there are such."""
+def styles_of(labels: Iterable[str]) -> Looks:
+    """A colour and a style of line for each label, told apart as far as there are such.
+
+    Two pictures of the same ``labels`` agree whatever order they come in; so give all, also of what one does not show.
+    """
     styles = cycle([(colour, style) for style in STYLES for colour in COLOURS])
     return dict(zip(sorted(set(labels)), styles, strict=False))
 
@@ -109,15 +115,19 @@ def _line_label(each: Band) -> str:
     return f"{each.label}  {each.last}"
 
 
-def cost(points: Sequence[Cost], *, title: str) -> "Figure":
-    """Time of a batch against accuracy; the area of a circle grows with the extra parameters, a ring knows none."""
+def cost(points: Sequence[Cost], looks: Looks, *, title: str) -> "Figure":
+    """Time of a batch against accuracy; the area of a circle grows with the extra parameters, a ring knows none.
+
+    Args:
+        looks: of every label.
+    """
     largest = max((each.extra or 0 for each in points), default=0)
     with _style():
         figure, (axes,) = _figure(1, height=3.9, title=title)
         radii = []
-        for number, each in enumerate(points):
+        for each in points:
             area = 45.0 + (900.0 * (each.extra or 0) / largest if largest else 0.0)
-            colour = COLOURS[number % len(COLOURS)]
+            colour, _ = looks[each.label]
             face = "none" if each.extra is None else colour
             axes.scatter(each.step_ms, each.top1, s=area, facecolor=face, edgecolor=colour, alpha=0.75, linewidth=1.4)
             radii.append((area / 3.1416) ** 0.5 * figure.dpi / 72)

@@ -70,7 +70,8 @@ def curves(records: Sequence[Record], options: Options, networks: "Networks | No
         for each in groups
         if each.label not in {band.label for band in found[title]}
     ]
-    return Picture(drawing.curves(panels, title=options.title, ylabel=ylabel), lines, left_out)
+    looks = drawing.styles_of([each.label for groups in groups_of.values() for each in groups])
+    return Picture(drawing.curves(panels, looks, title=options.title, ylabel=ylabel), lines, left_out)
 
 
 def time(records: Sequence[Record], options: Options, networks: "Networks | None") -> Picture:
@@ -89,10 +90,12 @@ def time(records: Sequence[Record], options: Options, networks: "Networks | None
             each.noting("parameters", {"extra": counts[each.identity]}) if each.identity in counts else each
             for each in records
         ]
-    points = figures.costs(series(records))
+    groups = series(records)
+    points = figures.costs(groups)
     if not points:
         raise UserError(f"{records[0].folder}: no finished run here whose record tells images per second")
-    return Picture(drawing.cost(points, title=options.title), [each.text for each in points], left_out)
+    looks = drawing.styles_of([each.label for each in groups])
+    return Picture(drawing.cost(points, looks, title=options.title), [each.text for each in points], left_out)
 
 
 def teachers(records: Sequence[Record], options: Options, networks: "Networks | None") -> Picture:

@@ -11,6 +11,7 @@ from typing import NoReturn
 import pytest
 import torch
 import yaml
+from matplotlib.colors import to_hex
 
 from mdistill import config
 from mdistill.cli.plot import main as plot_main
@@ -80,6 +81,19 @@ def test_every_kind_is_drawn_and_told(
 
 
 @pytest.mark.slow
+def test_a_method_has_one_colour_in_all_pictures(tmp_path: Path) -> None:
+    for method, top1 in {"c": [50.0], "a": [10.0], "b": [40.0, 60.0, 70.0], "d": [1.0, 2.0, 30.0]}.items():
+        write(tmp_path, method, teacher="big", top1=top1)  # a and c have no end yet: they have curves alone
+    write(tmp_path, "e", teacher="big", top1=[], session={"failed": "no memory"})
+    records = sorted(read_records([tmp_path]), key=lambda each: -(each.top1 or 0.0))
+    (curves,) = plots.draw("curves", records, plots.Options()).figure.axes
+    lines = {str(line.get_label())[0]: line.get_color() for line in curves.lines}
+    assert [len(lines), len(set(lines.values()))] == [4, 4]
+    (axes,) = plots.draw("time", records, plots.Options()).figure.axes
+    circles = [to_hex(each.get_edgecolor()[0]) for each in axes.collections]
+    assert circles == [lines["b"], lines["d"]]
+
+
 def test_a_student_agrees_with_itself(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The teacher's own weights as a student: every prediction is the same and nothing differs."""
     folder = tmp_path / "seed0"
