@@ -73,10 +73,25 @@ def test_a_locked_folder_is_refused_until_it_is_released(tmp_path: Path) -> None
 
 
 def test_a_locked_folder_may_be_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock = lock_folder(tmp_path, "folder")
-    monkeypatch.setattr(time, "sleep", lambda seconds: lock.release())  # what waits finds it free when it wakes up
+    lock, naps = lock_folder(tmp_path, "folder"), list[float]()
+
+    def nap(seconds: float) -> None:  # in place of sleep: who waits finds the folder locked twice, then free
+        naps.append(seconds)
+        assert lock.is_locked
+        if len(naps) == 3:
+            lock.release()
+
+    monkeypatch.setattr(time, "sleep", nap)
     lock_folder(tmp_path, "folder", wait=60.0).release()
-    assert not lock.is_locked
+    assert len(naps) == 3
+
+
+def test_who_waits_for_a_locked_folder_in_vain_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = lock_folder(tmp_path, "folder")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(UserError, match=r"folder .* is in use by another running process"):
+        lock_folder(tmp_path, "folder", wait=0.001)
+    lock.release()
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:

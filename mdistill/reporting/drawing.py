@@ -88,7 +88,7 @@ def curves(panels: Mapping[str, Sequence[Band]], looks: Looks, *, title: str, yl
 def styles_of(labels: Iterable[str]) -> Looks:
     """A colour and a style of line for each label, told apart as far as there are such.
 
-    Two pictures of the same ``labels`` agree whatever order they come in; so give all, also of what one does not show.
+    Pictures of the same ``labels`` agree, whatever their order: give all, also those of what a picture does not show.
     """
     styles = cycle([(colour, style) for style in STYLES for colour in COLOURS])
     return dict(zip(sorted(set(labels)), styles, strict=False))
@@ -153,16 +153,18 @@ def teachers(lines: Mapping[str, Sequence[Taught]], *, title: str) -> "Figure":
     places = {(each.teacher, each.teacher_top1) for line in lines.values() for each in line}
     span = max(x for _, x in places) - min(x for _, x in places) or 1.0
     step = min(0.012, 0.06 / len(lines)) * span
+    looks = styles_of(lines)
     with _style():
         figure, (axes,) = _figure(1, height=3.7 + 0.19 * _legend_rows(list(lines)), title=title)
         for number, (label, line) in enumerate(lines.items()):
             aside = (number - (len(lines) - 1) / 2) * step
+            colour, style = looks[label]
             axes.errorbar(
                 [each.teacher_top1 + aside for each in line],
                 [each.top1 for each in line],
                 [each.deviation for each in line],
-                color=COLOURS[number % len(COLOURS)],
-                linestyle=STYLES[number // len(COLOURS) % len(STYLES)],
+                color=colour,
+                linestyle=style,
                 marker=MARKS[number % len(MARKS)],
                 markersize=5.5,
                 linewidth=1.5,

@@ -11,7 +11,6 @@ from typing import NoReturn
 import pytest
 import torch
 import yaml
-from matplotlib.colors import to_hex
 
 from mdistill import config
 from mdistill.cli.plot import main as plot_main
@@ -90,10 +89,11 @@ def test_a_method_has_one_colour_in_all_pictures(tmp_path: Path) -> None:
     lines = {str(line.get_label())[0]: line.get_color() for line in curves.lines}
     assert [len(lines), len(set(lines.values()))] == [4, 4]
     (axes,) = plots.draw("time", records, plots.Options()).figure.axes
-    circles = [to_hex(each.get_edgecolor()[0]) for each in axes.collections]
-    assert circles == [lines["b"], lines["d"]]
+    circles = [bytes(round(255 * part) for part in each.get_edgecolor()[0][:3]) for each in axes.collections]
+    assert [f"#{circle.hex()}" for circle in circles] == [lines["b"], lines["d"]]
 
 
+@pytest.mark.slow
 def test_a_student_agrees_with_itself(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The teacher's own weights as a student: every prediction is the same and nothing differs."""
     folder = tmp_path / "seed0"
