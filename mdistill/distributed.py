@@ -11,6 +11,7 @@ So one rule serves all: ``sum_gradients`` adds up the gradients times the rank's
 in between, and the result is that of one process up to the order of sums. Letters: B images of this rank in a step.
 """
 
+import importlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -226,6 +227,9 @@ def joined(device: str | None) -> Iterator[str | None]:
     else:
         device = "cpu"
         torch.set_num_threads(max(1, usable_cores()))  # the launcher allows 1
+    # imported later, its functions would hold the group in their defaults for good, and gloo's threads, which abort a
+    # process that ends while they still work
+    importlib.import_module("torch.distributed.nn.functional")
     try:
         store, number, size = next(iter(rendezvous("env://")))
         _store = dist.PrefixStore("mdistill", store)  # type: ignore[attr-defined]

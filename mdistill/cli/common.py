@@ -239,7 +239,6 @@ def run(
     outer = signal.getsignal(signal.SIGTERM)
     stopper = _Stopper(when_stopped, arguments is None or (isinstance(outer, _Stopper) and outer.owns_process))
     with on_stop_signal(stopper), stopper.in_destructors():  # while training, the engine's own handler is in its place
-        distributed = None
         try:
             code = command(parse(arguments)) or 0
             sys.stdout.flush()
@@ -251,6 +250,7 @@ def run(
                 message = ""
             with suppress(OSError):  # a terminal that has hung up takes no message
                 print(message, file=sys.stderr, end="\n" if message else "")
+    distributed = sys.modules.get("mdistill.distributed")
     if arguments is None and code and distributed is not None and distributed.world_size() > 1:
         sys.stdout.flush()
         os._exit(code)  # what is left of torch's processes would wait for those of other ranks

@@ -1,8 +1,12 @@
-"""``mdistill`` for a launcher, with the data of the tests; ``KILL=rank:step`` ends one process by SIGKILL."""
+"""``mdistill`` for a launcher, with the data of the tests; ``KILL=rank:step`` ends one process by SIGKILL.
+
+A process that would end by itself while gloo's threads are still there ends with an error: they can abort it.
+"""
 
 import os
 import signal
 import sys
+from pathlib import Path
 from unittest import mock
 
 from mdistill.cli.main import main
@@ -17,4 +21,6 @@ if __name__ == "__main__":
     rank, _, step = os.environ.get("KILL", "").partition(":")
     if rank == os.environ["RANK"]:
         mock.patch.object(BatchLoader, "fetch", runs.stopping_fetch(int(step), signal.SIGKILL)).start()
-    sys.exit(main())
+    code = main()
+    names = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
+    sys.exit(f"error: {left} are left" if (left := sorted(name for name in names if "gloo" in name)) else code)
