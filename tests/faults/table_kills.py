@@ -46,7 +46,7 @@ class Forked:
         for number in (1, 2):
             os.dup2(output, number)
         sys.argv = ["table", *arguments]
-        code = 1
+        code, steps = 1, _steps_trained()
         try:
             within()
             from mdistill.reporting.table_runs import child
@@ -57,7 +57,7 @@ class Forked:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            if code == 0:
+            if code == 0 and steps[0]:  # else it was complete, by another process a moment ago
                 _append(ended, log.stem)
             os._exit(code)
 
@@ -76,7 +76,7 @@ class Forked:
 
 
 def plant(kill: Kill | None, ended: Path) -> None:
-    """Make this process a worker whose runs are forks, killed as ``kill`` says; ``ended`` notes what ends well."""
+    """Make this a worker whose runs are forks, killed as ``kill`` says; ``ended`` notes what trains to its end."""
     from mdistill.engine.claims import Claim, Claims
     from mdistill.reporting import table_runs
 
@@ -111,25 +111,40 @@ def plant(kill: Kill | None, ended: Path) -> None:
     mock.patch.object(table_runs, "SCAN", 0.1).start()
 
 
-def _kill_at_step(kill: Kill) -> None:
-    from mdistill.data.loader import BatchLoader
+def _steps_trained() -> list[int]:
+    """How many steps this process has trained, counted from here on."""
+    return _at_each_step(lambda step: None)
 
+
+def _kill_at_step(kill: Kill) -> None:
     victims = {
         "run": [(os.getpid(), signal.SIGKILL)],
         "worker": [(os.getppid(), signal.SIGKILL)],
         "both": [(os.getppid(), signal.SIGKILL), (os.getpid(), signal.SIGKILL)],
         "stop": [(os.getppid(), signal.SIGTERM)],
     }.get(kill.victim, [])
+
+    def stab(step: int) -> None:
+        if step == kill.step:
+            for process, number in victims:
+                os.kill(process, number)
+
+    _at_each_step(stab)
+
+
+def _at_each_step(do: Callable[[int], None]) -> list[int]:
+    """Before each step is fetched, ``do`` with how many there have been, from 1; their number, as it grows."""
+    from mdistill.data.loader import BatchLoader
+
     fetch, done = BatchLoader.fetch, [0]
 
     def counted(loader: BatchLoader, step: int) -> int:
         done[0] += 1
-        if done[0] == kill.step:
-            for process, number in victims:
-                os.kill(process, number)
+        do(done[0])
         return fetch(loader, step)
 
     mock.patch.object(BatchLoader, "fetch", counted).start()
+    return done
 
 
 def _append(path: Path, line: str) -> None:
