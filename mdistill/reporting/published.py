@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 from mdistill.errors import UserError
@@ -23,6 +24,11 @@ class Figure:
     source: str
     table: str  # its number in the source, or ""
     note: str
+
+    @cached_property
+    def cell(self) -> tuple[str, ...]:
+        """Data set, method, variant, teacher and student, without the prefixes of libraries."""
+        return _without_prefixes((self.dataset, self.method, self.variant, self.teacher, self.student))
 
 
 COLUMNS = tuple(field.name for field in fields(Figure))
@@ -66,8 +72,8 @@ def figure_of(
         cell: data set, method, variant, teacher ("" for a network alone) and student; a library's prefix is left out.
         epochs: of its training.
     """
-    key = tuple(name.rpartition("/")[2] for name in cell)
-    own = [each for each in figures if (_cell(each), each.metric, each.source) == (key, metric, source)]
+    key = _without_prefixes(cell)
+    own = [each for each in figures if (each.cell, each.metric, each.source) == (key, metric, source)]
     as_long = [each for each in own if each.epochs in (None, epochs)]
     here = [each for each in as_long if each.table == table]
     return next(iter([*here, *as_long, *(each for each in own if each.table == table)]), None)
@@ -78,11 +84,10 @@ def disagreeing(figures: Sequence[Figure], figure: Figure) -> list[Figure]:
     return [
         each
         for each in figures
-        if (_cell(each), each.metric, each.epochs) == (_cell(figure), figure.metric, figure.epochs)
+        if (each.cell, each.metric, each.epochs) == (figure.cell, figure.metric, figure.epochs)
         and each.value != figure.value
     ]
 
 
-def _cell(figure: Figure) -> tuple[str, ...]:
-    names = (figure.dataset, figure.method, figure.variant, figure.teacher, figure.student)
+def _without_prefixes(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name.rpartition("/")[2] for name in names)
