@@ -227,18 +227,24 @@ def joined(device: str | None) -> Iterator[str | None]:
     else:
         device = "cpu"
         torch.set_num_threads(max(1, usable_cores()))  # the launcher allows 1
-    # imported later, its functions would hold the group in their defaults for good, and gloo's threads, which abort a
-    # process that ends while they still work
-    importlib.import_module("torch.distributed.nn.functional")
     try:
         store, number, size = next(iter(rendezvous("env://")))
         _store = dist.PrefixStore("mdistill", store)  # type: ignore[attr-defined]
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", store=store, rank=number, world_size=size)
+        begin_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", store=store, rank=number, world_size=size)
     except (RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or ["no reason is given"])[0]
         raise RunFailed(f"the {size} processes of this run cannot be joined: {reason}") from None
     yield device
     dist.destroy_process_group()  # not after an error: it would wait for processes that have ended
+
+
+def begin_group(backend: str, **given: Any) -> None:
+    """``init_process_group`` of a group whose threads end when it is destroyed; gloo's would abort a process that ends.
+
+    Functions in a module that torch may load later take the group of that moment as a default, and hold it for good.
+    """
+    importlib.import_module("torch.distributed.nn.functional")
+    dist.init_process_group(backend, **given)
 
 
 def is_first_on_machine() -> bool:

@@ -84,6 +84,7 @@ def test_a_locked_folder_may_be_waited_for(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(time, "sleep", nap)
     lock_folder(tmp_path, "folder", wait=60.0).release()
     assert len(naps) == 3
+    assert not lock.is_locked
 
 
 def test_who_waits_for_a_locked_folder_in_vain_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ A process that would end by itself while gloo's threads are still there ends wit
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
@@ -21,6 +22,9 @@ if __name__ == "__main__":
     rank, _, step = os.environ.get("KILL", "").partition(":")
     if rank == os.environ["RANK"]:
         mock.patch.object(BatchLoader, "fetch", runs.stopping_fetch(int(step), signal.SIGKILL)).start()
-    code = main()
-    names = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
-    sys.exit(f"error: {left} are left" if (left := sorted(name for name in names if "gloo" in name)) else code)
+    code, threads = main(), set[str]()
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # another thread, which has ended meanwhile
+            threads.add(path.read_text().strip())
+    left = sorted(name for name in threads if "gloo" in name)
+    sys.exit(f"error: {left} are left" if left else code)

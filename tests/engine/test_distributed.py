@@ -5,7 +5,6 @@ test looks at what came out. Run as a module, this file is one of them. How a la
 them when one is lost, is tried with torchrun.
 """
 
-import importlib
 import os
 import re
 import signal
@@ -260,8 +259,7 @@ BY_THREE: list[Callable[[Path, int], Any]] = [steps_of_every_method]
 def main(folder: Path, rank: int, ranks: int) -> None:
     torch.set_num_threads(1)
     group = f"file://{folder}/group{ranks}"
-    importlib.import_module("torch.distributed.nn.functional")  # before the group is there, see distributed.joined
-    torch.distributed.init_process_group("gloo", init_method=group, rank=rank, world_size=ranks)
+    distributed.begin_group("gloo", init_method=group, rank=rank, world_size=ranks)
     results = {job.__name__: job(folder, rank) for job in (JOBS if ranks == RANKS else BY_THREE)}
     torch.save(results, folder / f"results{rank}_of_{ranks}.pt")
     torch.distributed.destroy_process_group()

@@ -46,7 +46,7 @@ class Forked:
         for number in (1, 2):
             os.dup2(output, number)
         sys.argv = ["table", *arguments]
-        code, steps = 1, _steps_trained()
+        code, steps = 1, _at_each_step(lambda step: None)
         try:
             within()
             from mdistill.reporting.table_runs import child
@@ -109,11 +109,6 @@ def plant(kill: Kill | None, ended: Path) -> None:
     mock.patch.object(table_runs, "_start", start).start()
     mock.patch.object(table_runs, "POLL", 0.02).start()
     mock.patch.object(table_runs, "SCAN", 0.1).start()
-
-
-def _steps_trained() -> list[int]:
-    """How many steps this process has trained, counted from here on."""
-    return _at_each_step(lambda step: None)
 
 
 def _kill_at_step(kill: Kill) -> None:
